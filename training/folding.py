@@ -1,0 +1,67 @@
+"""Folding: every batch norm is merged into the convolution or linear layer before it."""
+
+import copy
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from training.batch_norm import NormLayer, affine, statistics
+
+
+def fold_parameters(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias of one layer that does the work of the layer and its batch norm.
+
+    `gamma * (W x + b - mean) / sqrt(variance + eps) + beta = W' x + b'` with
+    `s = gamma / sqrt(variance + eps)`, `W' = s W` along the output axis and
+    `b' = (b - mean) s + beta`. Computed in float64, and cast once to the dtype of `weight`.
+
+    Args:
+        weight: [C, ...]: the output channels or units come first.
+        bias: [C]; None counts as zero.
+        gamma: scale [C].
+        beta: shift [C].
+        mean: [C], of prediction.
+        variance: [C], of prediction.
+        eps: added to the variance, inside the root.
+    """
+    scale = gamma.double() / torch.sqrt(variance.double() + eps)
+    offset = -mean.double() if bias is None else bias.double() - mean.double()
+    folded_weight = scale.view(-1, *[1] * (weight.ndim - 1)) * weight.double()
+    return folded_weight.to(weight.dtype), (offset * scale + beta.double()).to(weight.dtype)
+
+
+@torch.no_grad()
+def fold_batch_norm(model: nn.Sequential) -> nn.Sequential:
+    """Return a new model without batch norm that predicts what `model` predicts.
+
+    The argument is left alone, and shares nothing with the result. Layers keep their names and
+    dtype.
+
+    Raises:
+        ValueError: the model is in training mode, where batch norm is no fixed affine map, or a
+            batch norm does not directly follow a convolution or linear layer.
+    """
+    if any(layer.training for layer in model.modules()):
+        raise ValueError("cannot fold a model in training mode: call eval() first")
+    folded: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, layer in model.named_children():
+        if not isinstance(layer, NormLayer):
+            folded[name] = copy.deepcopy(layer)
+            continue
+        previous = next(reversed(folded.values()), None)
+        if not isinstance(previous, nn.Conv2d | nn.Linear):
+            raise ValueError(f"cannot fold {name}: it follows no convolution or linear layer")
+        weight, bias = fold_parameters(
+            previous.weight, previous.bias, *affine(layer), *statistics(layer), layer.eps
+        )
+        previous.weight, previous.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return nn.Sequential(folded).eval()
