@@ -3,6 +3,8 @@
 Nothing here knows a framework; `service.gate` turns these into answers.
 """
 
+# ruff: noqa: N818 - the classes carry the names that HTTP gives these answers
+
 from collections.abc import Mapping
 from typing import ClassVar
 
