@@ -72,7 +72,7 @@ class LengthRequired(ServiceError):
     code = "length_required"
 
 
-class TooLarge(ServiceError):
+class PayloadTooLarge(ServiceError):
     """The body, or what is packed in it, exceeds the limit."""
 
     status = 413
@@ -86,11 +86,11 @@ class UnsupportedMediaType(ServiceError):
     code = "unsupported_media_type"
 
 
-class Unprocessable(ServiceError):
+class InvalidInput(ServiceError):
     """Readable, but not an image that the model takes, or a parameter out of its range."""
 
     status = 422
-    code = "unprocessable"
+    code = "invalid_input"
 
 
 class HeadersTooLarge(ServiceError):
