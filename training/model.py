@@ -22,6 +22,16 @@ class BNLeNet(nn.Sequential):
         ValueError: `batch_norm` is neither.
     """
 
+    conv1: nn.Conv2d
+    norm1: NormLayer
+    conv2: nn.Conv2d
+    norm2: NormLayer
+    linear1: nn.Linear
+    norm3: NormLayer
+    linear2: nn.Linear
+    norm4: NormLayer
+    linear3: nn.Linear
+
     def __init__(self, batch_norm: Literal["scratch", "torch"] = "torch") -> None:
         def norm(channels: int, dims: Literal[2, 4]) -> NormLayer:
             if batch_norm == "scratch":
