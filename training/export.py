@@ -1,0 +1,336 @@
+"""The artefact: a folded model as one ONNX file that describes itself, written once it is verified.
+
+The graph is built node by node, so that its bytes depend on the weights and metadata alone.
+"""
+
+import base64
+import copy
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from training.dataset import CLASS_NAMES, Split
+from training.folding import fold_batch_norm
+
+OPSET, IR_VERSION = 20, 10  # what every ONNX Runtime of the declared range reads
+
+LOGIT_TOLERANCE = 1e-4
+"""Largest difference of a logit between the file and the unfolded float64 model."""
+
+SELF_TEST_TOLERANCE = 1e-5
+"""Largest difference of a probability that a server's start-up self-test lets pass."""
+
+SELF_TEST_FORMULA = "pixels[k][i][j] = |(16 i + 4 k j) mod 511 - 255|, k = 0..5, i, j = 0..27"
+
+
+class ExportError(Exception):
+    """The file would not do what the model does; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the weights come from.
+
+    Attributes:
+        recipe: its name.
+        seed: of the run.
+        dataset_sha256: `FashionMNIST.sha256`.
+        statistics: which ones the model carries: "population" (over the training set, after
+            fitting) or "moving" (the moving averages of fitting).
+    """
+
+    recipe: str
+    seed: int
+    dataset_sha256: str
+    statistics: Literal["population", "moving"]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how faithful it is to the unfolded model in float64.
+
+    Attributes:
+        path: the file.
+        sha256: of its bytes.
+        size_bytes: of the file.
+        test_images: how many real images the next figures are over.
+        test_accuracy: of the file under ONNX Runtime, 0 to 1.
+        fold_error: largest |logit difference|, folded file (float32) and unfolded model (float64).
+        ties: indices of images whose two best float64 logits are closer than `LOGIT_TOLERANCE`.
+        disagreements: those ties for which the file names the other class.
+        self_test_error: largest |probability difference| on the file's own self-test.
+    """
+
+    path: Path
+    sha256: str
+    size_bytes: int
+    test_images: int
+    test_accuracy: float
+    fold_error: float
+    ties: tuple[int, ...]
+    disagreements: tuple[int, ...]
+    self_test_error: float
+
+
+def export(
+    model: nn.Sequential,
+    provenance: Provenance,
+    test: Split,
+    out: Path,
+    *,
+    temperature: float = 1.0,
+) -> ExportReport:
+    """Fold, build, verify and write the ONNX file of a model in evaluation mode.
+
+    The class of every image of `test` and all its logits are compared with those of the unfolded
+    model in float64, under ONNX Runtime on the CPU. The file appears whole or not at all.
+
+    Args:
+        model: a BN-LeNet on the CPU, with the statistics that `provenance` names.
+        provenance: what the metadata say about the weights.
+        test: the real test images.
+        out: the file to write; its folder is made when missing.
+        temperature: all logits are divided by it, in the last layer's weights and bias.
+
+    Raises:
+        ExportError: the file disagrees with the model; `out` is untouched.
+        ValueError: the model is in training mode, or the temperature is not a positive number.
+    """
+    folded = divide_logits(fold_batch_norm(model), temperature)
+    expected = reference_logits(model, test.images, temperature)
+    probabilities, logits = _run(_with_logits(build_model(folded, {})), test.images)
+    fold_error = float(np.abs(logits - expected).max())
+    if not fold_error <= LOGIT_TOLERANCE:  # also when it is NaN
+        raise ExportError(
+            f"a logit of the folded model is {fold_error:.1e} off the unfolded model's, where "
+            f"{LOGIT_TOLERANCE:.0e} is allowed: nothing was written."
+        )
+    second, best = np.partition(expected, -2, axis=1)[:, -2:].T
+    ties = np.flatnonzero(best - second < LOGIT_TOLERANCE)
+    disagreements = np.flatnonzero(probabilities.argmax(axis=1) != expected.argmax(axis=1))
+    if wrong := sorted(set(disagreements.tolist()) - set(ties.tolist())):
+        raise ExportError(
+            f"the file and the unfolded model name different classes for {len(wrong)} test "
+            f"image(s), the first of index {wrong[0]}: nothing was written."
+        )
+
+    accuracy = float((probabilities.argmax(axis=1) == test.labels).mean())
+    pixels = self_test_pixels()
+    self_test = softmax(reference_logits(model, pixels, temperature))
+    proto = build_model(
+        folded,
+        {
+            "name": "bn-lenet",
+            "version": "1",
+            "classes": json.dumps(CLASS_NAMES),
+            "recipe": provenance.recipe,
+            "seed": str(provenance.seed),
+            "test_accuracy": f"{accuracy:.4f}",
+            "dataset_sha256": provenance.dataset_sha256,
+            "fold_error": f"{fold_error:.1e}",
+            "statistics": provenance.statistics,
+            "temperature": repr(float(temperature)),
+            "versions": json.dumps(_versions()),
+            "self_test": json.dumps(
+                {
+                    "formula": SELF_TEST_FORMULA,
+                    "pixels": base64.b64encode(pixels.tobytes()).decode(),
+                    # Rounded beyond what differs between processors, so that bytes do not.
+                    "probabilities": self_test.round(12).tolist(),
+                    "tolerance": SELF_TEST_TOLERANCE,
+                }
+            ),
+        },
+    )
+    self_test_error = float(np.abs(_run(proto, pixels)[0] - self_test).max())
+    if not self_test_error <= SELF_TEST_TOLERANCE:
+        raise ExportError(
+            f"the file fails its own self-test by {self_test_error:.1e}: nothing was written."
+        )
+    data = proto.SerializeToString(deterministic=True)
+    _write(out, data)
+    return ExportReport(
+        path=out,
+        sha256=hashlib.sha256(data).hexdigest(),
+        size_bytes=len(data),
+        test_images=len(test.images),
+        test_accuracy=accuracy,
+        fold_error=fold_error,
+        ties=tuple(ties.tolist()),
+        disagreements=tuple(disagreements.tolist()),
+        self_test_error=self_test_error,
+    )
+
+
+def build_model(folded: nn.Sequential, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """Return the ONNX model of a folded network, checked in full by `onnx.checker`.
+
+    Input `pixels`, uint8 [batch, 1, 28, 28]; output `probabilities`, float32 [batch, 10]. Division
+    by 255 and softmax are in the graph. Nodes and weights are named after the layers.
+
+    Args:
+        folded: convolutions, linear layers, sigmoids, average pooling and flattening, in float32.
+        metadata: becomes `metadata_props`, in this order.
+
+    Raises:
+        ValueError: the network holds a layer of another kind, such as batch norm.
+    """
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["cast"], "cast", to=TensorProto.FLOAT),
+        helper.make_node("Div", ["cast", "white"], ["scaled"], "scale"),
+    ]
+    weights = [numpy_helper.from_array(np.array(255, np.float32), "white")]
+    last, value = next(reversed(folded._modules)), "scaled"
+    for name, layer in folded.named_children():
+        operator, attributes = _operator(layer)
+        inputs = [value]
+        for parameter, tensor in layer.named_parameters():
+            inputs.append(f"{name}.{parameter}")
+            weights.append(numpy_helper.from_array(tensor.detach().cpu().numpy(), inputs[-1]))
+        value = "logits" if name == last else name
+        nodes.append(helper.make_node(operator, inputs, [value], name, **attributes))
+    nodes.append(helper.make_node("Softmax", [value], ["probabilities"], "softmax", axis=1))
+    graph = helper.make_graph(
+        nodes,
+        "bn-lenet",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 1, 28, 28])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", 10])],
+        weights,
+    )
+    proto = helper.make_model(
+        graph,
+        producer_name="bn-lenet",
+        ir_version=IR_VERSION,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+    )
+    helper.set_model_props(proto, dict(metadata))
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def divide_logits(folded: nn.Sequential, temperature: float) -> nn.Sequential:
+    """Return a new model whose logits are divided by `temperature` (Guo et al., 2017).
+
+    The last layer's weights and bias are divided, in float64, and cast back once.
+
+    Raises:
+        ValueError: the temperature is not a positive finite number.
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"the temperature must be a positive number, not {temperature}")
+    divided = copy.deepcopy(folded)
+    for parameter in divided[-1].parameters():
+        parameter.data = (parameter.data.double() / temperature).to(parameter.dtype)
+    return divided
+
+
+@torch.no_grad()
+def reference_logits(
+    model: nn.Sequential, images: NDArray[np.uint8], temperature: float = 1.0
+) -> NDArray[np.float64]:
+    """Return the logits [n, 10] of the model itself, run in float64, divided by `temperature`.
+
+    Args:
+        model: in evaluation mode; it is left alone.
+        images: uint8 [n, 28, 28].
+        temperature: see `divide_logits`.
+    """
+    double = copy.deepcopy(model).double()
+    batches = torch.split(torch.from_numpy(images).unsqueeze(1), 1000)
+    logits: NDArray[np.float64] = torch.cat([double(x.double() / 255) for x in batches]).numpy()
+    return logits / temperature
+
+
+def self_test_pixels() -> NDArray[np.uint8]:
+    """Return the self-test's six images, uint8 [6, 28, 28], by `SELF_TEST_FORMULA`.
+
+    Slanted stripes that swing over all grey levels: they excite several classes at once and
+    differ from their own mirror image and transpose.
+    """
+    k, i, j = np.ogrid[:6, :28, :28]
+    pixels: NDArray[np.uint8] = np.abs((16 * i + 4 * k * j) % 511 - 255).astype(np.uint8)
+    return pixels
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the probabilities [n, 10] of logits [n, 10]."""
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
+    return probabilities
+
+
+def _operator(layer: nn.Module) -> tuple[str, dict[str, Any]]:
+    match layer:
+        case nn.Conv2d(
+            stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, kernel_size=kernel
+        ):
+            return "Conv", {"kernel_shape": kernel}
+        case nn.Linear():
+            return "Gemm", {"transB": 1}
+        case nn.Sigmoid():
+            return "Sigmoid", {}
+        case nn.AvgPool2d(kernel_size=int(kernel), stride=int(stride), padding=0):
+            return "AveragePool", {"kernel_shape": [kernel] * 2, "strides": [stride] * 2}
+        case nn.Flatten(start_dim=1, end_dim=-1):
+            return "Flatten", {"axis": 1}
+    raise ValueError(f"cannot export {layer}")
+
+
+def _with_logits(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of the model that answers the logits too, for the parity check alone."""
+    variant = onnx.ModelProto()
+    variant.CopyFrom(proto)
+    variant.graph.output.append(
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])
+    )
+    return variant
+
+
+def _run(proto: onnx.ModelProto, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    """Run ONNX Runtime on one CPU thread over images [n, 28, 28], in batches; join each output."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    batches = [
+        session.run(None, {"pixels": images[start : start + 100, np.newaxis]})
+        for start in range(0, len(images), 100)
+    ]
+    return [np.concatenate(output) for output in zip(*batches, strict=True)]
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "numpy": version("numpy"),
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
