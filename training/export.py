@@ -9,10 +9,8 @@ import hashlib
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,12 +50,14 @@ class Provenance:
         dataset_sha256: `FashionMNIST.sha256`.
         statistics: which ones the model carries: "population" (over the training set, after
             fitting) or "moving" (the moving averages of fitting).
+        versions: of python, torch and numpy, when the model was fitted.
     """
 
     recipe: str
     seed: int
     dataset_sha256: str
     statistics: Literal["population", "moving"]
+    versions: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,13 @@ def export(
             "fold_error": f"{fold_error:.1e}",
             "statistics": provenance.statistics,
             "temperature": repr(float(temperature)),
-            "versions": json.dumps(_versions()),
+            "versions": json.dumps(
+                {
+                    **provenance.versions,
+                    "onnx": onnx.__version__,
+                    "onnxruntime": onnxruntime.__version__,
+                }
+            ),
             "self_test": json.dumps(
                 {
                     "formula": SELF_TEST_FORMULA,
@@ -313,16 +319,6 @@ def _run(proto: onnx.ModelProto, images: NDArray[np.uint8]) -> list[NDArray[np.f
         for start in range(0, len(images), 100)
     ]
     return [np.concatenate(output) for output in zip(*batches, strict=True)]
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "numpy": version("numpy"),
-        "onnxruntime": onnxruntime.__version__,
-    }
 
 
 def _write(path: Path, data: bytes) -> None:
