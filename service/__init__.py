@@ -1,0 +1,1 @@
+"""Classifies images of garments over HTTP, with the ONNX file that `training` exports."""

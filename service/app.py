@@ -1,0 +1,105 @@
+"""The application: FastAPI with its routes and errors, behind the gate."""
+
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from service import operations, predict
+from service.classifier import Classifier
+from service.errors import BadRequest, InvalidInput, MethodNotAllowed, NotFound, ServiceError
+from service.gate import Gate, HotPaths, error_answer
+from service.inference import Batched, Inference, Inline
+from service.metrics import Metrics
+from service.settings import Settings
+
+OPEN_PATHS = frozenset(
+    {"/", "/static/*", "/docs", "/openapi.json", "/livez", "/readyz", "/metrics", "/v2/health/*"}
+)
+
+
+class Error(BaseModel):
+    """The one shape of every error."""
+
+    error: str
+    code: str
+    request_id: str
+
+
+def create_app(settings: Settings, classifier: Classifier) -> Gate:
+    """Put the application together.
+
+    Args:
+        settings: limits, key, origins.
+        classifier: the loaded model.
+
+    Returns:
+        an ASGI application; the FastAPI application is its attribute `framework`.
+    """
+    model = classifier.info
+    metrics = Metrics(model)
+    infer = make_inference(classifier, metrics)
+    handler = predict.predict_handler(model, infer, metrics)
+    hot_paths: HotPaths = {("POST", predict.PATH): handler}
+
+    framework = FastAPI(
+        title="BN-LeNet",
+        version=version("bn-lenet"),
+        description="Classifies 28x28 images of garments: LeNet with batch normalisation,"
+        " folded, and run by ONNX Runtime.",
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    gate = Gate(framework, hot_paths, OPEN_PATHS, settings, metrics)
+    key_needed = [Depends(HTTPBearer(auto_error=False))] if settings.api_key else []
+    framework.include_router(
+        predict.predict_router(handler, predict.example(classifier)),
+        dependencies=key_needed,
+        responses=documented(400, 401, 408, 411, 413, 415, 422, 500, 503, 504),
+    )
+    framework.include_router(
+        operations.operations_router(model, metrics, lambda: gate.draining),
+        responses=documented(500, 503),
+    )
+    for kind in (ServiceError, HTTPException, RequestValidationError, Exception):
+        framework.add_exception_handler(kind, _answer_error)
+    return gate
+
+
+def make_inference(classifier: Classifier, metrics: Metrics) -> Inference:
+    """Return the faster way to the model on the device it is on."""
+    on_cpu = classifier.info.provider == "CPUExecutionProvider"
+    return (Inline if on_cpu else Batched)(classifier, metrics.inference.observe)
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's description of these error answers."""
+    return {s: {"model": Error, "description": HTTPStatus(s).phrase} for s in statuses}
+
+
+async def _answer_error(request: Request, exc: Exception) -> Response:
+    """Give the framework's own errors, and those raised in its routes, the one shape."""
+    match exc:
+        case ServiceError():
+            error = exc
+        case RequestValidationError():
+            problem = exc.errors()[0]
+            error = InvalidInput(f"The parameter {problem['loc'][-1]}: {problem['msg']}.")
+        case HTTPException(status_code=404):
+            error = NotFound("There is nothing at this path; see /docs for what there is.")
+        case HTTPException(status_code=405):
+            error = MethodNotAllowed(
+                "This path is for other methods; see the Allow header.", headers=exc.headers
+            )
+        case HTTPException():
+            error = BadRequest("The request cannot be served; see /docs for what can.")
+        case _:  # logged by the gate, to which the framework raises it again
+            error = ServiceError("The server failed; if it goes on, report the request id.")
+    answer = error_answer(error, request.scope["exchange"].request_id)
+    headers = {name.decode(): value.decode() for name, value in answer.headers}
+    return Response(answer.body, answer.status, headers)

@@ -1,0 +1,180 @@
+"""The model file, checked and loaded: pixels in, probabilities out. Knows arrays only."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Self
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+Device = Literal["auto", "cpu", "cuda"]
+
+INPUT = ("pixels", "tensor(uint8)", [1, 28, 28])
+OUTPUT = ("probabilities", "tensor(float)", [10])
+REMEDY = "put a file written by `python -m training export` there, or set BNLENET_MODEL_PATH"
+
+
+class ModelError(Exception):
+    """The model cannot be served; the message is one sentence that says why."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the model file says of itself, and where it runs.
+
+    Attributes:
+        name: the model's name.
+        version: the model's version, as in the Open Inference Protocol's paths.
+        revision: the first 12 hexadecimal digits of the file's SHA-256.
+        classes: the ten class names, by class id.
+        provider: the execution provider that the session really has.
+        metadata: all the file's metadata entries.
+    """
+
+    name: str
+    version: str
+    revision: str
+    classes: tuple[str, ...]
+    provider: str
+    metadata: Mapping[str, str] = field(repr=False)
+
+
+class Classifier:
+    """A loaded model that agreed with its own self-test.
+
+    Args:
+        session: an ONNX Runtime session that keeps the contract.
+        info: what to tell about the model.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, info: ModelInfo) -> None:
+        self.info = info
+        self._run = session.run
+
+    def probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Classify images. The answer for an image is the same bits in whatever batch it is.
+
+        Args:
+            pixels: uint8 [n, 1, 28, 28], C-contiguous, 0 = background.
+
+        Returns:
+            float32 [n, 10]; each row sums to 1.
+        """
+        return self._run(["probabilities"], {"pixels": pixels})[0]  # type: ignore[no-any-return] # onnxruntime is untyped
+
+    @classmethod
+    def load(cls, path: Path, device: Device = "auto") -> Self:
+        """Load a model file, check that it keeps the contract, and run its self-test.
+
+        Args:
+            path: an ONNX file as `training` exports it.
+            device: "cuda" insists on a GPU; "auto" is "cpu", the faster for single images.
+
+        Raises:
+            ModelError: the file is missing, damaged, not ours, fails its self-test, or the device
+                is not to be had.
+        """
+        try:
+            data = path.read_bytes()
+        except OSError as exc:
+            reason = exc.strerror or type(exc).__name__
+            raise ModelError(f"The model file {path} cannot be read ({reason}): {REMEDY}.") from exc
+        session = _open_session(data, path, device)
+        _check_signature(session, path)
+        metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
+        try:
+            classes = tuple(json.loads(metadata["classes"]))
+            info = ModelInfo(
+                name=metadata["name"],
+                version=metadata["version"],
+                revision=hashlib.sha256(data).hexdigest()[:12],
+                classes=classes,
+                provider=session.get_providers()[0],
+                metadata=MappingProxyType(metadata),
+            )
+            self_test = _SelfTest.parse(metadata["self_test"])
+        except KeyError as exc:
+            raise ModelError(
+                f"The model file {path} lacks the metadata entry {exc}: {REMEDY}."
+            ) from exc
+        except (ValueError, TypeError) as exc:
+            raise ModelError(
+                f"The metadata of the model file {path} is damaged: {REMEDY}."
+            ) from exc
+        if len(set(classes)) != OUTPUT[2][0] or not all(isinstance(name, str) for name in classes):
+            raise ModelError(f"The model file {path} does not name ten classes: {REMEDY}.")
+        classifier = cls(session, info)
+        self_test.run(classifier, path)
+        return classifier
+
+
+@dataclass(frozen=True)
+class _SelfTest:
+    """Images with the probabilities that the unfolded model gives for them in float64."""
+
+    pixels: NDArray[np.uint8]  # [n, 1, 28, 28]
+    probabilities: NDArray[np.float64]  # [n, 10]
+    tolerance: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        entry: dict[str, Any] = json.loads(text)
+        pixels = np.frombuffer(base64.b64decode(entry["pixels"], validate=True), np.uint8)
+        probabilities = np.array(entry["probabilities"], np.float64)
+        tolerance = float(entry["tolerance"])
+        if probabilities.shape[1:] != (10,) or len(probabilities) == 0:
+            raise ValueError("no expected probabilities")
+        if not 0 < tolerance <= 1e-3:
+            raise ValueError("a tolerance that proves nothing")
+        return cls(pixels.reshape(len(probabilities), 1, 28, 28), probabilities, tolerance)
+
+    def run(self, classifier: Classifier, path: Path) -> None:
+        error = np.abs(classifier.probabilities(self.pixels) - self.probabilities).max()
+        if not error <= self.tolerance:  # also when it is NaN
+            raise ModelError(
+                f"The model file {path} fails its self-test on {classifier.info.provider}:"
+                f" off by {error:.1e} where {self.tolerance:.0e} is allowed; export it again."
+            )
+
+
+def _open_session(data: bytes, path: Path, device: Device) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # no pool, no spinning; one image is too little to share
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # what is wrong becomes our one sentence
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device == "cuda":
+        onnxruntime.preload_dlls()
+        cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+        providers.insert(0, ("CUDAExecutionProvider", cuda))
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=providers)
+    except Exception as exc:  # ONNX Runtime's own classes share no public base
+        raise ModelError(
+            f"The model file {path} is damaged, cut short or no ONNX model: {REMEDY}."
+        ) from exc
+    if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+        raise ModelError(
+            "BNLENET_DEVICE is cuda but ONNX Runtime got no CUDA device: install the `gpu` extra"
+            " and a driver, or set BNLENET_DEVICE to auto."
+        )
+    return session
+
+
+def _check_signature(session: onnxruntime.InferenceSession, path: Path) -> None:
+    inputs = [(i.name, i.type, i.shape[1:]) for i in session.get_inputs()]
+    outputs = [(o.name, o.type, o.shape[1:]) for o in session.get_outputs()]
+    if inputs != [INPUT] or outputs != [OUTPUT]:
+        raise ModelError(
+            f"The model file {path} is not a BN-LeNet of this project (its input and output are"
+            f" not `pixels` uint8 [n, 1, 28, 28] and `probabilities` float32 [n, 10]): {REMEDY}."
+        )
+    if isinstance(session.get_inputs()[0].shape[0], int):
+        raise ModelError(f"The model file {path} takes only a fixed batch: {REMEDY}.")

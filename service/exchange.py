@@ -1,0 +1,165 @@
+"""One request as the hot paths see it: its head, its bounded body, and the answer to be sent."""
+
+import zlib
+from asyncio import Task
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
+
+from service.errors import BadRequest, LengthRequired, PayloadTooLarge, UnsupportedMediaType
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+WORTH_READING = 65_536  # bytes that cost less to read and drop than a new connection
+
+JSON: Headers = [(b"content-type", b"application/json")]
+
+
+class Answer(NamedTuple):
+    """What a hot path answers; length, request id and connection fields are added when sent."""
+
+    body: bytes
+    status: int = 200
+    headers: Headers = JSON
+
+
+class ClientGone(Exception):  # noqa: N818 - not an error of ours: there is nobody to answer
+    """The client closed the connection before its request was complete."""
+
+
+class Exchange:
+    """A request on its way to an answer.
+
+    Attributes:
+        scope: the ASGI connection scope.
+        receive: the ASGI callable that the body comes from.
+        headers: header fields by lower-case name; of a repeated field, the last.
+        request_id: the client's own, if sound, or one made here.
+        started: when it arrived, on the clock of `time.perf_counter`.
+        complete: the whole body has been read.
+        expired: the deadline has passed.
+        lingering: the answer leaves part of the request unread, so the connection must close.
+        task: the task that works on it; None outside the hot paths.
+    """
+
+    __slots__ = (
+        "_limit",
+        "complete",
+        "expired",
+        "headers",
+        "lingering",
+        "receive",
+        "request_id",
+        "scope",
+        "started",
+        "task",
+    )
+
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        headers: dict[bytes, bytes],
+        request_id: bytes,
+        started: float,
+        limit: int,
+    ) -> None:
+        self.scope = scope
+        self.headers = headers
+        self.request_id = request_id
+        self.started = started
+        self.complete = False
+        self.expired = False
+        self.lingering = False
+        self.task: Task[Any] | None = None
+        self.receive = receive
+        self._limit = limit
+
+    def query(self) -> dict[str, str]:
+        """Return the query parameters; of a repeated one, the last."""
+        text: bytes = self.scope["query_string"]
+        return dict(parse_qsl(text.decode("latin-1"), keep_blank_values=True)) if text else {}
+
+    async def body(self) -> bytes:
+        """Read the whole body, at most the limit, and undo its content encoding.
+
+        Raises:
+            LengthRequired: the request announces no body.
+            PayloadTooLarge: it announces, sends or unpacks to more than the limit.
+            BadRequest: it is not in the encoding it claims.
+            UnsupportedMediaType: the content encoding is unknown.
+            ClientGone: the client went away before the end.
+        """
+        headers = self.headers
+        declared = headers.get(b"content-length")
+        if declared is None:
+            if b"transfer-encoding" not in headers:
+                self.complete = True  # HTTP/1.1: neither field means that there is no body
+                raise LengthRequired("Send a body, and its length in Content-Length.")
+        elif int(declared) > self._limit:
+            raise self._too_large()
+        message = await self.receive()
+        body: bytes = message.get("body", b"")
+        if message.get("more_body") or message["type"] == "http.disconnect":
+            body = await self._rest(message)
+        self.complete = True
+        if len(body) > self._limit:
+            raise self._too_large()
+        encoding = headers.get(b"content-encoding")
+        return body if encoding is None else self._unpack(body, encoding)
+
+    def unread(self) -> bool:
+        """Tell whether more of the body may be to come than is worth waiting for."""
+        if self.complete:
+            return False
+        declared = self.headers.get(b"content-length")
+        return int(declared) > WORTH_READING if declared else b"transfer-encoding" in self.headers
+
+    async def _rest(self, message: Message) -> bytes:
+        chunks, size = [], 0
+        while message["type"] != "http.disconnect":
+            chunk = message.get("body", b"")
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > self._limit:
+                raise self._too_large()
+            if not message.get("more_body"):
+                return b"".join(chunks)
+            message = await self.receive()
+        raise ClientGone
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"The body is too large; send at most {self._limit:,} bytes.")
+
+    def _unpack(self, body: bytes, encoding: bytes) -> bytes:
+        name = encoding.strip().lower()
+        if name == b"identity":
+            return body
+        if name not in (b"gzip", b"x-gzip", b"deflate"):
+            raise UnsupportedMediaType(
+                "The content encoding is not supported; send the body plain, gzip or deflate.",
+                code="unsupported_content_encoding",
+                headers={"Accept-Encoding": "gzip, deflate"},
+            )
+        # 47: a gzip or zlib header, told by its bytes. -15: deflate without a header, which some
+        # clients send under the same name (RFC 9110, section 8.4.1.2).
+        raw = name == b"deflate" and body[:1] and body[0] & 0x0F != 8
+        decompressor = zlib.decompressobj(-15 if raw else 47)
+        try:
+            plain = decompressor.decompress(body, self._limit + 1)
+        except zlib.error:
+            raise BadRequest(
+                "The body is not in its stated content encoding.", code="bad_content_encoding"
+            ) from None
+        if len(plain) > self._limit:
+            raise self._too_large()
+        if not decompressor.eof or decompressor.unused_data:
+            raise BadRequest(
+                "The body's content encoding is cut short or followed by more.",
+                code="bad_content_encoding",
+            )
+        return plain

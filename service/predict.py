@@ -1,0 +1,315 @@
+"""`POST /predict`: the body's four forms, the answer, and their schemas."""
+
+from time import perf_counter
+from typing import Annotated, Any, Literal, cast, get_args
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+from python_multipart import create_form_parser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import File
+
+from service.classifier import Classifier, ModelInfo
+from service.errors import BadRequest, InvalidInput, PayloadTooLarge, UnsupportedMediaType
+from service.exchange import Answer, Exchange
+from service.gate import Handler
+from service.image import Decoded, Preprocessing, decode
+from service.inference import Inference
+from service.metrics import Metrics
+
+PATH = "/predict"
+SIDE = 28
+SIZE = SIDE * SIDE
+CLASS_IDS = range(10)
+MAX_JSON_BYTES = 2**18  # ten times what 784 numbers take however they are laid out
+MAX_FORM_PARTS = 8
+PREPROCESSING = frozenset(get_args(Preprocessing))
+RING = [
+    [255 * (36 <= (2 * row - 27) ** 2 + (2 * column - 27) ** 2 <= 400) for column in range(SIDE)]
+    for row in range(SIDE)
+]  # the documentation's image: a ring, from a formula
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+ClassId = Annotated[int, Field(ge=0, le=9, description="The data set's number of the class.")]
+
+
+class ClassProbability(BaseModel):
+    """One class and how probable it is."""
+
+    class_id: ClassId
+    label: str
+    probability: Probability
+
+
+class Model(BaseModel):
+    """The model that answered."""
+
+    name: str
+    version: str
+    revision: Annotated[str, Field(description="Begins the model file's SHA-256.")]
+
+
+class Prediction(BaseModel):
+    """What the image shows: the most probable class, and the `top_k` most probable."""
+
+    class_id: ClassId
+    label: str
+    confidence: Probability
+    predictions: Annotated[
+        list[ClassProbability],
+        Field(min_length=1, max_length=10, description="By falling probability."),
+    ]
+    preprocessing: Annotated[
+        Literal["none", "dataset"],
+        Field(description="Pixels taken as they came, or converted as the data set was made."),
+    ]
+    notes: Annotated[
+        list[str] | None, Field(description="What the conversion had to guess or leave out.")
+    ] = None
+    pixels: Annotated[
+        list[list[int]] | None, Field(description="What the model saw, with `echo=pixels`.")
+    ] = None
+    model: Model
+
+
+def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handler:
+    """Return the one implementation of `POST /predict`, for the gate and for the framework."""
+    observe_decode = metrics.decode.observe
+
+    async def predict(exchange: Exchange) -> Answer:
+        top_k, preprocessing, echo = _parameters(exchange)
+        body = await exchange.body()
+        begin = perf_counter()
+        image = _read(exchange.headers.get(b"content-type", b""), body, preprocessing)
+        observe_decode(perf_counter() - begin)
+        probabilities = await infer(image.pixels.reshape(1, 1, SIDE, SIDE))
+        return Answer(_render(model, probabilities, image, top_k, echo))
+
+    return predict
+
+
+def _render(
+    model: ModelInfo, probabilities: NDArray[np.float32], image: Decoded, top_k: int, echo: bool
+) -> bytes:
+    # Python floats: their JSON reads back as the very float32 bits, whatever the reader's width.
+    values: list[float] = probabilities[0].tolist()
+    # Sorting is stable, so of equally probable classes the lower id comes first.
+    order = sorted(CLASS_IDS, key=values.__getitem__, reverse=True)
+    classes = model.classes
+    first = order[0]
+    answer: dict[str, Any] = {
+        "class_id": first,
+        "label": classes[first],
+        "confidence": values[first],
+        "predictions": [
+            {"class_id": i, "label": classes[i], "probability": values[i]} for i in order[:top_k]
+        ],
+        "preprocessing": image.preprocessing,
+        "model": {"name": model.name, "version": model.version, "revision": model.revision},
+    }
+    if image.notes:
+        answer["notes"] = image.notes
+    if echo:
+        answer["pixels"] = image.pixels.reshape(SIDE, SIDE).tolist()
+    return orjson.dumps(answer)
+
+
+def example(classifier: Classifier) -> dict[str, Any]:
+    """Return the real answer to the documentation's image."""
+    pixels = np.array(RING, np.uint8)
+    probabilities = classifier.probabilities(pixels.reshape(1, 1, SIDE, SIDE))
+    image = Decoded(pixels, "none")
+    answer: dict[str, Any] = orjson.loads(_render(classifier.info, probabilities, image, 3, False))
+    return answer
+
+
+def predict_router(handler: Handler, example: dict[str, Any]) -> APIRouter:
+    """Return the documented route.
+
+    Args:
+        handler: as made by `predict_handler`.
+        example: the answer to the documentation's image.
+    """
+    router = APIRouter(tags=["prediction"])
+
+    @router.post(
+        PATH,
+        response_model=Prediction,
+        summary="Classify one image",
+        openapi_extra={"parameters": PARAMETERS, "requestBody": REQUEST_BODY},
+        responses={200: {"content": {"application/json": {"example": example}}}},
+    )
+    async def predict(request: Request) -> Response:
+        """Take one image, as pixels or as a picture, and tell which garment it shows."""
+        answer = await handler(request.scope["exchange"])
+        return Response(answer.body, answer.status, media_type="application/json")
+
+    return router
+
+
+def _parameters(exchange: Exchange) -> tuple[int, Preprocessing, bool]:
+    if not exchange.scope["query_string"]:
+        return 10, "auto", False
+    query = exchange.query()
+    top_k = query.get("top_k", "10")
+    if not (top_k.isascii() and top_k.isdigit() and len(top_k) <= 2 and 1 <= int(top_k) <= 10):
+        raise InvalidInput("The parameter top_k must be a whole number from 1 to 10.")
+    preprocessing = query.get("preprocessing", "auto")
+    if preprocessing not in PREPROCESSING:
+        raise InvalidInput("The parameter preprocessing must be auto, none or dataset.")
+    echo = query.get("echo")
+    if echo not in (None, "pixels"):
+        raise InvalidInput("The parameter echo must be pixels, or be left out.")
+    return int(top_k), cast(Preprocessing, preprocessing), echo is not None
+
+
+def _read(content_type: bytes, body: bytes, preprocessing: Preprocessing) -> Decoded:
+    """Turn a body into pixels, by its content type."""
+    media_type = content_type.partition(b";")[0].strip().lower()
+    if media_type == b"application/octet-stream":
+        pixels = _from_bytes(body)
+    elif media_type == b"application/json":
+        pixels = _from_json(body)
+    elif media_type.startswith(b"image/"):
+        return decode(body, preprocessing)
+    elif media_type == b"multipart/form-data":
+        return decode(_from_form(content_type, body), preprocessing)
+    else:
+        raise UnsupportedMediaType(
+            "Say what the body is in Content-Type: application/json, application/octet-stream,"
+            " image/png (or another picture format), or multipart/form-data."
+        )
+    if preprocessing == "dataset":
+        raise InvalidInput("The parameter preprocessing=dataset is for pictures; these are pixels.")
+    return Decoded(pixels, "none")
+
+
+def _from_bytes(body: bytes) -> NDArray[np.uint8]:
+    if len(body) != SIZE:
+        raise InvalidInput(f"Send exactly {SIZE} bytes, one a pixel; there are {len(body)}.")
+    return np.frombuffer(body, np.uint8)
+
+
+def _from_json(body: bytes) -> NDArray[np.uint8]:
+    """Read 28 rows of 28 whole numbers, or 784 of them in a row.
+
+    `bytes` checks in C that all are integers from 0 to 255; what it would let through besides
+    (true and false, a bare count, other iterables) is looked for here.
+    """
+    if len(body) > MAX_JSON_BYTES:
+        raise PayloadTooLarge(f"Send at most {MAX_JSON_BYTES:,} bytes of JSON.")
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise BadRequest("The body is not valid JSON.", code="malformed_json") from None
+    pixels = document.get("pixels") if isinstance(document, dict) else None
+    try:
+        if not isinstance(pixels, list):
+            raise ValueError
+        if len(pixels) == SIDE and set(map(type, pixels)) == {list}:
+            if set(map(len, pixels)) != {SIDE}:
+                raise ValueError
+            flat = b"".join(map(bytes, pixels))
+            # The letters first: finding one takes a fraction of looking at 784 types.
+            booleans = (b"t" in body or b"f" in body) and any(bool in map(type, r) for r in pixels)
+        else:
+            flat = bytes(pixels)
+            booleans = (b"t" in body or b"f" in body) and bool in map(type, pixels)
+        if booleans or len(flat) != SIZE:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InvalidInput(
+            'Send {"pixels": …}: 28 rows of 28 whole numbers from 0 to 255, or 784 of them.'
+        ) from None
+    return np.frombuffer(flat, np.uint8)
+
+
+def _from_form(content_type: bytes, body: bytes) -> bytes:
+    files: list[File] = []
+    config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1, "MAX_FIELDS": MAX_FORM_PARTS}
+    try:
+        parser = create_form_parser(
+            {"Content-Type": content_type}, None, files.append, config=config
+        )
+        parser.write(body)
+        parser.finalize()
+    except (FormParserError, ValueError):
+        raise BadRequest(
+            "The form is damaged, or its boundary is not in Content-Type.", code="malformed_form"
+        ) from None
+    if len(files) != 1 or files[0].field_name != b"image":
+        raise InvalidInput("Send one file in the form, in the field `image`.")
+    file = files[0].file_object
+    file.seek(0)
+    return file.read()
+
+
+PARAMETERS = [
+    {
+        "name": "top_k",
+        "in": "query",
+        "description": "How many classes to list.",
+        "schema": {"type": "integer", "minimum": 1, "maximum": 10, "default": 10},
+    },
+    {
+        "name": "preprocessing",
+        "in": "query",
+        "description": "For pictures: `dataset` converts them as the data set was made, `none`"
+        " takes only 28x28 8-bit grayscale, `auto` takes that as it is and converts the rest.",
+        "schema": {"type": "string", "enum": sorted(PREPROCESSING), "default": "auto"},
+    },
+    {
+        "name": "echo",
+        "in": "query",
+        "description": "`pixels` also returns what the model saw.",
+        "schema": {"type": "string", "enum": ["pixels"]},
+    },
+]
+PIXEL: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 255}
+
+
+def _exactly(length: int, items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": length, "maxItems": length}
+
+
+PICTURE = {"schema": {"type": "string", "format": "binary"}}
+REQUEST_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["pixels"],
+                "properties": {
+                    "pixels": {
+                        "description": "0 is the background, as in the data set.",
+                        "anyOf": [_exactly(SIDE, _exactly(SIDE, PIXEL)), _exactly(SIZE, PIXEL)],
+                    }
+                },
+            },
+            "example": {"pixels": RING},
+        },
+        "application/octet-stream": {
+            "schema": {
+                "type": "string",
+                "format": "binary",
+                "minLength": SIZE,
+                "maxLength": SIZE,
+                "description": "784 bytes, row by row.",
+            }
+        },
+        "image/png": PICTURE,
+        "image/jpeg": PICTURE,
+        "image/webp": PICTURE,
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["image"],
+                "properties": {"image": {"type": "string", "format": "binary"}},
+            }
+        },
+    },
+}

@@ -1,0 +1,211 @@
+"""uvicorn, with what it leaves out: draining, limits on a request's head, our error shape."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import math
+import os
+import resource
+import signal
+import socket
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.app import create_app
+from service.classifier import Classifier
+from service.errors import BadRequest, HeadersTooLarge, ServiceError
+from service.exchange import Receive, Scope, Send
+from service.gate import Gate, error_answer
+from service.settings import Settings
+
+KEEP_ALIVE_SECONDS = (
+    75  # longer than load balancers keep idle connections, so that they close first
+)
+HEAD_SECONDS = 10.0
+MAX_HEAD_BYTES = 32_768
+
+logger = logging.getLogger("service")
+
+
+class StartError(Exception):
+    """The server cannot start; the message is one sentence that says why."""
+
+
+def bind(settings: Settings) -> socket.socket:
+    """Take the port, without listening yet.
+
+    Raises:
+        StartError: the address is in use or not ours.
+    """
+    address = f"{settings.host}:{settings.port}"
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+    except OSError as exc:
+        raise StartError(
+            f"Cannot listen on {address} ({exc.strerror}): free the port, or set BNLENET_HOST and"
+            " BNLENET_PORT to another."
+        ) from exc
+    return listener
+
+
+def serve(settings: Settings, listener: socket.socket, *, supervised: bool = False) -> None:
+    """Load the model and serve it until a signal ends it.
+
+    Args:
+        settings: what the environment decided.
+        listener: a bound socket.
+        supervised: stop when the parent process is gone.
+
+    Raises:
+        ModelError: the model cannot be served.
+    """
+    app = create_app(settings, Classifier.load(settings.model_path, settings.device))
+    gc.collect()
+    gc.freeze()  # what lives as long as the process need not be looked through again and again
+    with contextlib.suppress(ValueError, OSError):  # as many connections as we are allowed
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    Server(app, settings, supervised).run([listener])
+
+
+class Server(uvicorn.Server):
+    """A server that, told to stop, first says so at `/readyz` and goes on answering for a while.
+
+    Args:
+        gate: the application.
+        settings: what the environment decided.
+        supervised: stop when the parent process is gone.
+    """
+
+    def __init__(self, gate: Gate, settings: Settings, supervised: bool = False) -> None:
+        super().__init__(
+            uvicorn.Config(
+                gate,
+                http=Connection,
+                ws="none",
+                interface="asgi3",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=math.ceil(settings.request_timeout_seconds) + 1,
+            )
+        )
+        self._gate = gate
+        self._drain_seconds = settings.drain_seconds
+        self._stop_at = math.inf
+        self._parent = os.getppid() if supervised else None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start listening, and say where."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            logger.info("ready", extra={"fields": {"url": f"http://{host}:{port}"}})
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
+        """Drain at the first SIGTERM; stop at once at SIGINT or a second signal."""
+        if sig == signal.SIGTERM and not self._gate.draining:
+            self._gate.draining = True
+            self._stop_at = monotonic() + self._drain_seconds
+        else:
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look ten times a second whether it is time to stop."""
+        orphaned = self._parent is not None and os.getppid() != self._parent
+        if monotonic() >= self._stop_at or orphaned:
+            self._gate.draining = True
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection, with a limit on the size of a request's head and on its time.
+
+    uvicorn times out idle connections only after a first answer, and its parser takes heads of
+    any size. Its own answer to what is not HTTP is plain text; here it has our error shape.
+    """
+
+    _head_since = 0.0
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
+        """Give the first request's head its time."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, and go on waiting for the head's rest within its limits."""
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._head_since = 0.0
+            self._head_bytes = 0
+        elif not self.transport.is_closing() and self.timeout_keep_alive_task is None:
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse(HeadersTooLarge(TOO_LARGE))
+            else:
+                self._await_head()
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
+        """Answer what is not HTTP."""
+        self._refuse(BadRequest("The request is not valid HTTP.", code="invalid_http"))
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        scope = cycle.scope
+        if self._head_bytes > MAX_HEAD_BYTES and _head_size(scope) > MAX_HEAD_BYTES:
+            app = _refuse_head
+        else:
+            self.app.arrive(scope)
+        super()._start_asgi_task(cycle, app)
+
+    def _await_head(self) -> None:
+        now = self.loop.time()
+        self._head_since = self._head_since or now
+        self.timeout_keep_alive_task = self.loop.call_later(
+            max(0.0, self._head_since + HEAD_SECONDS - now), self.timeout_keep_alive_handler
+        )
+
+    def _refuse(self, error: ServiceError) -> None:
+        answer = error_answer(error, b"none")
+        headers = [
+            *self.server_state.default_headers,
+            *answer.headers,
+            (b"content-length", b"%d" % len(answer.body)),
+            (b"connection", b"close"),
+        ]
+        head = b"".join(b"%s: %s\r\n" % header for header in headers)
+        self.transport.write(STATUS_LINE[answer.status] + head + b"\r\n" + answer.body)
+        self.transport.close()
+
+
+TOO_LARGE = f"The header fields are too large; send at most {MAX_HEAD_BYTES:,} bytes of them."
+
+
+def _head_size(scope: Scope) -> int:
+    target = len(scope["raw_path"]) + len(scope["query_string"])
+    return target + sum(len(name) + len(value) for name, value in scope["headers"])
+
+
+async def _refuse_head(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001 - ASGI's signature
+    answer = error_answer(HeadersTooLarge(TOO_LARGE), b"none")
+    headers = [
+        *answer.headers,
+        (b"content-length", b"%d" % len(answer.body)),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body})

@@ -1,0 +1,109 @@
+"""What the environment decides: the variables `BNLENET_*`, checked at start-up."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "BNLENET_"
+
+
+class SettingsError(Exception):
+    """A setting has a wrong value; the message is one sentence that names it."""
+
+
+class Settings(BaseSettings):
+    """The service's settings; each field's description is its row in the README's table."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, env_ignore_empty=True)
+
+    model_path: Path = Field(
+        default=Path(__file__).parent.parent / "models" / "bn_lenet.onnx",
+        description="The model file to serve.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="Where the model runs. `cuda` refuses to start without a working GPU;"
+        " `auto` is `cpu`, the faster for single images.",
+    )
+    host: str = Field(default="127.0.0.1", description="The address to listen on.")
+    port: int = Field(
+        default=8000, ge=0, le=65535, description="The port to listen on; 0 takes any free one."
+    )
+    workers: int = Field(default=1, ge=1, le=64, description="The number of worker processes.")
+    api_key: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        description="When set, `Authorization: Bearer KEY` is needed for everything but health,"
+        " metrics, documentation and the page.",
+    )
+    max_body_bytes: int = Field(
+        default=10 * 2**20,
+        ge=1024,
+        description="The largest body, as sent and when unpacked, in bytes.",
+    )
+    max_in_flight: int = Field(
+        default=512,
+        ge=1,
+        description="How many requests may be inside one worker; the next gets a 503.",
+    )
+    request_timeout_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        le=3600,
+        description="The deadline for a whole request, reading its body included.",
+    )
+    drain_seconds: float = Field(
+        default=5.0,
+        ge=0,
+        le=3600,
+        description="How long requests are still accepted after SIGTERM, while `/readyz` says 503.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Origins whose pages may call, comma-separated, or `*`; none by default.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info",
+        description="The least serious lines logged; `warning` leaves out the access log.",
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="The form of log lines."
+    )
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_only(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        origins = tuple(origin.strip().rstrip("/") for origin in origins)
+        for origin in origins:
+            scheme, separator, host = origin.partition("://")
+            if origin != "*" and not (separator and scheme in ("http", "https") and host):
+                raise ValueError(f"{origin!r} is not an origin such as https://example.org")
+            if "/" in host:
+                raise ValueError(f"{origin!r} has a path; an origin is scheme, host and port")
+        return origins
+
+    @field_validator("log_level", "log_format", "device", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read the settings from the environment.
+
+        Raises:
+            SettingsError: a variable has a wrong value.
+        """
+        try:
+            return cls()
+        except ValidationError as exc:
+            first = exc.errors(include_url=False, include_context=False)[0]
+            name = f"{PREFIX}{str(first['loc'][0]).upper()}"
+            raise SettingsError(f"{name} is set wrongly: {first['msg']}.") from None

@@ -1,0 +1,185 @@
+"""Tiny artefacts made with onnx alone: the service's tests need neither torch nor training."""
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+Weights = dict[str, NDArray[np.float32]]
+
+SHAPES = {
+    "conv1": (6, 1, 5, 5),
+    "conv2": (16, 6, 5, 5),
+    "linear1": (120, 256),
+    "linear2": (84, 120),
+    "linear3": (10, 84),
+}
+CLASSES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
+
+
+def make_weights(seed: int = 0) -> Weights:
+    """Random weights, large enough that different images get clearly different answers."""
+    random = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in SHAPES.items():
+        inputs = tuple(range(1, len(shape)))
+        scale = (20 if name == "linear3" else 6) / np.sqrt(np.prod(shape[1:]))
+        weight = random.normal(0, scale, shape)
+        weight -= weight.mean(axis=inputs, keepdims=True)  # sigmoids are all positive
+        weights[f"{name}.weight"] = weight.astype(np.float32)
+        weights[f"{name}.bias"] = random.normal(0, 0.1, shape[0]).astype(np.float32)
+    return weights
+
+
+def forward(weights: Weights, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Compute the network in float64 NumPy: the oracle for ONNX Runtime's answers.
+
+    Args:
+        weights: as made by `make_weights`.
+        pixels: uint8 [n, 1, 28, 28].
+
+    Returns:
+        probabilities, float64 [n, 10].
+    """
+    x = pixels / 255.0
+    for name in ("conv1", "conv2"):
+        windows = sliding_window_view(x, (5, 5), axis=(2, 3))
+        x = np.einsum("nihwkl,oikl->nohw", windows, weights[f"{name}.weight"].astype(np.float64))
+        x = 1 / (1 + np.exp(-(x + weights[f"{name}.bias"][:, None, None])))
+        n, channels, height, width = x.shape
+        x = x.reshape(n, channels, height // 2, 2, width // 2, 2).mean(axis=(3, 5))
+    x = x.reshape(len(x), -1)
+    for name in ("linear1", "linear2", "linear3"):
+        x = x @ weights[f"{name}.weight"].astype(np.float64).T + weights[f"{name}.bias"]
+        if name != "linear3":
+            x = 1 / (1 + np.exp(-x))
+    x = np.exp(x - x.max(axis=1, keepdims=True))
+    return x / x.sum(axis=1, keepdims=True)  # type: ignore[no-any-return] # einsum is untyped
+
+
+def make_artefact(
+    weights: Weights, *, batch: int | str = "batch", input_name: str = "pixels", **metadata: Any
+) -> onnx.ModelProto:
+    """Make a model file that keeps the contract, unless an argument breaks it.
+
+    Args:
+        weights: as made by `make_weights`.
+        batch: the input's first dimension.
+        input_name: what the graph calls its input.
+        metadata: entries that replace the contract's; None leaves one out.
+    """
+    nodes = [
+        helper.make_node("Cast", [input_name], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["float", "scale"], ["x0"]),
+    ]
+    last = "x0"
+    for name in ("conv1", "conv2"):
+        nodes += [
+            helper.make_node("Conv", [last, f"{name}.weight", f"{name}.bias"], [name]),
+            helper.make_node("Sigmoid", [name], [f"{name}.sigmoid"]),
+            helper.make_node(
+                "AveragePool",
+                [f"{name}.sigmoid"],
+                [f"{name}.pool"],
+                kernel_shape=[2, 2],
+                strides=[2, 2],
+            ),
+        ]
+        last = f"{name}.pool"
+    nodes.append(helper.make_node("Flatten", [last], ["flat"]))
+    last = "flat"
+    for name in ("linear1", "linear2", "linear3"):
+        inputs = [last, f"{name}.weight", f"{name}.bias"]
+        nodes.append(helper.make_node("Gemm", inputs, [name], transB=1))
+        last = name
+        if name != "linear3":
+            nodes.append(helper.make_node("Sigmoid", [name], [f"{name}.sigmoid"]))
+            last = f"{name}.sigmoid"
+    nodes.append(helper.make_node("Softmax", [last], ["probabilities"], axis=1))
+    constants = {"scale": np.float32(255.0), **weights}
+    graph = helper.make_graph(
+        nodes,
+        "bn-lenet",
+        [helper.make_tensor_value_info(input_name, TensorProto.UINT8, [batch, 1, 28, 28])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [batch, 10])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+    formula = "pixels[n, i, j] = (n * 64 + i * j) mod 256"
+    n, i, j = np.ogrid[:4, :28, :28]
+    pixels = ((n * 64 + i * j) % 256).astype(np.uint8)
+    contract: dict[str, Any] = {
+        "name": "bn-lenet",
+        "version": "1",
+        "classes": json.dumps(CLASSES),
+        "recipe": "random",
+        "seed": "0",
+        "test_accuracy": "0.1000",
+        "dataset_sha256": "0" * 64,
+        "fold_error": "0.0e+00",
+        "statistics": "population",
+        "temperature": "1.0",
+        "versions": "{}",
+        "self_test": json.dumps(
+            {
+                "formula": formula,
+                "pixels": base64.b64encode(pixels.tobytes()).decode(),
+                "probabilities": forward(weights, pixels[:, None]).tolist(),
+                "tolerance": 1e-5,
+            }
+        ),
+    }
+    entries = {k: v for k, v in {**contract, **metadata}.items() if v is not None}
+    helper.set_model_props(model, entries)
+    return model
+
+
+@pytest.fixture(scope="session")
+def weights() -> Weights:
+    return make_weights()
+
+
+@pytest.fixture(scope="session")
+def artefact(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a sound model file with random weights."""
+    path = tmp_path_factory.mktemp("artefact") / "model.onnx"
+    onnx.save(make_artefact(weights), path)
+    return path
+
+
+@pytest.fixture
+def broken_artefact(weights: Weights, tmp_path: Path) -> Callable[..., Path]:
+    """Return a maker of files that break the contract in the ways that `make_artefact` takes."""
+
+    def make(**changes: Any) -> Path:
+        path = tmp_path / "broken.onnx"
+        onnx.save(make_artefact(weights, **changes), path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference(weights: Weights) -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:
+    """Return the float64 oracle of `artefact`: uint8 [n, 1, 28, 28] -> float64 [n, 10]."""
+    return lambda pixels: forward(weights, pixels)
