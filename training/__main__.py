@@ -1,0 +1,344 @@
+"""The command line: `python -m training fit`, `export`, `evaluate`, `norms`; `--help` explains."""
+
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from click.core import ParameterSource
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from training import report
+from training.dataset import CLASS_NAMES, DatasetError, FashionMNIST, load
+from training.evaluation import Evaluation, EvaluationError, evaluate, onnx_classifier
+from training.export import ExportError, Provenance, export
+from training.fit import Epoch, FitError, Fitting, fit
+from training.recipes import RECIPES
+from training.run import Config, Run, RunError
+
+OVERRIDES = ("epochs", "batch_size", "learning_rate")
+SETTINGS = ("seed", "device", "batch_norm", "holdout", "threads")
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class Commands(click.Group):
+    """Turns every error of ours into one sentence and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (DatasetError, EvaluationError, ExportError, FitError, RunError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Fit BN-LeNet on Fashion-MNIST, and turn a fit into the file that the service serves."""
+
+
+data_dir_option = click.option(
+    "--data-dir", type=FOLDER, help="Where the data set's four files are (or shall be downloaded)."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, on one line.")
+
+
+@main.command("fit")
+@click.option("--recipe", type=click.Choice(list(RECIPES)), default="chapter", show_default=True)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+@click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
+@click.option("--batch-size", type=click.IntRange(2), help="Instead of the recipe's.")
+@click.option("--learning-rate", type=float, help="Instead of the recipe's.")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
+@click.option(
+    "--batch-norm",
+    type=click.Choice(["torch", "scratch"]),
+    default="torch",
+    show_default=True,
+    help="Whose layer normalises: torch's or ours.",
+)
+@click.option(
+    "--holdout",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Keep this many training images to validate on; the test set is then not touched.",
+)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--out", type=FOLDER, help="The run folder.  [default: runs/RECIPE-SEED]")
+@click.option("--resume", is_flag=True, help="Continue the run in --out, with its own settings.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@json_option
+@data_dir_option
+@click.pass_context
+def fit_command(
+    ctx: click.Context,
+    /,
+    recipe: str,
+    out: Path | None,
+    seed: int,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
+    data_dir: Path | None,
+    **_: Any,
+) -> None:
+    """Fit one model into a run folder."""
+    folder = out or Path("runs") / f"{recipe}-{seed}"
+    stored = Run(folder).config() if resume else None
+    if stored and Run(folder).complete:
+        raise RunError(f"the run in {folder} is complete: there is nothing to resume.")
+    data = load(data_dir)
+    config = _config(ctx, data, stored)
+    run = Run(folder) if stored else Run.create(folder, config)
+    torch.set_num_threads(config.threads)
+    try:
+        with _display(config, len(data.train.labels), quiet or as_json) as watch:
+            fitted = fit(
+                data,
+                config.recipe,
+                seed=config.seed,
+                device=config.device,
+                batch_norm=config.batch_norm,
+                holdout=config.holdout,
+                run=run,
+                **watch,
+            )
+    except KeyboardInterrupt:
+        click.echo(
+            f"Interrupted after {len(run.metrics())} of {config.recipe.epochs} epochs, all kept. "
+            f"Continue with: python -m training fit --resume --out {shlex.quote(str(folder))}",
+            err=True,
+        )
+        ctx.exit(130)
+    report.draw_run(run)
+    scores = {name: asdict(score) for name, score in fitted.scores.items()}
+    if as_json:
+        click.echo(json.dumps({"run": str(folder), "scores": scores, "seconds": fitted.seconds}))
+    elif not quiet:
+        judged = f"{config.holdout:,} held-out images" if config.holdout else "test set"
+        click.echo(f"{'Statistics':<12} accuracy on the {judged}")
+        for name, score in fitted.scores.items():
+            click.echo(f"{name:<12} {score.accuracy:.4f}")
+        click.echo(f"Run folder: {folder}")
+
+
+def _config(ctx: click.Context, data: FashionMNIST, stored: Config | None) -> Config:
+    """Make the configuration that the options ask for; a resumed run's own where they are silent.
+
+    Raises:
+        RunError: an option that was given, or the data set, differs from the resumed run's.
+        FitError: no CUDA device, where one was asked for.
+    """
+    options = {name: value for name, value in ctx.params.items() if value is not None}
+    if options["device"] == "auto":
+        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if options["device"] == "cuda" and not torch.cuda.is_available():
+        raise FitError("torch finds no CUDA device here: use --device cpu, or auto.")
+    asked = {name: options[name] for name in options if name in SETTINGS}
+    changes = {name: options[name] for name in options if name in OVERRIDES}
+    config = Config(
+        recipe=replace(RECIPES[options["recipe"]], **changes),
+        dataset_sha256=data.sha256,
+        versions={"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "numpy")},
+        **asked,
+    )
+    if stored is None:
+        return config
+    wanted, own = (
+        {**asdict(c), **asdict(c.recipe), "recipe": c.recipe.name} for c in (config, stored)
+    )
+    given = [
+        name
+        for name in ("recipe", *OVERRIDES, *SETTINGS)
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    for name in [*given, "dataset_sha256"]:
+        if wanted[name] != own[name]:
+            raise RunError(
+                f"the run was started with {name.replace('_', ' ')} {own[name]}, "
+                f"not {wanted[name]}: resume it with its own settings."
+            )
+    return stored
+
+
+@contextmanager
+def _display(config: Config, images: int, quiet: bool) -> Iterator[dict[str, Callable[..., None]]]:
+    """Show how a fit goes: a live bar in a terminal, a plain line an epoch elsewhere."""
+    console, epochs = Console(stderr=True), config.recipe.epochs
+    if quiet:
+        yield {}
+        return
+    with Progress(
+        TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.4f}"),
+        TextColumn("{task.fields[speed]:,.0f} images/s"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        kept = images - config.holdout
+        task = progress.add_task(
+            "", total=epochs * kept, epoch=1, loss=0.0, accuracy=0.0, speed=0.0
+        )
+        shown = time.monotonic()
+
+        def on_batch(fitting: Fitting, epoch: int, seen: int) -> None:
+            nonlocal shown
+            if time.monotonic() - shown < 0.1:
+                return
+            shown = time.monotonic()
+            progress.update(
+                task,
+                completed=(epoch - 1) * kept + seen,
+                epoch=epoch,
+                loss=fitting.loss.item() / seen,
+                accuracy=fitting.correct.item() / seen,
+                speed=progress.tasks[0].speed or 0.0,
+            )
+
+        def on_epoch(line: Epoch) -> None:
+            progress.update(
+                task,
+                completed=line.epoch * kept,
+                epoch=line.epoch,
+                loss=line.loss,
+                accuracy=line.train_accuracy,
+                speed=line.images_per_second,
+            )
+            progress.console.print(
+                f"epoch {line.epoch}/{epochs}  loss {line.loss:.4f}  "
+                f"training {line.train_accuracy:.4f}  "
+                f"{'held out' if config.holdout else 'test'} {line.accuracy:.4f}  "
+                f"{line.images_per_second:,.0f} images/s",
+                highlight=False,
+            )
+
+        yield {"on_batch": on_batch, "on_epoch": on_epoch}
+
+
+@main.command("export")
+@click.argument("run", type=FOLDER)
+@click.option("--out", type=FILE, required=True, help="The ONNX file; its card goes beside it.")
+@click.option(
+    "--statistics",
+    type=click.Choice(["moving", "population"]),
+    help="Which statistics the file carries.  [default: the recipe's]",
+)
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Not the recipe's.")
+@click.option(
+    "--seeds-from",
+    type=FOLDER,
+    multiple=True,
+    help="A run of the same recipe with another seed, for the card's table; may be repeated.",
+)
+@json_option
+@data_dir_option
+def export_command(
+    run: Path,
+    out: Path,
+    statistics: Any,
+    temperature: float | None,
+    seeds_from: tuple[Path, ...],
+    as_json: bool,
+    data_dir: Path | None,
+) -> None:
+    """Fold, verify and write RUN's model as ONNX, with MODEL_CARD.md beside it."""
+    fitted = Run(run)
+    config = fitted.config()
+    statistics = statistics or config.recipe.statistics
+    temperature = temperature or config.recipe.temperature
+    test = load(data_dir).test
+    source = Provenance(
+        config.recipe.name, config.seed, config.dataset_sha256, statistics, config.versions
+    )
+    exported = export(fitted.model(statistics), source, test, out, temperature=temperature)
+    evaluation = evaluate(onnx_classifier(out), test)
+    others = [Run(other) for other in dict.fromkeys((run, *seeds_from))]
+    card = report.model_card(exported, source, temperature, fitted, others, evaluation)
+    (out.parent / "MODEL_CARD.md").write_text(card)
+    report.draw_confusion(evaluation.confusion, out.parent / "confusion.png")
+    if as_json:
+        click.echo(json.dumps(asdict(exported), default=str))
+    else:
+        click.echo(
+            f"{out}: {exported.size_bytes:,} bytes, SHA-256 {exported.sha256}\n"
+            f"test accuracy {exported.test_accuracy:.4f}, fold error {exported.fold_error:.1e}, "
+            f"ties {list(exported.ties)}, disagreements {list(exported.disagreements)}"
+        )
+
+
+@main.command("evaluate")
+@click.argument("model", type=FILE)
+@json_option
+@data_dir_option
+def evaluate_command(model: Path, as_json: bool, data_dir: Path | None) -> None:
+    """Judge an ONNX file on the test set: accuracy, classes, calibration, robustness."""
+    classify = onnx_classifier(model)
+    evaluation = evaluate(classify, load(data_dir).test)
+    if as_json:
+        worst = {"robust_mean": evaluation.robust_mean, "robust_worst": evaluation.robust_worst}
+        click.echo(json.dumps(asdict(evaluation) | worst))
+        return
+    console = Console(highlight=False)
+    console.print(
+        f"accuracy {evaluation.accuracy:.4f}  NLL {evaluation.nll:.4f}  ECE {evaluation.ece:.4f}  "
+        f"({evaluation.images:,} images)"
+    )
+    for table in _tables(evaluation):
+        console.print(table)
+
+
+def _tables(evaluation: Evaluation) -> Iterator[Table]:
+    confusion = Table("true class", title="Answers by class")
+    for heading in (*map(str, range(10)), "prec.", "recall"):
+        confusion.add_column(heading, justify="right", no_wrap=True)
+    for i, name in enumerate(CLASS_NAMES):
+        shares = evaluation.precision[i], evaluation.recall[i]
+        counts = map(str, evaluation.confusion[i])
+        confusion.add_row(f"{i} {name}", *counts, *(f"{share:.3f}" for share in shares))
+    yield confusion
+    robustness = Table("changed images", "accuracy", title="Robustness")
+    for name, accuracy in evaluation.robustness.items():
+        robustness.add_row(name, f"{accuracy:.4f}")
+    robustness.add_section()
+    robustness.add_row("mean", f"{evaluation.robust_mean:.4f}")
+    robustness.add_row(f"worst: {evaluation.robust_worst[0]}", f"{evaluation.robust_worst[1]:.4f}")
+    yield robustness
+
+
+@main.command("norms")
+@click.argument("run", type=FOLDER)
+@json_option
+def norms_command(run: Path, as_json: bool) -> None:
+    """Print the gamma and beta that every batch-norm layer of RUN learnt."""
+    parameters = report.affine_parameters(Run(run).model())
+    if as_json:
+        click.echo(json.dumps({n: {"gamma": g, "beta": b} for n, (g, b) in parameters.items()}))
+        return
+    for name, (gamma, beta) in parameters.items():
+        click.echo(f"{name}\n  gamma {_numbers(gamma)}\n  beta  {_numbers(beta)}")
+
+
+def _numbers(values: list[float]) -> str:
+    return " ".join(f"{value:+.3f}" for value in values)
+
+
+if __name__ == "__main__":
+    sys.exit(main(prog_name="python -m training"))

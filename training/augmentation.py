@@ -1,0 +1,110 @@
+"""Random changes to a batch of training images, on the device that holds them, from one generator.
+
+A real picture of a garment arrives mirrored, shifted, turned, larger, darker, flatter, blurred or
+sharpened; a model that saw such images in training still knows it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far each change may go; every image draws its own amounts, uniformly up to the limit.
+
+    Attributes:
+        flip: mirror left and right, in half of the cases.
+        shift: pixels, in each direction; whole ones unless the image is also turned or scaled.
+        rotation: degrees, either way.
+        scale: natural logarithm of the change in size, either way.
+        sharpness: weight of a Gaussian blur (sigma 1) against the image; negative draws sharpen.
+        sharpness_share: the share of a batch that draws a sharpness at all.
+        contrast: relative change of the differences from the image's mean, either way.
+        brightness: relative change of every pixel, either way.
+        gamma: natural logarithm of the exponent, either way.
+    """
+
+    flip: bool = False
+    shift: float = 0.0
+    rotation: float = 0.0
+    scale: float = 0.0
+    sharpness: float = 0.0
+    sharpness_share: float = 0.25
+    contrast: float = 0.0
+    brightness: float = 0.0
+    gamma: float = 0.0
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return changed copies of `images`, floats [n, 1, 28, 28] in [0, 1]; same shape, range.
+
+        All draws come from `generator`, on its device, in a fixed order: the same state gives the
+        same images whatever the number of threads.
+        """
+        if self == Augmentation():
+            return images
+
+        def draw(limit: float, count: int = len(images)) -> Tensor:
+            uniform = torch.rand((count, 1, 1, 1), generator=generator, device=images.device)
+            return (2 * uniform - 1) * limit
+
+        if self.rotation or self.scale:
+            images = self._turn(images, draw)
+        elif self.flip or self.shift:
+            images = self._move(images, draw)
+        if self.sharpness:
+            # Which images these are is chance already: the batch was drawn at random.
+            count = int(len(images) * self.sharpness_share)
+            some = images[:count]
+            some = some + draw(self.sharpness, count) * (gaussian_blur(some, 1.0) - some)
+            images = torch.cat([some.clamp(0, 1), images[count:]])
+        if self.contrast:
+            mean = images.mean((1, 2, 3), keepdim=True)
+            images = torch.lerp(mean, images, 1 + draw(self.contrast))
+        if self.brightness:
+            images = images * (1 + draw(self.brightness))
+        if self.contrast or self.brightness:
+            images = images.clamp(0, 1)
+        if self.gamma:
+            images = images.clamp_min(1e-6) ** draw(self.gamma).exp()
+        return images
+
+    def _turn(self, images: Tensor, draw: Callable[[float], Tensor]) -> Tensor:
+        """Mirror, turn, scale and shift in one bilinear resampling; zeros come in at the edges."""
+        mirror = torch.sign(draw(1.0)) if self.flip else torch.ones_like(draw(0.0))
+        angle, size = draw(math.radians(self.rotation)), draw(self.scale).exp()
+        right, down = (draw(2 * self.shift / images.shape[-1]) for _ in range(2))
+        cosine, sine = angle.cos() * size, angle.sin() * size
+        rows = [cosine * mirror, -sine, right, sine * mirror, cosine, down]
+        matrix = torch.cat(rows, 1).view(-1, 2, 3)
+        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False)
+
+    def _move(self, images: Tensor, draw: Callable[[float], Tensor]) -> Tensor:
+        """Mirror and shift by whole pixels: no pixel is changed; zeros come in at the edges."""
+        size, reach = images.shape[-1], round(self.shift)
+        place = torch.arange(size, device=images.device)
+        columns = place.expand(len(images), size)
+        if self.flip:
+            columns = torch.where(draw(1.0).view(-1, 1) < 0, size - 1 - columns, columns)
+        # Uniform over (-reach - 0.5, reach + 0.5), so that every whole shift is equally likely.
+        down, right = (draw(reach + 0.5).round().clamp(-reach, reach) for _ in range(2))
+        columns = columns + right.view(-1, 1).long() + reach
+        rows = place + down.view(-1, 1).long() + reach
+        padded = F.pad(images, (reach,) * 4)[:, 0]
+        image = torch.arange(len(images), device=images.device)[:, None, None]
+        return padded[image, rows[:, :, None], columns[:, None, :]][:, None]
+
+
+def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
+    """Blur images [n, 1, h, w] by a Gaussian cut at three sigma (pixels); edges are repeated."""
+    reach = math.ceil(3 * sigma)
+    place = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.exp(-(place**2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
+    padded = F.pad(images, (reach,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(padded, kernel), kernel.transpose(2, 3))

@@ -1,0 +1,501 @@
+"""Fit BN-LeNet by a recipe: the loop, evaluation, and statistics of the whole data set."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
+from torch import Tensor, nn
+
+from training import batch_last
+from training.augmentation import Augmentation
+from training.batch_norm import set_statistics
+from training.dataset import FashionMNIST, Split
+from training.evaluation import confusion_matrix
+from training.model import BNLeNet, initialise, norm_layers
+from training.muon import Muon
+from training.recipes import NO_AUGMENTATION, RECIPES, Recipe
+from training.run import MOMENTS, Run
+
+__all__ = ["RECIPES", "Epoch", "FitError", "Fitted", "Recipe", "Score", "evaluate", "fit"]
+
+Moments = dict[str, tuple[Tensor, Tensor]]
+"""Mean and variance [C] of the input of every batch-norm layer, by the layer's name."""
+
+
+class FitError(Exception):
+    """The fit cannot start or go on; the message is one sentence that says why."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model on a split: share of right answers (0 to 1) and mean cross-entropy (nats)."""
+
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of metrics.jsonl: accuracies from 0 to 1, the loss in nats, times by the clock.
+
+    `accuracy` is that on the images held out (the test set when none are), with moving statistics;
+    nothing is chosen by it. `learning_rate` is that of the last step.
+    """
+
+    epoch: int
+    loss: float
+    train_accuracy: float
+    accuracy: float
+    learning_rate: float
+    images_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished fit.
+
+    Attributes:
+        model: in prediction mode, with the moving statistics.
+        population: statistics of the whole training set, augmented as in training.
+        epochs: what happened.
+        scores: on the images held out (the test set when none are), by the statistics used:
+            "moving"; "population"; and "clean", the training set's without augmentation, when the
+            recipe augments.
+        confusion: images on the same, with the recipe's statistics: rows are the true classes,
+            columns the answers.
+        temperature: the one that fits the images held out best; the recipe's when none are.
+        seconds: by the clock: "setup", "fit" (evaluation included), "statistics".
+    """
+
+    model: BNLeNet
+    population: Moments
+    epochs: tuple[Epoch, ...]
+    scores: dict[str, Score]
+    confusion: list[list[int]]
+    temperature: float
+    seconds: dict[str, float]
+
+
+class Fitting:
+    """A fit under way: every tensor that a step reads or writes keeps its place.
+
+    So the step can be captured in a CUDA graph, a fit resumed by copying into these tensors, and
+    nothing inside an epoch waits for the device.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        images: Tensor,
+        labels: Tensor,
+        seed: int,
+        batch_norm: Literal["scratch", "torch"] = "torch",
+    ) -> None:
+        self.recipe, self.images, self.labels = recipe, images, labels
+        device = images.device
+        self.generator = torch.Generator(device)
+        model = BNLeNet(batch_norm)
+        initialise(model, seed)
+        self.model = model.to(device)
+        # The same numbers by another memory layout, twice as fast on a CPU core.
+        on_cpu = device.type == "cpu" and batch_norm == "torch"
+        self.forward = partial(batch_last.forward, self.model) if on_cpu else self.model
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        # What depends on the number of the step is looked up in a table on the device.
+        steps = recipe.epochs * math.ceil(len(images) / recipe.batch_size)
+        reach = max(recipe.averaging * steps, 1.0)
+        rates = [recipe.learning_rate * recipe.rate(step / steps) for step in range(steps)]
+        others = [recipe.other_learning_rate * recipe.rate(step / steps) for step in range(steps)]
+        shares = [max(1 / reach, 1 / (step + 1)) for step in range(steps)]
+        self.schedule = torch.tensor([rates, others, shares], device=device)
+        self.teacher_start = int(recipe.teacher_start * steps)
+        self.done = torch.zeros(1, dtype=torch.int64, device=device)
+        self.learning_rates = torch.zeros(2, device=device)
+        # Sums since the epoch began.
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.diverged_at = torch.full((), -1, dtype=torch.int64, device=device)
+        self.optimizers = self._optimizers()
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Make the optimisers, their state included, which torch would make in the first step."""
+        recipe, (rate, other_rate) = self.recipe, self.learning_rates.unbind()
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.ndim == 1]
+        decaying = {"params": matrices, "weight_decay": recipe.weight_decay}
+        constant = {"params": vectors, "weight_decay": 0.0}
+        adamw = partial(torch.optim.AdamW, betas=(0.9, 0.99), fused=True, capturable=True)
+        optimizers: list[torch.optim.Optimizer]
+        match recipe.optimizer:
+            case "sgd":
+                optimizers = [torch.optim.SGD([decaying, constant], lr=rate, fused=True)]
+            case "adamw":
+                optimizers = [adamw([decaying, constant], lr=rate)]
+            case "muon":
+                *hidden, last = matrices
+                optimizers = [
+                    Muon(hidden, lr=rate, weight_decay=recipe.weight_decay),
+                    adamw([*vectors, last], lr=other_rate, weight_decay=0.0),
+                ]
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for optimizer in optimizers:
+            optimizer.step()  # at a learning rate of zero
+            for state in optimizer.state.values():
+                for tensor in state.values():
+                    tensor.zero_()
+        return optimizers
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return, by name, all tensors that a step changes and that outlive the epoch."""
+        tensors = {"done": self.done}
+        tensors |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        if self.recipe.averaging:
+            tensors |= {f"average.{name}": t for name, t in self.average.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for optimizer in self.optimizers:
+                for kind, tensor in optimizer.state.get(parameter, {}).items():
+                    tensors[f"optimizer.{name}.{kind}"] = tensor
+        return tensors
+
+    @property
+    def result(self) -> BNLeNet:
+        """The model that the fit is for."""
+        return self.average if self.recipe.averaging else self.model
+
+    def step(self, rows: Tensor, teacher: bool = False) -> None:
+        """Take one step on the images of these indices, int64 [n].
+
+        This one function is the training: the CPU calls it, a CUDA graph replays it.
+        """
+        recipe = self.recipe
+        now = self.schedule.index_select(1, self.done)[:, 0]
+        self.learning_rates.copy_(now[:2])
+        labels = self.labels.index_select(0, rows)
+        images = recipe.augmentation(
+            self.images.index_select(0, rows).float().div_(255), self.generator
+        )
+
+        logits = self.forward(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        if teacher:
+            with torch.no_grad():
+                views = self.average(torch.cat([images, images.flip(3)])).softmax(1)
+                soft = views.view(2, len(rows), -1).mean(0)
+            loss = torch.lerp(loss, F.cross_entropy(logits, soft), recipe.teacher)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        torch.autograd.backward([loss])
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+        with torch.no_grad():
+            if recipe.averaging:
+                for mean, new in zip(
+                    self._floats(self.average), self._floats(self.model), strict=True
+                ):
+                    mean.lerp_(new, now[2])
+            self.loss += loss.detach() * len(rows)
+            self.correct += (logits.argmax(1) == labels).sum()
+            first = ~loss.isfinite() & (self.diverged_at < 0)
+            self.diverged_at.copy_(torch.where(first, self.done[0], self.diverged_at))
+            self.done += 1
+
+    @staticmethod
+    def _floats(model: nn.Module) -> Iterator[Tensor]:
+        yield from model.parameters()
+        yield from (buffer for buffer in model.buffers() if buffer.is_floating_point())
+
+
+class Captured:
+    """`Fitting.step` as CUDA graphs, one for each shape of step, captured when first met.
+
+    A net this small is bound by launching kernels; a replay launches all of a step's at once.
+    """
+
+    def __init__(self, fitting: Fitting) -> None:
+        self.fitting = fitting
+        self.graphs: dict[tuple[int, bool], tuple[Tensor, torch.cuda.CUDAGraph]] = {}
+
+    def __call__(self, rows: Tensor, teacher: bool = False) -> None:
+        key = (len(rows), teacher)
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(rows.clone(), teacher)
+        static, graph = self.graphs[key]
+        static.copy_(rows)
+        graph.replay()
+
+    def _capture(self, rows: Tensor, teacher: bool) -> tuple[Tensor, torch.cuda.CUDAGraph]:
+        with unchanged(self.fitting):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch forgot
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # the libraries choose their algorithms here
+                for _ in range(3):
+                    self.fitting.step(rows, teacher)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.fitting.generator)
+            with torch.cuda.graph(graph):
+                self.fitting.step(rows, teacher)
+        return rows, graph
+
+
+@contextmanager
+def unchanged(fitting: Fitting) -> Iterator[None]:
+    """Undo, at the end, all that steps did to `fitting`."""
+    changing = [*fitting.tensors().values(), fitting.loss, fitting.correct, fitting.diverged_at]
+    before = [tensor.clone() for tensor in changing]
+    generator = fitting.generator.get_state()
+    yield
+    with torch.no_grad():
+        for tensor, value in zip(changing, before, strict=True):
+            tensor.copy_(value)
+    fitting.generator.set_state(generator)
+
+
+def fit(
+    data: FashionMNIST,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    batch_norm: Literal["scratch", "torch"] = "torch",
+    holdout: int = 0,
+    run: Run | None = None,
+    on_batch: Callable[[Fitting, int, int], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> Fitted:
+    """Fit a model; the same arguments give the same weights, bit for bit on the CPU.
+
+    Args:
+        data: the data set.
+        recipe: how to fit.
+        seed: of the weights, the order of the images and the augmentation.
+        device: "cpu" or "cuda".
+        batch_norm: whose layer normalises.
+        holdout: how many of the last training images are kept for validation; then the test set
+            is not touched.
+        run: the folder to write to; a fit that it holds already is continued.
+        on_batch: called after every step with the epoch and the number of images seen in it, on
+            the CPU only: on a GPU looking would mean waiting.
+        on_epoch: called after every epoch, when the run folder is up to date.
+
+    Raises:
+        FitError: an impossible batch size or hold-out, or the loss is no longer finite.
+        RunError: the run folder cannot be resumed.
+    """
+    began = time.perf_counter()
+    check(recipe, len(data.train.labels), holdout)
+    kept = len(data.train.labels) - holdout
+    images, labels = on_device(Split(data.train.images[:kept], data.train.labels[:kept]), device)
+    judged = on_device(
+        Split(data.train.images[kept:], data.train.labels[kept:]) if holdout else data.test, device
+    )
+    fitting = Fitting(recipe, images, labels, seed, batch_norm)
+    epochs = [Epoch(**line) for line in run.load_state(fitting.tensors())] if run else []
+    step = Captured(fitting) if images.is_cuda else fitting.step
+    done = int(fitting.done)
+    ready = time.perf_counter()
+
+    for epoch in range(len(epochs) + 1, recipe.epochs + 1):
+        start = time.perf_counter()
+        # Seeded anew in every epoch, so that a resumed fit needs no history.
+        fitting.generator.manual_seed((seed << 20) + epoch)
+        order = torch.randperm(kept, generator=fitting.generator, device=device)
+        fitting.loss.zero_()
+        fitting.correct.zero_()
+        fitting.model.train()
+        seen = 0
+        for rows in torch.split(order, recipe.batch_size):
+            step(rows, teacher=recipe.teacher > 0 and done >= fitting.teacher_start)
+            done, seen = done + 1, seen + len(rows)
+            if not images.is_cuda:
+                stop_if_diverged(fitting, epoch)
+                if on_batch:
+                    on_batch(fitting, epoch, seen)
+        stop_if_diverged(fitting, epoch)
+        fitted = time.perf_counter() - start  # the device has caught up: its answer is here
+        accuracy = evaluate(fitting.result, *judged).accuracy
+        epochs.append(
+            Epoch(
+                epoch,
+                loss=fitting.loss.item() / kept,
+                train_accuracy=fitting.correct.item() / kept,
+                accuracy=accuracy,
+                learning_rate=fitting.learning_rates[0].item(),
+                images_per_second=kept / fitted,
+                seconds=time.perf_counter() - start,
+            )
+        )
+        if run:
+            lines = [asdict(line) for line in epochs]
+            run.save_epoch(lines, fitting.result.state_dict(), fitting.tensors())
+        if on_epoch:
+            on_epoch(epochs[-1])
+
+    finished = time.perf_counter()
+    model = copy.deepcopy(fitting.result).eval().requires_grad_(False)
+    population = population_statistics(model, images, recipe.augmentation, seed)
+    models = {"moving": model, "population": with_statistics(model, population)}
+    if recipe.augmentation != NO_AUGMENTATION:
+        models["clean"] = with_statistics(model, population_statistics(model, images))
+    answers = predict(models[recipe.statistics], judged[0]).argmax(1)
+    result = Fitted(
+        model,
+        population,
+        tuple(epochs),
+        {name: evaluate(other, *judged) for name, other in models.items()},
+        confusion_matrix(answers.cpu().numpy(), judged[1].cpu().numpy()).tolist(),
+        best_temperature(models[recipe.statistics], *judged) if holdout else recipe.temperature,
+        {
+            "setup": ready - began,
+            "fit": finished - ready,
+            "statistics": time.perf_counter() - finished,
+        },
+    )
+    if run:
+        named = {
+            f"population.{layer}.{kind}": tensor.float()
+            for layer, moments in population.items()
+            for kind, tensor in zip(MOMENTS, moments, strict=True)
+        }
+        run.save_checkpoint(model.state_dict() | named)
+        run.finish(
+            {
+                "judged_on": "held-out images" if holdout else "test set",
+                "scores": {name: asdict(score) for name, score in result.scores.items()},
+                "confusion": result.confusion,
+                "temperature": result.temperature,
+                "seconds": result.seconds,
+            }
+        )
+    return result
+
+
+def check(recipe: Recipe, images: int, holdout: int) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        FitError: nothing would be left to train on, or some batch would hold a single image, whose
+            variance in a linear layer is zero.
+    """
+    if not 0 <= holdout < images - 1:
+        raise FitError(
+            f"--holdout must leave images to train on, 0 to {images - 2:,}: not {holdout:,}."
+        )
+    if recipe.batch_size < 2:
+        raise FitError("batch norm needs at least two images a batch: raise --batch-size.")
+    if (images - holdout) % recipe.batch_size == 1:
+        raise FitError(
+            f"a batch size of {recipe.batch_size} leaves a last batch of one image, which batch "
+            "norm cannot train on: choose another --batch-size."
+        )
+
+
+def stop_if_diverged(fitting: Fitting, epoch: int) -> None:
+    """Wait for the device, and stop the fit if the loss was not finite.
+
+    Raises:
+        FitError: it was not.
+    """
+    at = int(fitting.diverged_at)
+    if at >= 0:
+        steps = fitting.schedule.shape[1] // fitting.recipe.epochs
+        raise FitError(
+            f"the loss is no longer finite in epoch {epoch}, step {at % steps + 1} of {steps}: "
+            "lower the learning rate. "
+            + (
+                f"The checkpoint of epoch {epoch - 1} is kept."
+                if epoch > 1
+                else "No epoch was complete."
+            )
+        )
+
+
+def on_device(split: Split, device: str) -> tuple[Tensor, Tensor]:
+    """Return images uint8 [n, 1, 28, 28] and labels int64 [n] on a device."""
+    images = torch.from_numpy(split.images).to(device)[:, None]
+    return images, torch.from_numpy(split.labels).to(device, torch.int64)
+
+
+def batches(images: Tensor, size: int = 1000) -> Iterator[Tensor]:
+    """Yield floats in [0, 1] from uint8 images, in order."""
+    for batch in torch.split(images, size):
+        yield batch.float().div_(255)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits, float32 [n, 10], of uint8 images [n, 1, 28, 28], in prediction mode."""
+    training = model.training
+    model.eval()
+    logits = torch.cat([model(batch) for batch in batches(images)])
+    model.train(training)
+    return logits
+
+
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> Score:
+    """Score a model in prediction mode on uint8 images [n, 1, 28, 28] and labels int64 [n]."""
+    logits = predict(model, images)
+    loss = F.cross_entropy(logits.double(), labels)
+    return Score((logits.argmax(1) == labels).double().mean().item(), loss.item())
+
+
+def best_temperature(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the temperature, to 0.01, with the least cross-entropy of softmax(logits / T).
+
+    Guo et al., "On Calibration of Modern Neural Networks" (2017), section 4.2. To be used on images
+    that the model was not fitted on.
+    """
+    logits = predict(model, images).double()
+    candidates = [t / 100 for t in range(40, 251)]
+    return min(candidates, key=lambda t: F.cross_entropy(logits / t, labels).item())
+
+
+@torch.no_grad()
+def population_statistics(
+    model: BNLeNet, images: Tensor, augmentation: Augmentation | None = None, seed: int = 0
+) -> Moments:
+    """Return the mean and (biased) variance of each batch norm's input over all images.
+
+    Layer by layer: each layer's statistics are taken with those of the layers before it already
+    replaced, from float64 sums of x and x^2 over uint8 images [n, 1, 28, 28]: every image counts
+    the same (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3). An augmentation
+    gives one random view of each image, the same for all layers. The model itself is not changed.
+    """
+    model = copy.deepcopy(model).eval()
+    found: Moments = {}
+    for name, layer in norm_layers(model).items():
+        names = [child for child, _ in model.named_children()]
+        before = list(model.children())[: names.index(name)]
+        generator = torch.Generator(images.device).manual_seed(seed)
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for batch in batches(images):
+            x = augmentation(batch, generator) if augmentation else batch
+            for child in before:
+                x = child(x)
+            x = x.double().flatten(2) if x.ndim > 2 else x.double()[:, :, None]
+            count += x.shape[0] * x.shape[2]
+            total = total.to(x) + x.sum((0, 2))
+            squares = squares.to(x) + x.square().sum((0, 2))
+        mean = total / count
+        found[name] = (mean, squares / count - mean.square())
+        set_statistics(layer, *found[name])
+    return found
+
+
+@torch.no_grad()
+def with_statistics(model: BNLeNet, moments: Moments) -> BNLeNet:
+    """Return a copy of the model that predicts with these statistics."""
+    model = copy.deepcopy(model)
+    for name, layer in norm_layers(model).items():
+        set_statistics(layer, *moments[name])
+    return model

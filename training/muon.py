@@ -1,0 +1,60 @@
+"""Muon: momentum whose matrices are made orthogonal, for hidden weights; AdamW does the rest."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised Nesterov momentum (Jordan et al., "Muon", 2024).
+
+    A convolution's kernels [out, in, h, w] count as a matrix [out, in h w]. Each step is scaled by
+    sqrt(max(1, rows / columns)), and the weights decay by `lr * weight_decay`. torch's own Muon
+    takes neither convolutions nor a learning rate on the device, and works in bfloat16.
+
+    Args:
+        parameters: weights of two or more dimensions.
+        lr: learning rate, a tensor [] on the device of the weights, read at every step.
+        weight_decay: see above.
+        momentum: share of the old momentum that is kept.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: Tensor,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override] # torch's takes a closure and returns its loss
+        """Move every weight that has a gradient."""
+        for group in self.param_groups:
+            rate, keep = group["lr"], group["momentum"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                state["momentum"].lerp_(weight.grad, 1 - keep)
+                ahead = weight.grad.lerp(state["momentum"], keep).flatten(1)
+                scale = max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
+                weight.mul_(1 - rate * group["weight_decay"])
+                weight.sub_(orthogonalise(ahead).view_as(weight) * (rate * scale))
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Return nearly U V^T for a matrix U S V^T, whose singular values come to about 0.7-1.2.
+
+    A Newton-Schulz iteration whose coefficients Jordan et al. tuned for speed, not convergence.
+    """
+    x: Tensor = matrix / (matrix.norm() + 1e-7)
+    wide = x.t() if x.shape[0] > x.shape[1] else x
+    for _ in range(steps):
+        gram = wide @ wide.t()
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    return wide.t() if x.shape[0] > x.shape[1] else wide

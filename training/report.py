@@ -1,0 +1,253 @@
+"""What people read of a fit: curves, confusion matrix, batch norm's parameters, the model card."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from training.batch_norm import affine
+from training.dataset import CLASS_NAMES
+from training.evaluation import Evaluation
+from training.export import ExportReport, Provenance
+from training.model import BNLeNet, norm_layers
+from training.recipes import RECIPES
+from training.run import Run
+
+Series = dict[str, tuple[list[float], list[float]]]
+
+
+def affine_parameters(model: BNLeNet) -> Series:
+    """Return the learnt gamma and beta of every batch-norm layer, by its name."""
+    pairs = {name: affine(layer) for name, layer in norm_layers(model).items()}
+    return {name: (gamma.tolist(), beta.tolist()) for name, (gamma, beta) in pairs.items()}
+
+
+def draw_run(run: Run) -> None:
+    """Draw a complete run's pictures into its folder: curves, confusion matrix, gamma and beta."""
+    draw_curves(run.metrics(), run.folder / "curves.png")
+    draw_confusion(run.results()["confusion"], run.folder / "confusion.png")
+    draw_norms(run.model(), run.folder / "norms.png")
+
+
+def draw_curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
+    """Draw loss and accuracies by epoch, from the lines of metrics.jsonl."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [line["epoch"] for line in metrics]
+    left.plot(epochs, [line["loss"] for line in metrics], marker=".")
+    left.set(xlabel="epoch", ylabel="training loss (nats)")
+    right.plot(epochs, [line["train_accuracy"] for line in metrics], marker=".", label="training")
+    right.plot(epochs, [line["accuracy"] for line in metrics], marker=".", label="evaluation")
+    right.set(xlabel="epoch", ylabel="accuracy")
+    right.legend()
+    _save(figure, out)
+
+
+def draw_confusion(confusion: Sequence[Sequence[int]], out: Path) -> None:
+    """Draw a confusion matrix [10, 10]: rows are the true classes, columns the answers."""
+    counts = np.array(confusion)
+    figure = Figure(figsize=(7, 6.2), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(10), CLASS_NAMES, rotation=45, ha="right")
+    axes.set_yticks(range(10), CLASS_NAMES)
+    axes.set(xlabel="answer", ylabel="true class")
+    for (row, column), count in np.ndenumerate(counts):
+        shade = "white" if count > counts[row].sum() / 2 else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=shade, fontsize=8)
+    _save(figure, out)
+
+
+def draw_norms(model: BNLeNet, out: Path) -> None:
+    """Draw the learnt gamma and beta of every batch-norm layer, channel by channel."""
+    parameters = affine_parameters(model)
+    figure = Figure(figsize=(9, 2.2 * len(parameters)), layout="constrained")
+    for axes, (name, (gamma, beta)) in zip(
+        figure.subplots(len(parameters), 1), parameters.items(), strict=True
+    ):
+        place = np.arange(len(gamma))
+        axes.bar(place - 0.2, gamma, width=0.4, label="gamma")
+        axes.bar(place + 0.2, beta, width=0.4, label="beta")
+        axes.set(title=name, xlim=(-1, len(gamma)))
+        axes.axhline(0, color="black", linewidth=0.5)
+    figure.axes[0].legend()
+    _save(figure, out)
+
+
+def _save(figure: Figure, out: Path) -> None:
+    # Without the creating software's version, the same figures give the same bytes.
+    figure.savefig(out, dpi=110, metadata={"Software": None})
+
+
+def model_card(
+    exported: ExportReport,
+    source: Provenance,
+    temperature: float,
+    run: Run,
+    runs: Sequence[Run],
+    evaluation: Evaluation,
+) -> str:
+    """Write the model card (Mitchell et al., "Model Cards for Model Reporting", 2019) in Markdown.
+
+    Args:
+        exported: what the export wrote.
+        source: where its weights come from.
+        temperature: by which its logits are divided.
+        run: the run that was exported.
+        runs: all runs of the recipe to show by seed, this one among them.
+        evaluation: of the exported file on the test set.
+    """
+    config, results = run.config(), run.results()
+    recipe = config.recipe
+    worst_name, worst = evaluation.robust_worst
+    scores = [other.results()["scores"] for other in runs]
+    kinds = list(scores[0])
+    rows = [
+        [str(other.config().seed), *(f"{score[kind]['accuracy']:.4f}" for kind in kinds)]
+        for other, score in zip(runs, scores, strict=True)
+    ]
+    for name, statistic in (("mean", mean), ("standard deviation", stdev)):
+        if len(scores) > 1:
+            values = [statistic(score[kind]["accuracy"] for score in scores) for kind in kinds]
+            rows.append([name, *(f"{value:.4f}" for value in values)])
+    fit_command = f"python -m training fit --recipe {recipe.name} --seed {config.seed}"
+    changed = RECIPES.get(recipe.name)
+    for option in ("epochs", "batch_size", "learning_rate"):
+        if changed and getattr(changed, option) != getattr(recipe, option):
+            fit_command += f" --{option.replace('_', '-')} {getattr(recipe, option)}"
+    if config.batch_norm != "torch":
+        fit_command += f" --batch-norm {config.batch_norm}"
+    return f"""# Model card: BN-LeNet, {exported.path.name}
+
+LeNet with batch normalisation (44,878 parameters before folding), which tells the ten kinds of
+garment of Fashion-MNIST apart in 28 x 28 grey pixels. Batch norm is folded into the convolutions
+and linear layers. Everything on this page was measured and written by `python -m training export`.
+
+{
+        _table(
+            ["test images", "accuracy", "NLL", "ECE (15 bins)", "robust mean", "robust worst"],
+            [
+                [
+                    f"{evaluation.images:,}",
+                    f"{evaluation.accuracy:.4f}",
+                    f"{evaluation.nll:.4f}",
+                    f"{evaluation.ece:.4f}",
+                    f"{evaluation.robust_mean:.4f}",
+                    f"{worst:.4f} ({worst_name})",
+                ]
+            ],
+        )
+    }
+
+The standard error of an accuracy on so many images is {_standard_error(evaluation):.4f}.
+
+## How it was made
+
+Recipe `{recipe.name}`, seed {config.seed}. {recipe.origin}
+
+{
+        _table(
+            ["setting", "value"],
+            [
+                [key, _value(value)]
+                for key, value in asdict(recipe).items()
+                if key not in ("name", "origin")
+            ],
+        )
+    }
+
+The same weights again, bit for bit on the same kind of processor:
+
+```sh
+{fit_command} --device {config.device} --threads {config.threads} --out runs/again
+python -m training export runs/again --out {exported.path.name}
+```
+
+## Seeds, and moving averages against statistics of the whole training set
+
+Test accuracy of the unfolded models, by the statistics that batch norm predicts with: the moving
+averages of fitting; statistics of the whole training set, taken after fitting; `clean`: those
+without augmentation. **This file carries: {source.statistics}.**
+
+{_table(["seed", *kinds], rows)}
+
+## Classes
+
+{
+        _table(
+            ["class", "precision", "recall"],
+            [
+                [name, f"{p:.3f}", f"{r:.3f}"]
+                for name, p, r in zip(
+                    CLASS_NAMES, evaluation.precision, evaluation.recall, strict=True
+                )
+            ],
+        )
+    }
+
+![Confusion matrix](confusion.png)
+
+## Robustness
+
+Accuracy on the test set, changed in the ways that `training/robustness.py` defines.
+
+{_table(["change", "accuracy"], [[n, f"{a:.4f}"] for n, a in evaluation.robustness.items()])}
+
+## Calibration
+
+Temperature {temperature:g}, folded into the last layer. Expected calibration error
+{evaluation.ece:.4f} over 15 equal bins.
+
+## The file
+
+{
+        _table(
+            ["", ""],
+            [
+                ["SHA-256", f"`{exported.sha256}`"],
+                ["size", f"{exported.size_bytes:,} bytes"],
+                ["data set SHA-256", f"`{source.dataset_sha256}`"],
+                [
+                    "largest logit difference from the unfolded model in float64",
+                    f"{exported.fold_error:.1e}",
+                ],
+                [
+                    "images whose two best logits are closer than that check's tolerance",
+                    str(len(exported.ties)),
+                ],
+                ["of these, named differently by the file", str(len(exported.disagreements))],
+                ["largest error of its self-test", f"{exported.self_test_error:.1e}"],
+                ["fitted with", ", ".join(f"{name} {v}" for name, v in config.versions.items())],
+                ["fitting took", f"{results['seconds']['fit']:.0f} s on {config.device}"],
+            ],
+        )
+    }
+
+## Intended use and limits
+
+For teaching, for testing serving systems, and for single garments pictured as in Fashion-MNIST:
+one article, front view, light on a black background, centred, 28 x 28. It has seen nothing else: it
+answers one of its ten classes whatever the picture shows, and its confidence means nothing on
+pictures of other things. Shirts, T-shirts, pullovers and coats are often taken for one another.
+Not for decisions about people.
+"""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):  # the augmentation: what it does not do needs no mention
+        return ", ".join(f"{name} {v}" for name, v in value.items() if v) or "none"
+    return str(value)
+
+
+def _standard_error(evaluation: Evaluation) -> float:
+    return math.sqrt(evaluation.accuracy * (1 - evaluation.accuracy) / evaluation.images)

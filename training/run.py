@@ -1,0 +1,215 @@
+"""The run folder: what a fit leaves behind; a kill at any moment loses one epoch at most.
+
+config.json              recipe, seed, device, versions, data set
+metrics.jsonl            one line an epoch
+checkpoint.safetensors   the model's state_dict; at the end also
+                             `population.<layer>.mean`, `.variance`
+state.safetensors        all that a resumed fit needs; gone when the fit is complete
+results.json             written last: accuracy with each kind of statistics
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from training.augmentation import Augmentation
+from training.batch_norm import set_statistics
+from training.model import BNLeNet, norm_layers
+from training.recipes import Recipe, Statistics
+
+MOMENTS = ("mean", "variance")
+"""What the checkpoint holds of each layer's population statistics."""
+
+
+class RunError(Exception):
+    """A run folder cannot be used as asked; the message is one sentence that says what to do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What was asked for; equal configurations on one machine's CPU give equal weights.
+
+    Attributes:
+        recipe: how to fit.
+        seed: of the weights, the order of the images and the augmentation.
+        device: "cpu" or "cuda".
+        batch_norm: whose layer normalises, ours ("scratch") or torch's ("torch").
+        holdout: how many of the last training images are kept for validation.
+        threads: how many threads torch computes with.
+        dataset_sha256: `FashionMNIST.sha256`.
+        versions: of python, torch and numpy.
+    """
+
+    recipe: Recipe
+    seed: int
+    device: Literal["cpu", "cuda"]
+    batch_norm: Literal["scratch", "torch"]
+    holdout: int
+    threads: int
+    dataset_sha256: str
+    versions: dict[str, str]
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        """Read what `asdict` and `json.dumps` made.
+
+        Raises:
+            TypeError, KeyError, ValueError: it is no such text.
+        """
+        fields = json.loads(text)
+        recipe = fields["recipe"] | {
+            "augmentation": Augmentation(**fields["recipe"]["augmentation"])
+        }
+        return cls(**fields | {"recipe": Recipe(**recipe)})
+
+
+class Run:
+    """A run folder on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def create(cls, folder: Path, config: Config) -> "Run":
+        """Make a new run folder.
+
+        Raises:
+            RunError: the folder exists and is not empty, or cannot be made.
+        """
+        run = cls(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise RunError(
+                    f"{folder} already exists: continue it with --resume, or choose another --out."
+                )
+            run.write_json("config.json", asdict(config))
+        except OSError as error:
+            raise RunError(f"cannot write the run folder {folder}: {error.strerror}.") from error
+        return run
+
+    def config(self) -> Config:
+        """Read config.json.
+
+        Raises:
+            RunError: this is no run folder.
+        """
+        try:
+            return Config.from_json((self.folder / "config.json").read_text())
+        except FileNotFoundError as error:
+            raise RunError(f"{self.folder} is no run folder: it has no config.json.") from error
+        except (TypeError, KeyError, ValueError) as error:
+            raise RunError(f"{self.folder / 'config.json'} is damaged ({error}).") from error
+
+    @property
+    def complete(self) -> bool:
+        """Whether the fit came to its end."""
+        return (self.folder / "results.json").exists()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read metrics.jsonl, one entry an epoch; empty before the first."""
+        file = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def results(self) -> dict[str, Any]:
+        """Read results.json.
+
+        Raises:
+            RunError: the fit is not complete.
+        """
+        if not self.complete:
+            raise RunError(f"{self.folder} is not complete: continue it with fit --resume.")
+        results: dict[str, Any] = json.loads((self.folder / "results.json").read_text())
+        return results
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """Read checkpoint.safetensors: float32 tensors on the CPU.
+
+        Raises:
+            RunError: there is none yet, or it is damaged.
+        """
+        return self._tensors("checkpoint.safetensors")
+
+    def model(self, statistics: Statistics = "moving") -> BNLeNet:
+        """Return the model of the checkpoint, float32 on the CPU, in prediction mode.
+
+        Raises:
+            RunError: there is no checkpoint yet, it is damaged, or it has not these statistics.
+        """
+        tensors = self.checkpoint()
+        model = BNLeNet(self.config().batch_norm).eval().requires_grad_(False)
+        names = model.state_dict().keys()
+        try:
+            model.load_state_dict({name: tensors[name] for name in names})
+            if statistics == "population":
+                for name, layer in norm_layers(model).items():
+                    mean, variance = (tensors[f"population.{name}.{m}"] for m in MOMENTS)
+                    set_statistics(layer, mean, variance)
+        except KeyError as error:
+            raise RunError(
+                f"the checkpoint in {self.folder} lacks {error.args[0]}: continue it with --resume."
+            ) from error
+        return model
+
+    def save_epoch(
+        self,
+        metrics: list[dict[str, Any]],
+        checkpoint: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+    ) -> None:
+        """Write all there is after an epoch; the state last, since a resumed fit trusts it."""
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics).encode())
+        self.save_checkpoint(checkpoint)
+        # One key of metadata only: safetensors writes several in random order.
+        self.write("state.safetensors", save(dict(state), {"epochs": str(len(metrics))}))
+
+    def save_checkpoint(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write checkpoint.safetensors."""
+        self.write("checkpoint.safetensors", save(dict(tensors)))
+
+    def load_state(self, into: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """Copy the saved state into tensors, in place; return the metrics of the epochs it covers.
+
+        Raises:
+            RunError: the saved state is damaged or of another model.
+        """
+        file = self.folder / "state.safetensors"
+        if not file.exists():
+            return []
+        tensors = self._tensors(file.name)
+        with safe_open(file, "pt") as opened:
+            epochs = int(opened.metadata()["epochs"])
+        if tensors.keys() != into.keys():
+            raise RunError(f"{file} belongs to another model: start again in another folder.")
+        for name, tensor in into.items():
+            tensor.copy_(tensors[name])
+        return self.metrics()[:epochs]
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write results.json and drop the state."""
+        self.write_json("results.json", results)
+        (self.folder / "state.safetensors").unlink(missing_ok=True)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON file, whole or not at all."""
+        self.write(name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, whole or not at all."""
+        temporary = self.folder / f".{name}.part"
+        temporary.write_bytes(data)
+        temporary.replace(self.folder / name)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        try:
+            return load_file(self.folder / name)
+        except FileNotFoundError as error:
+            raise RunError(f"{self.folder} has no {name} yet: let one epoch end first.") from error
+        except SafetensorError as error:
+            raise RunError(f"{self.folder / name} is damaged ({error}).") from error
