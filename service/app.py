@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from service import operations, predict
 from service.classifier import Classifier
 from service.errors import BadRequest, InvalidInput, MethodNotAllowed, NotFound, ServiceError
-from service.gate import Gate, HotPaths, error_answer
-from service.inference import Batched, Inference, Inline
+from service.gate import Gate, error_answer
+from service.inference import Inference, ThreadedInference
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -43,10 +43,6 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
     """
     model = classifier.info
     metrics = Metrics(model)
-    infer = make_inference(classifier, metrics)
-    handler = predict.predict_handler(model, infer, metrics)
-    hot_paths: HotPaths = {("POST", predict.PATH): handler}
-
     framework = FastAPI(
         title="BN-LeNet",
         version=version("bn-lenet"),
@@ -55,7 +51,13 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
         redoc_url=None,
         redirect_slashes=False,
     )
-    gate = Gate(framework, hot_paths, OPEN_PATHS, settings, metrics)
+    gate = Gate(framework, OPEN_PATHS, settings, metrics)
+    on_cpu = model.provider == "CPUExecutionProvider"
+    infer = (Inference if on_cpu else ThreadedInference)(
+        classifier, metrics.inference, lambda: gate.in_flight == 1
+    )
+    handler = predict.predict_handler(model, infer, metrics)
+    gate.hot_paths["POST", predict.PATH] = handler
     key_needed = [Depends(HTTPBearer(auto_error=False))] if settings.api_key else []
     framework.include_router(
         predict.predict_router(handler, predict.example(classifier)),
@@ -63,18 +65,12 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
         responses=documented(400, 401, 408, 411, 413, 415, 422, 500, 503, 504),
     )
     framework.include_router(
-        operations.operations_router(model, metrics, lambda: gate.draining),
+        operations.operations_router(model, metrics, gate),
         responses=documented(500, 503),
     )
     for kind in (ServiceError, HTTPException, RequestValidationError, Exception):
         framework.add_exception_handler(kind, _answer_error)
     return gate
-
-
-def make_inference(classifier: Classifier, metrics: Metrics) -> Inference:
-    """Return the faster way to the model on the device it is on."""
-    on_cpu = classifier.info.provider == "CPUExecutionProvider"
-    return (Inline if on_cpu else Batched)(classifier, metrics.inference.observe)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -13,7 +13,7 @@ import hmac
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from itertools import count
 from time import perf_counter
 
@@ -43,7 +43,6 @@ from service.settings import Settings
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 Handler = Callable[[Exchange], Awaitable[Answer]]
-HotPaths = Mapping[tuple[str, str], Handler]  # by method and exact path
 
 SOUND_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}").fullmatch
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
@@ -71,22 +70,26 @@ class Gate:
 
     Args:
         framework: answers whatever is no hot path.
-        hot_paths: handlers by method and path.
         open_paths: paths that need no API key; one that ends in `*` stands for all it begins.
         settings: limits, key, origins.
         metrics: is told of every request.
+
+    Attributes:
+        framework: as given.
+        hot_paths: handlers by method and exact path.
+        draining: the server is about to stop; every answer closes its connection.
+        in_flight: requests to hot paths that have arrived and have no answer yet.
     """
 
     def __init__(
         self,
         framework: Application,
-        hot_paths: HotPaths,
         open_paths: frozenset[str],
         settings: Settings,
         metrics: Metrics,
     ) -> None:
         self.framework = framework
-        self.hot_paths = dict(hot_paths)
+        self.hot_paths: dict[tuple[str, str], Handler] = {}
         self.draining = False
         self.in_flight = 0
         self._metrics = metrics
@@ -286,6 +289,7 @@ class Gate:
             if now - exchange.started < self._timeout:
                 break
             self._expire(exchange)
+        self._metrics.in_flight.set(self.in_flight)
         self._sweep_timer = None
         if self._inside:
             loop = asyncio.get_running_loop()

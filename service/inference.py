@@ -1,96 +1,134 @@
-"""How requests get to the model: at once on the CPU; on a GPU in batches that no timer delays."""
+"""How requests get to the model: together, when several are there, and never on a timer."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from time import perf_counter_ns
-from typing import Protocol
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.classifier import Classifier
+from service.metrics import Tally
 
 Pixels = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]
+Waiting = tuple[Pixels, asyncio.Future[Probabilities]]
 
 
-@dataclass
-class Statistics:
-    """What the model has done since start-up, in this worker.
+class Inference:
+    """Runs the model on the event loop, for all requests that came in the same turn of it.
 
-    Attributes:
-        images: images classified.
-        executions: runs of the model; fewer than images when it ran on batches.
-        nanoseconds: time spent in those runs.
-    """
-
-    images: int = 0
-    executions: int = 0
-    nanoseconds: int = 0
-
-
-class Inference(Protocol):
-    """The way to the model.
-
-    Attributes:
-        statistics: what it has done.
-    """
-
-    statistics: Statistics
-
-    async def __call__(self, pixels: Pixels) -> Probabilities:
-        """Classify uint8 [n, 1, 28, 28]; return float32 [n, 10]."""
-
-
-class Inline:
-    """Runs the model on the event loop: it takes less time than handing it to a thread would.
+    A thread would cost more than the model does. Running several images at once costs less than
+    each on its own, by the price of a call and of caches that went cold in between. Nobody waits
+    for company: the model runs when the loop has seen what had already arrived, and for a request
+    that is alone it runs at once.
 
     Args:
         classifier: the model.
-        observe: is told the seconds of every run.
-    """
+        runs: counts the runs and their seconds.
+        alone: tells whether no other request is inside.
+        max_batch: the most images to run together; a single request may bring more.
 
-    def __init__(self, classifier: Classifier, observe: Callable[[float], None]) -> None:
-        self.statistics = Statistics()
-        self._classifier = classifier
-        self._observe = observe
-
-    async def __call__(self, pixels: Pixels) -> Probabilities:
-        """Classify uint8 [n, 1, 28, 28]; return float32 [n, 10]."""
-        begin = perf_counter_ns()
-        probabilities = self._classifier.probabilities(pixels)
-        elapsed = perf_counter_ns() - begin
-        statistics = self.statistics
-        statistics.images += len(pixels)
-        statistics.executions += 1
-        statistics.nanoseconds += elapsed
-        self._observe(elapsed * 1e-9)
-        return probabilities
-
-
-class Batched:
-    """Runs the model in one thread, on whatever waits when the device becomes free.
-
-    A request that comes to an idle device goes at once and alone; those that come meanwhile go
-    together, next. Nothing ever waits for a batch to fill.
-
-    Args:
-        classifier: the model.
-        observe: is told the seconds of every run.
-        max_batch: the most images in a run; a single request may bring more.
+    Attributes:
+        images: how many images were classified since start-up, in this worker.
     """
 
     def __init__(
-        self, classifier: Classifier, observe: Callable[[float], None], max_batch: int = 256
+        self,
+        classifier: Classifier,
+        runs: Tally,
+        alone: Callable[[], bool],
+        max_batch: int = 32,
     ) -> None:
-        self.statistics = Statistics()
-        self._classifier = classifier
-        self._observe = observe
+        self.images = 0
+        self._classify = classifier.probabilities
+        self._runs = runs
+        self._alone = alone
         self._max_batch = max_batch
+        self._waiting: deque[Waiting] = deque()
+
+    async def __call__(self, pixels: Pixels) -> Probabilities:
+        """Classify uint8 [n, 1, 28, 28]; return float32 [n, 10]."""
+        if self._alone():
+            probabilities, seconds = self._run(pixels)
+            self._count(pixels, seconds)
+            return probabilities
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._turn)
+        future: asyncio.Future[Probabilities] = loop.create_future()
+        self._waiting.append((pixels, future))
+        return await future
+
+    def _turn(self) -> None:
+        """Run the model for those who wait; leave what is too much to the loop's next turn."""
+        batch, images = self._take()
+        if images is not None:
+            try:
+                probabilities, seconds = self._run(images)
+            except Exception as exc:
+                self._fail(batch, exc)
+            else:
+                self._count(images, seconds)
+                self._deliver(batch, probabilities)
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _take(self) -> tuple[list[Waiting], Pixels | None]:
+        """Take the longest-waiting requests that fit one batch, without those given up since."""
+        waiting = self._waiting
+        batch: list[Waiting] = []
+        size = 0
+        while waiting and (not batch or size + len(waiting[0][0]) <= self._max_batch):
+            one = waiting.popleft()
+            if not one[1].done():
+                batch.append(one)
+                size += len(one[0])
+        if len(batch) < 2:
+            return batch, batch[0][0] if batch else None
+        return batch, np.concatenate([pixels for pixels, _ in batch])
+
+    def _run(self, images: Pixels) -> tuple[Probabilities, float]:
+        begin = perf_counter()
+        probabilities = self._classify(images)
+        return probabilities, perf_counter() - begin
+
+    def _count(self, images: Pixels, seconds: float) -> None:
+        self._runs.observe(seconds)
+        self.images += len(images)
+
+    def _deliver(self, batch: list[Waiting], probabilities: Probabilities) -> None:
+        first = 0
+        for pixels, future in batch:
+            end = first + len(pixels)
+            if not future.done():
+                future.set_result(probabilities[first:end])
+            first = end
+
+    def _fail(self, batch: list[Waiting], error: BaseException) -> None:
+        for _, future in batch:
+            if not future.done():
+                future.set_exception(error)
+
+
+class ThreadedInference(Inference):
+    """Runs the model in a thread of its own, for a device that works while Python goes on.
+
+    A request that finds the device idle goes at once; those that come meanwhile go together, as
+    soon as it is free.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        runs: Tally,
+        alone: Callable[[], bool],
+        max_batch: int = 256,
+    ) -> None:
+        super().__init__(classifier, runs, alone, max_batch)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
-        self._waiting: list[tuple[Pixels, asyncio.Future[Probabilities]]] = []
         self._busy = False
 
     async def __call__(self, pixels: Pixels) -> Probabilities:
@@ -102,46 +140,23 @@ class Batched:
         return await future
 
     def _start(self) -> None:
-        """Send the longest-waiting requests that fit one batch; the cancelled are left out."""
-        batch: list[tuple[Pixels, asyncio.Future[Probabilities]]] = []
-        size = 0
-        while self._waiting and (not batch or size + len(self._waiting[0][0]) <= self._max_batch):
-            pixels, future = self._waiting.pop(0)
-            if not future.done():
-                batch.append((pixels, future))
-                size += len(pixels)
-        self._busy = bool(batch)
-        if batch:
-            images = np.concatenate([pixels for pixels, _ in batch])
-            loop = asyncio.get_running_loop()
-            running = loop.run_in_executor(self._thread, self._run, images)
-            running.add_done_callback(lambda done: self._finish(batch, done))
-
-    def _run(self, images: Pixels) -> tuple[Probabilities, int]:
-        begin = perf_counter_ns()
-        probabilities = self._classifier.probabilities(images)
-        return probabilities, perf_counter_ns() - begin
+        batch, images = self._take()
+        self._busy = images is not None
+        if images is not None:
+            running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, images)
+            running.add_done_callback(lambda done: self._finish(batch, images, done))
 
     def _finish(
         self,
-        batch: list[tuple[Pixels, asyncio.Future[Probabilities]]],
-        done: asyncio.Future[tuple[Probabilities, int]],
+        batch: list[Waiting],
+        images: Pixels,
+        done: asyncio.Future[tuple[Probabilities, float]],
     ) -> None:
-        self._start()  # the device works while the answers are sent
+        self._start()  # the device works while the answers go out
         error = done.exception()
-        if error is None:
-            probabilities, elapsed = done.result()
-            self.statistics.images += len(probabilities)
-            self.statistics.executions += 1
-            self.statistics.nanoseconds += elapsed
-            self._observe(elapsed * 1e-9)
-        first = 0
-        for pixels, future in batch:
-            rows = slice(first, first + len(pixels))
-            first += len(pixels)
-            if future.done():
-                continue
-            if error is None:
-                future.set_result(probabilities[rows])
-            else:
-                future.set_exception(error)
+        if error is not None:
+            self._fail(batch, error)
+            return
+        probabilities, seconds = done.result()
+        self._count(images, seconds)
+        self._deliver(batch, probabilities)

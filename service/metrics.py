@@ -1,7 +1,9 @@
 """What Prometheus is told, kept in one registry that belongs to the application."""
 
+import asyncio
 import os
-from pathlib import Path
+from bisect import bisect_left
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -17,11 +19,56 @@ BUCKETS = (
 )
 
 
+class Tally:
+    """A histogram's counts in plain integers: a tenth of what `Histogram.observe` costs.
+
+    Attributes:
+        counts: events by bucket, the last without a bound.
+        seconds: the sum of their durations.
+    """
+
+    __slots__ = ("counts", "flushed", "seconds")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS) + 1)
+        self.seconds = 0.0
+        self.flushed = [0] * (len(BUCKETS) + 1), 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one event."""
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.seconds += seconds
+
+    def flush(self, histogram: "BulkHistogram") -> int:
+        """Add what was counted since the last flush to a histogram; return how many events."""
+        counts, seconds = self.flushed
+        new = [now - before for now, before in zip(self.counts, counts, strict=True)]
+        histogram.add(new, self.seconds - seconds)
+        self.flushed = self.counts.copy(), self.seconds
+        return sum(new)
+
+
+class BulkHistogram(Histogram):
+    """A histogram that takes many observations at once."""
+
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """Add events by bucket, the last without a bound, and the sum of their values."""
+        for bucket, count in zip(self._buckets, counts, strict=True):
+            if count:
+                bucket.inc(count)
+        self._sum.inc(total)
+
+
 class Metrics:
     """The service's counters and histograms.
 
-    With several workers, each keeps its values in files that all can read
-    (`prometheus_client`'s multiprocess mode), and any worker tells the sums.
+    Requests are counted in tallies, which are flushed into `prometheus_client`'s metrics when
+    these are read. With several workers, each keeps its metrics in files that all can read (the
+    multiprocess mode), so that any worker tells the sums; a tally is then flushed as soon as the
+    event loop is free.
+
+    Args:
+        model: what is served.
 
     Attributes:
         decode: seconds from a complete body to pixels.
@@ -29,34 +76,18 @@ class Metrics:
     """
 
     def __init__(self, model: ModelInfo) -> None:
-        registry = CollectorRegistry()
-        self._registry = registry
+        self._registry = registry = CollectorRegistry()
         self._directory = os.environ.get(MULTIPROCESS)
         if self._directory is None:
             ProcessCollector(registry=registry)
+
+        def histogram(name: str, text: str, labels: Sequence[str] = ()) -> BulkHistogram:
+            return BulkHistogram(name, text, labels, buckets=BUCKETS, registry=registry)
+
         self._requests = Counter(
             "http_requests",
             "Requests answered; status 499: the client left first.",
             ["route", "method", "status"],
-            registry=registry,
-        )
-        self._seconds = Histogram(
-            "http_request_duration_seconds",
-            "From a request's arrival to its answer's sending.",
-            ["route"],
-            buckets=BUCKETS,
-            registry=registry,
-        )
-        self.decode = Histogram(
-            "bnlenet_decode_duration_seconds",
-            "From a complete body to pixels.",
-            buckets=BUCKETS,
-            registry=registry,
-        )
-        self.inference = Histogram(
-            "bnlenet_inference_duration_seconds",
-            "One run of the model.",
-            buckets=BUCKETS,
             registry=registry,
         )
         self._rejected = Counter(
@@ -65,9 +96,20 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        self._seconds = histogram(
+            "http_request_duration_seconds",
+            "From a request's arrival to its answer's sending.",
+            ["route"],
+        )
+        self._decode_seconds = histogram(
+            "bnlenet_decode_duration_seconds", "From a complete body to pixels."
+        )
+        self._inference_seconds = histogram(
+            "bnlenet_inference_duration_seconds", "One run of the model."
+        )
         self.in_flight = Gauge(
             "http_requests_in_flight",
-            "Requests that have arrived and are not yet answered.",
+            "Prediction requests that have arrived and are not yet answered.",
             multiprocess_mode="livesum",
             registry=registry,
         )
@@ -78,29 +120,39 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=registry,
         ).labels(model.name, model.version, model.revision, model.provider).set(1)
-        # Looking a labelled child up costs more than counting: keep those in use at hand.
-        self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self.decode = Tally()
+        self.inference = Tally()
+        self._answers: dict[tuple[str, str, int], Tally] = {}
+        self._flush_due = False
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count one answered request; `route` and `method` must come from bounded sets."""
         try:
-            counter, histogram = self._children[route, method, status]
+            tally = self._answers[route, method, status]
         except KeyError:
-            counter = self._requests.labels(route, method, str(status))
-            histogram = self._seconds.labels(route)
-            self._children[route, method, status] = counter, histogram
-        counter.inc()
-        histogram.observe(seconds)
+            tally = self._answers[route, method, status] = Tally()
+        tally.observe(seconds)
+        if self._directory is not None and not self._flush_due:
+            self._flush_due = True
+            asyncio.get_running_loop().call_soon(self.flush)
 
     def rejected(self, reason: str) -> None:
         """Count one refused request by its error code."""
         self._rejected.labels(reason).inc()
 
+    def flush(self) -> None:
+        """Bring the metrics up to date; to be called on the event loop."""
+        self._flush_due = False
+        self.decode.flush(self._decode_seconds)
+        self.inference.flush(self._inference_seconds)
+        for (route, method, status), tally in self._answers.items():
+            count = tally.flush(self._seconds.labels(route))
+            self._requests.labels(route, method, str(status)).inc(count)
+
     def render(self) -> bytes:
-        """Return everything in Prometheus's text format, summed over the workers."""
+        """Return everything as last flushed, in Prometheus's text format, summed over workers."""
         if self._directory is None:
             return generate_latest(self._registry)
-        Path(self._directory).mkdir(exist_ok=True)
         registry = CollectorRegistry()
         MultiProcessCollector(registry, self._directory)  # type: ignore[no-untyped-call] # untyped there
         return generate_latest(registry)

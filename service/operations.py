@@ -1,13 +1,15 @@
 """Health, readiness and metrics, for those who run the service."""
 
-from collections.abc import Callable
 from typing import Literal
 
 from fastapi import APIRouter, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
 from service.classifier import ModelInfo
 from service.errors import NotReady
+from service.gate import Gate
 from service.metrics import Metrics
 
 
@@ -34,15 +36,13 @@ class Ready(BaseModel):
     model: ReadyModel
 
 
-def operations_router(
-    model: ModelInfo, metrics: Metrics, draining: Callable[[], bool]
-) -> APIRouter:
+def operations_router(model: ModelInfo, metrics: Metrics, gate: Gate) -> APIRouter:
     """Return the routes.
 
     Args:
         model: what is served; it was loaded and tested before the application was made.
         metrics: what `/metrics` tells.
-        draining: tells whether the server is about to stop.
+        gate: knows whether the server is about to stop, and how many requests are inside.
     """
     router = APIRouter(tags=["operations"])
     ready = Ready(
@@ -62,12 +62,15 @@ def operations_router(
     @router.get("/readyz", summary="May traffic come?")
     async def readyz() -> Ready:
         """Say ready when the model is loaded, agreed with its self-test, and no stop is near."""
-        if draining():
+        if gate.draining:
             raise NotReady("The server is about to stop; send requests elsewhere.")
         return ready
 
-    @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
-    def render() -> Response:  # in a thread: with many workers it reads many files
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    @router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
+    async def prometheus() -> Response:
+        metrics.in_flight.set(gate.in_flight)
+        metrics.flush()
+        text = await run_in_threadpool(metrics.render)  # with many workers it reads many files
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
