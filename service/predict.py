@@ -23,7 +23,6 @@ from service.metrics import Metrics
 PATH = "/predict"
 SIDE = 28
 SIZE = SIDE * SIDE
-CLASS_IDS = range(10)
 MAX_JSON_BYTES = 2**18  # ten times what 784 numbers take however they are laid out
 MAX_FORM_PARTS = 8
 PREPROCESSING = frozenset(get_args(Preprocessing))
@@ -75,9 +74,53 @@ class Prediction(BaseModel):
     model: Model
 
 
+class Renderer:
+    """Writes answers, of which all but the numbers is known beforehand and kept as bytes.
+
+    Args:
+        model: what answers.
+    """
+
+    def __init__(self, model: ModelInfo) -> None:
+        classes = [(i, orjson.dumps(name)) for i, name in enumerate(model.classes)]
+        self._first = [b'{"class_id":%d,"label":%b,"confidence":' % c for c in classes]
+        self._listed = [b'{"class_id":%d,"label":%b,"probability":' % c for c in classes]
+        self._ids = range(len(classes))
+        served_by = {"name": model.name, "version": model.version, "revision": model.revision}
+        self._end = b'","model":%b' % orjson.dumps(served_by)
+
+    def __call__(
+        self, probabilities: NDArray[np.float32], image: Decoded, top_k: int, echo: bool
+    ) -> bytes:
+        """Return the answer as JSON.
+
+        Args:
+            probabilities: float32 [1, 10].
+            image: what the model saw.
+            top_k: how many classes to list.
+            echo: whether to return the pixels too.
+        """
+        # As Python floats: what a reader gets are the very float32 values, in any width.
+        values: list[float] = probabilities[0].tolist()
+        # Sorting is stable, so of equally probable classes the lower id comes first.
+        order = sorted(self._ids, key=values.__getitem__, reverse=True)[:top_k]
+        numbers = orjson.dumps(values)[1:-1].split(b",")
+        listed = b"},".join([self._listed[i] + numbers[i] for i in order])
+        first = order[0]
+        preprocessing = image.preprocessing.encode()
+        parts = (self._first[first], numbers[first], listed, preprocessing, self._end)
+        answer = b'%b%b,"predictions":[%b}],"preprocessing":"%b%b' % parts
+        if image.notes:
+            answer += b',"notes":' + orjson.dumps(image.notes)
+        if echo:
+            answer += b',"pixels":' + orjson.dumps(image.pixels.reshape(SIDE, SIDE).tolist())
+        return answer + b"}"
+
+
 def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handler:
     """Return the one implementation of `POST /predict`, for the gate and for the framework."""
     observe_decode = metrics.decode.observe
+    render = Renderer(model)
 
     async def predict(exchange: Exchange) -> Answer:
         top_k, preprocessing, echo = _parameters(exchange)
@@ -86,43 +129,18 @@ def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Han
         image = _read(exchange.headers.get(b"content-type", b""), body, preprocessing)
         observe_decode(perf_counter() - begin)
         probabilities = await infer(image.pixels.reshape(1, 1, SIDE, SIDE))
-        return Answer(_render(model, probabilities, image, top_k, echo))
+        return Answer(render(probabilities, image, top_k, echo))
 
     return predict
 
 
-def _render(
-    model: ModelInfo, probabilities: NDArray[np.float32], image: Decoded, top_k: int, echo: bool
-) -> bytes:
-    # Python floats: their JSON reads back as the very float32 bits, whatever the reader's width.
-    values: list[float] = probabilities[0].tolist()
-    # Sorting is stable, so of equally probable classes the lower id comes first.
-    order = sorted(CLASS_IDS, key=values.__getitem__, reverse=True)
-    classes = model.classes
-    first = order[0]
-    answer: dict[str, Any] = {
-        "class_id": first,
-        "label": classes[first],
-        "confidence": values[first],
-        "predictions": [
-            {"class_id": i, "label": classes[i], "probability": values[i]} for i in order[:top_k]
-        ],
-        "preprocessing": image.preprocessing,
-        "model": {"name": model.name, "version": model.version, "revision": model.revision},
-    }
-    if image.notes:
-        answer["notes"] = image.notes
-    if echo:
-        answer["pixels"] = image.pixels.reshape(SIDE, SIDE).tolist()
-    return orjson.dumps(answer)
-
-
 def example(classifier: Classifier) -> dict[str, Any]:
     """Return the real answer to the documentation's image."""
-    pixels = np.array(RING, np.uint8)
-    probabilities = classifier.probabilities(pixels.reshape(1, 1, SIDE, SIDE))
-    image = Decoded(pixels, "none")
-    answer: dict[str, Any] = orjson.loads(_render(classifier.info, probabilities, image, 3, False))
+    image = Decoded(np.array(RING, np.uint8), "none")
+    probabilities = classifier.probabilities(image.pixels.reshape(1, 1, SIDE, SIDE))
+    answer: dict[str, Any] = orjson.loads(
+        Renderer(classifier.info)(probabilities, image, top_k=3, echo=False)
+    )
     return answer
 
 
