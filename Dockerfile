@@ -1,0 +1,43 @@
+# The service and its model; neither torch nor a compiler. Builds with the classic builder and BuildKit.
+#   docker build -t bn-lenet .                          on the CPU
+#   docker build -t bn-lenet --build-arg RUNTIME=gpu .  with CUDA and cuDNN from their wheels
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+FROM ${BASE_IMAGE} AS build
+ARG RUNTIME=cpu
+WORKDIR /app
+COPY pyproject.toml constraints.txt ./
+# The dependencies alone, so that a change of the code does not install them again. Test suites
+# inside the packages, headers and pip itself are of no use at run time.
+RUN touch README.md \
+ && python -m venv /opt/venv \
+ && /opt/venv/bin/python -m pip install --no-cache-dir --constraint constraints.txt ".[${RUNTIME}]" \
+ && /opt/venv/bin/python -m pip uninstall --yes --quiet setuptools pip \
+ && rm -rf README.md build *.egg-info \
+ && find /opt/venv -type d -name tests -prune -exec rm -rf {} +
+COPY service service
+COPY models models
+# Compiled once here: the file system is read-only where this runs. Unchecked, because no source
+# changes inside an image.
+RUN python -m compileall -q --invalidation-mode unchecked-hash service
+
+FROM ${BASE_IMAGE}
+LABEL org.opencontainers.image.title="bn-lenet" \
+      org.opencontainers.image.description="Classifies Fashion-MNIST images over HTTP" \
+      org.opencontainers.image.licenses="MIT"
+# ONNX Runtime's builds otherwise send telemetry to their makers.
+ENV PATH=/opt/venv/bin:$PATH \
+    ORT_DISABLE_TELEMETRY=1 \
+    BNLENET_HOST=0.0.0.0 \
+    BNLENET_PORT=8000 \
+    BNLENET_LOG_FORMAT=json
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /app /app
+WORKDIR /app
+# A number, so that Kubernetes can tell that it is not root.
+USER 10001:10001
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=5s --timeout=3s --start-period=10s --retries=3 \
+  CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ['BNLENET_PORT'] + '/readyz', timeout=2)"]
+CMD ["python", "-m", "service"]
