@@ -1,5 +1,6 @@
 """The command line: `python -m service` serves the model; `--help` tells the rest."""
 
+import socket
 import sys
 from typing import NoReturn
 
@@ -17,7 +18,18 @@ def main(context: click.Context) -> None:
 @main.command()
 def serve() -> None:
     """Serve the model over HTTP; the environment variables BNLENET_* say how."""
-    # Imported here, so that a wrong setting is told before the slow imports.
+    _serve(None)
+
+
+@main.command(hidden=True)
+@click.argument("descriptor", type=int)
+def worker(descriptor: int) -> None:
+    """Serve on an inherited socket, as one of several processes."""
+    _serve(socket.socket(fileno=descriptor))
+
+
+def _serve(inherited: socket.socket | None) -> None:
+    # Imported here: other commands need none of it, and a wrong setting is told at once.
     from service.settings import Settings, SettingsError  # noqa: PLC0415
 
     try:
@@ -25,16 +37,19 @@ def serve() -> None:
     except SettingsError as exc:
         _fail(str(exc), 2)
 
-    from service import logs  # noqa: PLC0415 - as above
-    from service.classifier import ModelError  # noqa: PLC0415 - as above
-    from service.server import StartError, bind  # noqa: PLC0415 - as above
-    from service.server import serve as run  # noqa: PLC0415 - as above
+    from service import logs  # noqa: PLC0415
+    from service.classifier import ModelError  # noqa: PLC0415
+    from service.server import StartError, bind, run  # noqa: PLC0415
+    from service.workers import START_FAILED, supervise  # noqa: PLC0415
 
     logs.configure(settings)
     try:
-        run(settings, bind(settings))
+        listener = inherited or bind(settings)
+        if inherited is None and settings.workers > 1:
+            sys.exit(supervise(settings.workers, listener))
+        run(settings, listener, supervised=inherited is not None)
     except (ModelError, StartError) as exc:
-        _fail(str(exc), 1)
+        _fail(str(exc), START_FAILED)
 
 
 def _fail(sentence: str, status: int) -> NoReturn:

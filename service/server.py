@@ -58,7 +58,7 @@ def bind(settings: Settings) -> socket.socket:
     return listener
 
 
-def serve(settings: Settings, listener: socket.socket, *, supervised: bool = False) -> None:
+def run(settings: Settings, listener: socket.socket, *, supervised: bool = False) -> None:
     """Load the model and serve it until a signal ends it.
 
     Args:
