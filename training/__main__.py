@@ -261,7 +261,9 @@ def export_command(
 ) -> None:
     """Fold, verify and write RUN's model as ONNX, with MODEL_CARD.md beside it."""
     fitted = Run(run)
-    config = fitted.config()
+    config, others = fitted.config(), [Run(other) for other in dict.fromkeys((run, *seeds_from))]
+    for other in others:
+        other.results()  # all must be complete before anything is written
     statistics = statistics or config.recipe.statistics
     temperature = temperature or config.recipe.temperature
     test = load(data_dir).test
@@ -270,7 +272,6 @@ def export_command(
     )
     exported = export(fitted.model(statistics), source, test, out, temperature=temperature)
     evaluation = evaluate(onnx_classifier(out), test)
-    others = [Run(other) for other in dict.fromkeys((run, *seeds_from))]
     card = report.model_card(exported, source, temperature, fitted, others, evaluation)
     (out.parent / "MODEL_CARD.md").write_text(card)
     report.draw_confusion(evaluation.confusion, out.parent / "confusion.png")

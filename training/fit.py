@@ -426,8 +426,9 @@ def on_device(split: Split, device: str) -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(split.labels).to(device, torch.int64)
 
 
-def batches(images: Tensor, size: int = 1000) -> Iterator[Tensor]:
+def batches(images: Tensor) -> Iterator[Tensor]:
     """Yield floats in [0, 1] from uint8 images, in order."""
+    size = 10_000 if images.is_cuda else 250  # on a CPU what fits its cache is twice as fast
     for batch in torch.split(images, size):
         yield batch.float().div_(255)
 

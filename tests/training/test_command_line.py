@@ -1,0 +1,206 @@
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import training.__main__ as command_line
+from training.dataset import DatasetError, FashionMNIST
+from training.fit import Fitting
+from training.run import Run
+
+FIT = ("fit", "--epochs", "2", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def few_images(few: FashionMNIST, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the commands see the first images only."""
+    monkeypatch.setattr(command_line, "load", lambda _: few)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(command_line.main, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> Result:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def fail(*arguments: object) -> str:
+    """Return the one sentence that a failing command prints."""
+    result = run(*arguments)
+    assert result.exit_code != 0
+    assert isinstance(result.exception, SystemExit)
+    return result.stderr
+
+
+def test_fit_export_evaluate_from_end_to_end_and_again(tmp_path: Path) -> None:
+    hashes = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        result = succeed(*FIT, "--recipe", "chapter", "--out", folder)
+        assert re.search(
+            r"epoch 2/2  loss 1\.\d{4}  training 0\.\d{4}  test 0\.\d{4}", result.stderr
+        )
+        assert "population" in result.stdout
+        out = folder / "model" / "m.onnx"
+        exported = json.loads(succeed("export", folder, "--out", out, "--json").stdout)
+        hashes.append(exported["sha256"])
+    assert hashes[0] == hashes[1]
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoint.safetensors",
+        "config.json",
+        "confusion.png",
+        "curves.png",
+        "metrics.jsonl",
+        "model",
+        "norms.png",
+        "results.json",
+    }
+    assert {path.name for path in out.parent.iterdir()} == {
+        "MODEL_CARD.md",
+        "confusion.png",
+        "m.onnx",
+    }
+    judged = json.loads(succeed("evaluate", out, "--json").stdout)
+    scores = json.loads((folder / "results.json").read_text())["scores"]
+    assert judged["accuracy"] == pytest.approx(scores["population"]["accuracy"], abs=1e-9)
+    assert judged["accuracy"] == pytest.approx(exported["test_accuracy"])
+    assert judged["robust_mean"] == pytest.approx(sum(judged["robustness"].values()) / 16)
+    printed = succeed("evaluate", out).stdout
+    assert f"accuracy {judged['accuracy']:.4f}" in printed
+    assert "rotation -10" in printed
+
+
+def test_the_metrics_have_a_line_an_epoch(tmp_path: Path) -> None:
+    succeed(*FIT, "--out", tmp_path / "a", "--quiet")
+    lines = [
+        json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    for line in lines:
+        assert 0 < line["accuracy"] < 1
+        assert 0 < line["train_accuracy"] < 1
+        assert line["images_per_second"] > 0
+        assert line["learning_rate"] == pytest.approx(0.1)
+
+
+def test_quiet_prints_nothing_and_json_one_line(tmp_path: Path) -> None:
+    assert succeed(*FIT, "--out", tmp_path / "a", "--quiet").output == ""
+    result = succeed(*FIT, "--out", tmp_path / "b", "--json", "--holdout", 100)
+    assert result.stderr == ""
+    assert json.loads(result.stdout)["scores"]["moving"]["accuracy"] > 0
+
+
+def test_options_override_the_recipe(tmp_path: Path) -> None:
+    options = ("--batch-size", 50, "--learning-rate", 0.05, "--seed", 7, "--batch-norm", "scratch")
+    succeed(*FIT, *options, "--holdout", 100, "--out", tmp_path / "a", "--quiet")
+    config = Run(tmp_path / "a").config()
+    assert (config.recipe.batch_size, config.recipe.learning_rate) == (50, 0.05)
+    assert (config.seed, config.batch_norm, config.holdout) == (7, "scratch", 100)
+    assert config.versions["torch"] == torch.__version__
+
+
+def test_gamma_and_beta_are_printed(tmp_path: Path) -> None:
+    succeed(*FIT, "--out", tmp_path / "a", "--quiet")
+    parameters = json.loads(succeed("norms", tmp_path / "a", "--json").stdout)
+    checkpoint = Run(tmp_path / "a").checkpoint()
+    assert list(parameters) == ["norm1", "norm2", "norm3", "norm4"]
+    assert parameters["norm1"]["gamma"] == checkpoint["norm1.weight"].tolist()
+    assert parameters["norm4"]["beta"] == checkpoint["norm4.bias"].tolist()
+    first = f"  gamma {parameters['norm1']['gamma'][0]:+.3f}"
+    assert first in succeed("norms", tmp_path / "a").stdout
+
+
+def test_ctrl_c_leaves_a_run_that_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeed(*FIT, "--out", tmp_path / "whole", "--quiet")
+    step = Fitting.step
+
+    def interrupted(self: Fitting, *arguments: Any, **options: Any) -> None:
+        if int(self.done) == 12:
+            raise KeyboardInterrupt
+        step(self, *arguments, **options)
+
+    monkeypatch.setattr(Fitting, "step", interrupted)
+    result = run(*FIT, "--out", tmp_path / "a")
+    assert result.exit_code == 130
+    assert "Interrupted after 1 of 2 epochs" in result.stderr
+    command = shlex.split(result.stderr.split("python -m training ")[1])
+    monkeypatch.setattr(Fitting, "step", step)
+    succeed(*command, "--quiet")
+    files = [(tmp_path / name / "checkpoint.safetensors").read_bytes() for name in ("whole", "a")]
+    assert files[0] == files[1]
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    succeed(*FIT, "--seed", 5, "--out", folder, "--quiet")
+    resume = ("fit", "--resume", "--out", folder)
+    assert "is complete: there is nothing to resume" in fail(*resume)
+    (folder / "results.json").unlink()
+    assert "was started with seed 5, not 6: resume it with its own" in fail(*resume, "--seed", 6)
+    assert "epochs 2, not 3" in fail(*resume, "--epochs", 3)
+    assert "recipe chapter, not best" in fail(*resume, "--recipe", "best")
+    succeed(*resume, "--seed", 5, "--epochs", 2, "--recipe", "chapter", "--quiet")
+
+
+def test_resuming_on_another_data_set_is_refused(
+    tmp_path: Path, few: FashionMNIST, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeed(*FIT, "--out", tmp_path / "a", "--quiet")
+    (tmp_path / "a" / "results.json").unlink()
+    monkeypatch.setattr(command_line, "load", lambda _: replace(few, sha256="other"))
+    assert "dataset sha256" in fail("fit", "--resume", "--out", tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipe", "none"), "'none' is not one of 'chapter', 'best'"),
+        (("--batch-size", 1), "1 is not in the range x>=2"),
+        (("--batch-size", 157), "leaves a last batch of one image"),
+        (("--learning-rate", "1e38"), "no longer finite in epoch 1, step"),
+        (("--holdout", 1100), "--holdout must leave images"),
+        (("--resume",), "is no run folder"),
+    ],
+)
+def test_bad_input_gets_a_sentence(
+    arguments: tuple[object, ...], message: str, tmp_path: Path
+) -> None:
+    assert message in fail(*FIT, "--out", tmp_path / "a", *arguments)
+
+
+def test_cuda_is_not_replaced_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch finds no CUDA device" in fail("fit", "--device", "cuda", "--out", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "already exists" in fail(*FIT, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_damaged_data_set_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(_: Path | None) -> FashionMNIST:
+        raise DatasetError("x.gz is damaged: fetch it again.")
+
+    monkeypatch.setattr(command_line, "load", damaged)
+    assert fail(*FIT, "--out", tmp_path / "a") == "Error: x.gz is damaged: fetch it again.\n"
+
+
+def test_an_unfinished_run_is_not_exported(tmp_path: Path) -> None:
+    succeed(*FIT, "--out", tmp_path / "a", "--quiet")
+    (tmp_path / "a" / "results.json").unlink()
+    assert "is not complete" in fail("export", tmp_path / "a", "--out", tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()

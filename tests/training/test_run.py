@@ -1,0 +1,137 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.batch_norm import statistics
+from training.model import BNLeNet, initialise, norm_layers
+from training.recipes import RECIPES
+from training.run import MOMENTS, Config, Run, RunError
+
+
+@pytest.fixture
+def config() -> Config:
+    return Config(RECIPES["best"], 3, "cpu", "torch", 500, 1, "abc", {"torch": "2.13.0"})
+
+
+@pytest.fixture
+def run(tmp_path: Path, config: Config) -> Run:
+    return Run.create(tmp_path / "runs" / "a", config)
+
+
+def checkpoint() -> dict[str, torch.Tensor]:
+    model = BNLeNet()
+    initialise(model, 0)
+    return dict(model.state_dict())
+
+
+def test_a_configuration_comes_back_as_it_was(run: Run, config: Config) -> None:
+    assert run.config() == config
+
+
+def test_a_folder_with_something_in_it_is_not_used(run: Run, config: Config) -> None:
+    before = (run.folder / "config.json").read_bytes()
+    with pytest.raises(RunError, match="already exists: continue it with --resume"):
+        Run.create(run.folder, replace(config, seed=4))
+    assert (run.folder / "config.json").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, config: Config) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot write the run folder .*file/a: Not a directory"):
+        Run.create(tmp_path / "file" / "a", config)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"seed": 1}', '{"recipe": {"augmentation": {"x": 1}}}']
+)
+def test_damaged_configurations_are_told(run: Run, text: str) -> None:
+    (run.folder / "config.json").write_text(text)
+    with pytest.raises(RunError, match=r"config\.json is damaged"):
+        run.config()
+
+
+def test_what_is_not_there_yet_is_told(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is no run folder"):
+        Run(tmp_path).config()
+    with pytest.raises(RunError, match=r"no checkpoint\.safetensors yet"):
+        run.model()
+    with pytest.raises(RunError, match="is not complete: continue it"):
+        run.results()
+    assert run.metrics() == []
+
+
+def test_an_epoch_is_written_whole_and_read_back(run: Run) -> None:
+    state = {"done": torch.tensor([7]), "model.x": torch.rand(3)}
+    run.save_epoch([{"epoch": 1}], checkpoint(), state)
+    into = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    places = {name: tensor.data_ptr() for name, tensor in into.items()}
+    assert run.load_state(into) == [{"epoch": 1}]
+    assert all(torch.equal(into[name], state[name]) for name in state)
+    assert {name: tensor.data_ptr() for name, tensor in into.items()} == places
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        "checkpoint.safetensors",
+        "config.json",
+        "metrics.jsonl",
+        "state.safetensors",
+    ]
+
+
+def test_metrics_beyond_the_saved_state_are_dropped(run: Run) -> None:
+    """A kill between the two writes leaves a line of an epoch that will be fitted again."""
+    state = {"done": torch.tensor([7])}
+    run.save_epoch([{"epoch": 1}], checkpoint(), state)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"epoch": 2}) + "\n")
+    assert run.load_state(state) == [{"epoch": 1}]
+
+
+def test_a_state_of_another_model_or_a_damaged_one_is_told(run: Run) -> None:
+    run.save_epoch([{"epoch": 1}], checkpoint(), {"done": torch.tensor([7])})
+    with pytest.raises(RunError, match="belongs to another model"):
+        run.load_state({"other": torch.tensor([7])})
+    (run.folder / "state.safetensors").write_bytes(b"damaged!")
+    with pytest.raises(RunError, match=r"state\.safetensors is damaged"):
+        run.load_state({"done": torch.tensor([7])})
+
+
+def test_equal_tensors_give_equal_bytes(run: Run) -> None:
+    files = []
+    for _ in range(2):
+        run.save_epoch([{"epoch": 1}], checkpoint(), checkpoint() | {"done": torch.tensor([7])})
+        names = ("checkpoint.safetensors", "state.safetensors")
+        files.append([(run.folder / name).read_bytes() for name in names])
+    assert files[0] == files[1]
+
+
+def test_the_model_comes_back_with_the_statistics_asked_for(run: Run) -> None:
+    tensors = checkpoint()
+    run.save_checkpoint(tensors)
+    with pytest.raises(RunError, match=r"lacks population\.norm1\.mean: continue it"):
+        run.model("population")
+    population = {
+        f"population.{name}.{moment}": torch.full_like(statistics(layer)[0], value)
+        for name, layer in norm_layers(BNLeNet()).items()
+        for moment, value in zip(MOMENTS, (5.0, 6.0), strict=True)
+    }
+    run.save_checkpoint(tensors | population)
+    model = run.model("population")
+    assert not model.training
+    assert torch.equal(model.state_dict()["conv1.weight"], tensors["conv1.weight"])
+    for layer in norm_layers(model).values():
+        mean, variance = statistics(layer)
+        assert mean.tolist() == [5.0] * len(mean)
+        assert variance.tolist() == [6.0] * len(variance)
+    _, variance = statistics(norm_layers(run.model("moving"))["norm4"])
+    assert torch.equal(variance, tensors["norm4.running_var"])
+
+
+def test_a_finished_run_keeps_no_state(run: Run) -> None:
+    run.save_epoch([{"epoch": 1}], checkpoint(), {"done": torch.tensor([7])})
+    assert not run.complete
+    run.finish({"temperature": 1.0})
+    assert run.complete
+    assert run.results() == {"temperature": 1.0}
+    assert not (run.folder / "state.safetensors").exists()
