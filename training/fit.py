@@ -216,7 +216,7 @@ class Fitting:
 
 
 class Captured:
-    """`Fitting.step` as CUDA graphs, one for each shape of step, captured when first met.
+    """`Fitting.step` as CUDA graphs, one for each shape of step.
 
     A net this small is bound by launching kernels; a replay launches all of a step's at once.
     """
@@ -224,8 +224,12 @@ class Captured:
     def __init__(self, fitting: Fitting) -> None:
         self.fitting = fitting
         self.graphs: dict[tuple[int, bool], tuple[Tensor, torch.cuda.CUDAGraph]] = {}
+        for rows in torch.split(torch.arange(len(fitting.labels)), fitting.recipe.batch_size):
+            if (len(rows), False) not in self.graphs:
+                self.graphs[len(rows), False] = self._capture(rows.to(fitting.labels), False)
 
     def __call__(self, rows: Tensor, teacher: bool = False) -> None:
+        """Do what `Fitting.step` does; a step of a new shape is captured first."""
         key = (len(rows), teacher)
         if key not in self.graphs:
             self.graphs[key] = self._capture(rows.clone(), teacher)

@@ -4,9 +4,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from training.augmentation import Augmentation
 from training.batch_norm import statistics
 from training.dataset import FashionMNIST
 from training.fit import (
+    Captured,
     Epoch,
     FitError,
     Fitting,
@@ -125,6 +129,66 @@ def test_warming_up_for_a_capture_leaves_no_trace(few: FashionMNIST, best: Recip
     for (name, a), b in zip(warmed.tensors().items(), plain.tensors().values(), strict=True):
         assert torch.equal(a, b), name
     assert torch.equal(warmed.loss, plain.loss)
+
+
+class Recorded:
+    """Stands in for a CUDA graph: a step in its context is noted, and replayed on the CPU."""
+
+    capturing: "Recorded | None" = None
+    step = Fitting.step
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Fitting, Tensor, bool]] = []
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def replay(self) -> None:
+        for fitting, rows, teacher in self.calls:
+            assert self.generator is fitting.generator
+            Recorded.step(fitting, rows, teacher)
+
+
+@contextmanager
+def recording(graph: Recorded) -> Iterator[None]:
+    Recorded.capturing = graph
+    yield
+    Recorded.capturing = None
+
+
+def recorded_step(fitting: Fitting, rows: Tensor, teacher: bool = False) -> None:
+    if Recorded.capturing:
+        Recorded.capturing.calls.append((fitting, rows, teacher))
+    else:
+        Recorded.step(fitting, rows, teacher)
+
+
+@pytest.mark.parametrize("name", ["chapter", "best"])
+def test_replays_in_the_shape_of_cuda_graphs_train_as_eager_steps_do(
+    few: FashionMNIST, name: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """All of the fast path but the device: static batches, last batch, warm-up, lazy capture."""
+    recipe = replace(request.getfixturevalue(name), teacher=0.5)
+    images = on_device(few.train, "cpu")
+    replayed, eager = (Fitting(recipe, *images, seed=0) for _ in range(2))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock)
+    monkeypatch.setattr(torch.cuda, "stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock)
+    monkeypatch.setattr(Fitting, "step", recorded_step)
+    captured = Captured(replayed)
+    assert set(captured.graphs) == {(128, False), (76, False)}
+    order = torch.split(torch.randperm(1100, generator=torch.Generator().manual_seed(1)), 128)
+    for step, fitting in ((captured, replayed), (eager.step, eager)):
+        fitting.generator.manual_seed(2)
+        for teacher in (False, True):
+            for rows in order:
+                step(rows, teacher)
+    assert set(captured.graphs) == {(128, False), (76, False), (128, True), (76, True)}
+    assert torch.equal(replayed.loss, eager.loss)
+    for (name, a), b in zip(replayed.tensors().items(), eager.tensors().values(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_the_average_follows_weights_and_statistics(few: FashionMNIST, best: Recipe) -> None:
@@ -238,6 +302,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
+from unittest.mock import MagicMock
 import torch
 from training.dataset import FashionMNIST, Split, load
 from training.fit import fit
