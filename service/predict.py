@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 from python_multipart import create_form_parser
 from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import Field as FormField
 from python_multipart.multipart import File
 
 from service.classifier import Classifier, ModelInfo
@@ -24,7 +25,6 @@ PATH = "/predict"
 SIDE = 28
 SIZE = SIDE * SIDE
 MAX_JSON_BYTES = 2**18  # ten times what 784 numbers take however they are laid out
-MAX_FORM_PARTS = 8
 PREPROCESSING = frozenset(get_args(Preprocessing))
 RING = [
     [255 * (36 <= (2 * row - 27) ** 2 + (2 * column - 27) ** 2 <= 400) for column in range(SIDE)]
@@ -246,21 +246,26 @@ def _from_json(body: bytes) -> NDArray[np.uint8]:
 
 
 def _from_form(content_type: bytes, body: bytes) -> bytes:
-    files: list[File] = []
-    config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1, "MAX_FIELDS": MAX_FORM_PARTS}
+    parts: list[File] = []
+
+    def keep(part: File | FormField) -> None:
+        if parts or not isinstance(part, File) or part.field_name != b"image":
+            raise InvalidInput("Send one file in the form, in the field `image`, and nothing else.")
+        parts.append(part)
+
+    headers = {"Content-Type": content_type}
+    in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
     try:
-        parser = create_form_parser(
-            {"Content-Type": content_type}, None, files.append, config=config
-        )
+        parser = create_form_parser(headers, keep, keep, config=in_memory)
         parser.write(body)
         parser.finalize()
     except (FormParserError, ValueError):
         raise BadRequest(
             "The form is damaged, or its boundary is not in Content-Type.", code="malformed_form"
         ) from None
-    if len(files) != 1 or files[0].field_name != b"image":
+    if not parts:
         raise InvalidInput("Send one file in the form, in the field `image`.")
-    file = files[0].file_object
+    file = parts[0].file_object
     file.seek(0)
     return file.read()
 
