@@ -139,6 +139,14 @@ def test_the_mode_is_the_layers_own_and_not_that_of_autograd() -> None:
         assert not torch.equal(ours.train()(x), with_gradients)
 
 
+def test_a_training_pass_without_gradients_still_moves_the_statistics() -> None:
+    ours, _ = pair(2)
+    before = ours.moving_mean.clone()
+    with torch.no_grad():
+        ours(batches(2, 1)[0])
+    assert not torch.equal(ours.moving_mean, before)
+
+
 def test_statistics_survive_saving_and_casting() -> None:
     ours, _ = pair(4)
     ours(batches(4, 1)[0])
