@@ -1,20 +1,15 @@
 """Two instances behind a real load balancer are restarted one by one, and nobody notices."""
 
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
-import pytest
 
+from tests.contract.conftest import serving
+from tests.contract.neighbours import answers, free_port, running, wait_until
 from training.dataset import FashionMNIST
 
 CLIENTS = 8
@@ -25,6 +20,7 @@ defaults
     timeout connect 1s
     timeout client 10s
     timeout server 10s
+    timeout check 2s
     # The balancer must not hide a failure by trying again.
     retries 0
 frontend http
@@ -43,41 +39,41 @@ backend instances
 def test_a_rolling_restart_under_load_fails_no_request(
     tmp_path: Path, fashion_mnist: FashionMNIST
 ) -> None:
-    haproxy = shutil.which("haproxy")
-    if haproxy is None:
-        pytest.skip("haproxy is not installed: apt-get install haproxy")
-    frontend, first, second = free_ports(3)
-    config = tmp_path / "haproxy.cfg"
-    config.write_text(HAPROXY.format(frontend=frontend, first=first, second=second))
+    settings = {"drain_seconds": 1.5}  # several of the balancer's checks
+    with ExitStack() as stack:
+        instances = [
+            stack.enter_context(serving(tmp_path / name, **settings))
+            for name in ("first", "second")
+        ]
+        ports = [httpx.URL(url).port for url, _ in instances]
+        frontend = free_port()
+        config = tmp_path / "haproxy.cfg"
+        config.write_text(HAPROXY.format(frontend=frontend, first=ports[0], second=ports[1]))
+        stack.enter_context(running("haproxy", "haproxy", "-db", "-q", "-f", str(config)))
+        wait_until(lambda: answers(f"http://127.0.0.1:{frontend}/readyz"))
 
-    with ExitStack() as running:
-        instances = {port: start(running, *serve(port)) for port in (first, second)}
-        for port in instances:
-            wait_until_ready(port)
-        start(running, haproxy, "-db", "-q", "-f", str(config))
-        wait_until_ready(frontend)
         with Load(frontend, fashion_mnist.test.images[0].tobytes()) as load:
             load.wait_until_served_by(2)
-            for served_by, (port, instance) in enumerate(instances.items(), start=3):
-                instance.send_signal(signal.SIGTERM)
-                assert instance.wait(30) == 0
-                start(running, *serve(port))
+            for served_by, (port, (_, process)) in enumerate(zip(ports, instances, strict=True), 3):
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(30) == 0
+                stack.enter_context(serving(tmp_path / f"{served_by}", port=port, **settings))
                 load.wait_until_served_by(served_by)
 
-    assert load.outcomes[200] > 500
-    assert load.outcomes == {200: load.outcomes[200]}
+    assert len(load.outcomes) > 500
+    assert set(load.outcomes) == {200}
 
 
 class Load:
     """Clients that classify one image again and again, each as soon as it has its answer.
 
     Attributes:
-        outcomes: how often each status came, or each exception.
+        outcomes: every answer's status, or the exception that came instead.
         processes: the server processes that answered, by the beginning of their request ids.
     """
 
     def __init__(self, port: int, image: bytes) -> None:
-        self.outcomes: Counter[int | str] = Counter()
+        self.outcomes: list[int | str] = []
         self.processes: set[str] = set()
         self._url = f"http://127.0.0.1:{port}/predict"
         self._image = image
@@ -99,52 +95,14 @@ class Load:
 
     def _client(self) -> None:
         headers = {"Content-Type": "application/octet-stream"}
-        with httpx.Client(headers=headers, trust_env=False) as client:
+        with httpx.Client(headers=headers) as client:
             while not self._stop.is_set():
                 try:
                     answer = client.post(self._url, content=self._image)
                 except httpx.HTTPError as exc:
-                    self.outcomes[repr(exc)] += 1
+                    self.outcomes.append(repr(exc))
                 else:
-                    self.outcomes[answer.status_code] += 1
+                    self.outcomes.append(answer.status_code)
                     if answer.is_success:
                         self.processes.add(answer.headers["X-Request-ID"].split("-")[0])
                 time.sleep(0.002)  # leaves the two cores some air
-
-
-def serve(port: int) -> tuple[str, ...]:
-    """Return the command of a service that drains for several of the balancer's checks."""
-    settings = (f"BNLENET_PORT={port}", "BNLENET_DRAIN_SECONDS=1.5", "BNLENET_LOG_LEVEL=warning")
-    return ("env", *settings, sys.executable, "-m", "service")
-
-
-def start(running: ExitStack, *command: str) -> subprocess.Popen[bytes]:
-    process = running.enter_context(subprocess.Popen(command))
-    running.callback(process.kill)
-    return process
-
-
-def wait_until_ready(port: int) -> None:
-    def is_ready() -> bool:
-        try:
-            answer = httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False)
-        except httpx.HTTPError:
-            return False
-        return answer.status_code == 200
-
-    wait_until(is_ready)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "gave up waiting"
-        time.sleep(0.02)
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
