@@ -3,10 +3,17 @@
 import zlib
 from asyncio import Task
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from service.errors import BadRequest, LengthRequired, PayloadTooLarge, UnsupportedMediaType
+from service.errors import (
+    BadRequest,
+    LengthRequired,
+    Overloaded,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+)
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -31,6 +38,19 @@ class ClientGone(Exception):  # noqa: N818 - not an error of ours: there is nobo
     """The client closed the connection before its request was complete."""
 
 
+@dataclass
+class Room:
+    """How much of bodies is held in memory.
+
+    Attributes:
+        each: the most bytes of one body, as sent and when unpacked.
+        left: how many more bytes all unfinished bodies together may have.
+    """
+
+    each: int
+    left: int
+
+
 class Exchange:
     """A request on its way to an answer.
 
@@ -42,16 +62,16 @@ class Exchange:
         started: when it arrived, on the clock of `time.perf_counter`.
         complete: the whole body has been read.
         expired: the deadline has passed.
-        lingering: the answer leaves part of the request unread, so the connection must close.
+        closing: the answer leaves part of the request unread, so the connection must close.
         task: the task that works on it; None outside the hot paths.
     """
 
     __slots__ = (
-        "_limit",
+        "_room",
+        "closing",
         "complete",
         "expired",
         "headers",
-        "lingering",
         "receive",
         "request_id",
         "scope",
@@ -66,7 +86,7 @@ class Exchange:
         headers: dict[bytes, bytes],
         request_id: bytes,
         started: float,
-        limit: int,
+        room: Room,
     ) -> None:
         self.scope = scope
         self.headers = headers
@@ -74,10 +94,10 @@ class Exchange:
         self.started = started
         self.complete = False
         self.expired = False
-        self.lingering = False
+        self.closing = False
         self.task: Task[Any] | None = None
         self.receive = receive
-        self._limit = limit
+        self._room = room
 
     def query(self) -> dict[str, str]:
         """Return the query parameters; of a repeated one, the last."""
@@ -85,11 +105,12 @@ class Exchange:
         return dict(parse_qsl(text.decode("latin-1"), keep_blank_values=True)) if text else {}
 
     async def body(self) -> bytes:
-        """Read the whole body, at most the limit, and undo its content encoding.
+        """Read the whole body, within the limits, and undo its content encoding.
 
         Raises:
             LengthRequired: the request announces no body.
             PayloadTooLarge: it announces, sends or unpacks to more than the limit.
+            Overloaded: too much of other bodies is held already.
             BadRequest: it is not in the encoding it claims.
             UnsupportedMediaType: the content encoding is unknown.
             ClientGone: the client went away before the end.
@@ -100,14 +121,14 @@ class Exchange:
             if b"transfer-encoding" not in headers:
                 self.complete = True  # HTTP/1.1: neither field means that there is no body
                 raise LengthRequired("Send a body, and its length in Content-Length.")
-        elif int(declared) > self._limit:
+        elif int(declared) > self._room.each:
             raise self._too_large()
         message = await self.receive()
         body: bytes = message.get("body", b"")
         if message.get("more_body") or message["type"] == "http.disconnect":
             body = await self._rest(message)
         self.complete = True
-        if len(body) > self._limit:
+        if len(body) > self._room.each:
             raise self._too_large()
         encoding = headers.get(b"content-encoding")
         return body if encoding is None else self._unpack(body, encoding)
@@ -120,20 +141,31 @@ class Exchange:
         return int(declared) > WORTH_READING if declared else b"transfer-encoding" in self.headers
 
     async def _rest(self, message: Message) -> bytes:
-        chunks, size = [], 0
-        while message["type"] != "http.disconnect":
-            chunk = message.get("body", b"")
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > self._limit:
-                raise self._too_large()
-            if not message.get("more_body"):
-                return b"".join(chunks)
-            message = await self.receive()
-        raise ClientGone
+        """Read a body that comes in pieces; `message` has the first."""
+        room = self._room
+        pieces, size = [], 0
+        try:
+            while message["type"] != "http.disconnect":
+                piece = message.get("body", b"")
+                pieces.append(piece)
+                size += len(piece)
+                room.left -= len(piece)
+                if size > room.each:
+                    raise self._too_large()
+                if not message.get("more_body"):
+                    return b"".join(pieces)
+                if room.left < 0:
+                    raise Overloaded(
+                        "The server is receiving too much at once; try again in a second.",
+                        headers={"Retry-After": "1"},
+                    )
+                message = await self.receive()
+            raise ClientGone
+        finally:
+            room.left += size
 
     def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(f"The body is too large; send at most {self._limit:,} bytes.")
+        return PayloadTooLarge(f"The body is too large; send at most {self._room.each:,} bytes.")
 
     def _unpack(self, body: bytes, encoding: bytes) -> bytes:
         name = encoding.strip().lower()
@@ -150,12 +182,12 @@ class Exchange:
         raw = name == b"deflate" and body[:1] and body[0] & 0x0F != 8
         decompressor = zlib.decompressobj(-15 if raw else 47)
         try:
-            plain = decompressor.decompress(body, self._limit + 1)
+            plain = decompressor.decompress(body, self._room.each + 1)
         except zlib.error:
             raise BadRequest(
                 "The body is not in its stated content encoding.", code="bad_content_encoding"
             ) from None
-        if len(plain) > self._limit:
+        if len(plain) > self._room.each:
             raise self._too_large()
         if not decompressor.eof or decompressor.unused_data:
             raise BadRequest(

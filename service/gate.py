@@ -35,6 +35,7 @@ from service.exchange import (
     Headers,
     Message,
     Receive,
+    Room,
     Scope,
     Send,
 )
@@ -46,10 +47,12 @@ Handler = Callable[[Exchange], Awaitable[Answer]]
 
 SOUND_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}").fullmatch
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
+CLOSE = (b"connection", b"close")
 CLIENT_GONE = 499  # nginx's status for the log; nobody receives it
 CROSS_ORIGIN_HEADERS = (
     b"Authorization, Content-Type, Content-Encoding, Inference-Header-Content-Length, X-Request-ID"
 )
+BODIES_IN_MEMORY = 8  # of the largest size, while they come in
 SLOW_AFTER_SECONDS = 1.0
 SWEEP_SECONDS = 0.1
 LINGER_SECONDS = 1.0
@@ -93,7 +96,7 @@ class Gate:
         self.draining = False
         self.in_flight = 0
         self._metrics = metrics
-        self._max_body_bytes = settings.max_body_bytes
+        self._room = Room(settings.max_body_bytes, BODIES_IN_MEMORY * settings.max_body_bytes)
         self._max_in_flight = settings.max_in_flight
         self._timeout = settings.request_timeout_seconds
         self._key: bytes | None = None
@@ -126,7 +129,7 @@ class Gate:
         request_id = headers.get(b"x-request-id")
         if request_id is None or not SOUND_REQUEST_ID(request_id):
             request_id = b"%s-%x" % (self._id_prefix, next(self._id_count))
-        exchange = Exchange(scope, receive, headers, request_id, started, self._max_body_bytes)
+        exchange = Exchange(scope, receive, headers, request_id, started, self._room)
         if handler is None:
             route, status = await self._delegate(exchange, send)
         else:
@@ -137,7 +140,7 @@ class Gate:
             route, status = scope["path"], answer.status
             await self._send(answer, exchange, send)
         self._record(exchange, route, status)
-        if exchange.lingering:
+        if exchange.closing:
             await self._linger(exchange, send)
 
     async def _work(self, handler: Handler, exchange: Exchange, position: int) -> Answer:
@@ -182,6 +185,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], *self._tail(exchange)]
+                if exchange.unread():
+                    message["headers"].append(CLOSE)
             await send(message)
 
         try:
@@ -208,14 +213,14 @@ class Gate:
 
     async def _send(self, answer: Answer, exchange: Exchange, send: Send) -> None:
         body = answer.body
-        exchange.lingering = answer.status >= 400 and exchange.unread()
+        exchange.closing = not exchange.complete and exchange.unread()
         headers = [
             *answer.headers,
             (b"content-length", b"%d" % len(body)),
             *self._tail(exchange),
         ]
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body, "more_body": exchange.lingering})
+        await send({"type": "http.response.body", "body": body, "more_body": exchange.closing})
 
     async def _linger(self, exchange: Exchange, send: Send) -> None:
         """Close a connection whose request was not read to its end.
@@ -232,8 +237,8 @@ class Gate:
     def _tail(self, exchange: Exchange) -> Headers:
         """Return the header fields that every answer carries."""
         headers = [(b"x-request-id", exchange.request_id)]
-        if self.draining or exchange.lingering or exchange.expired:
-            headers.append((b"connection", b"close"))
+        if self.draining or exchange.closing or exchange.expired:
+            headers.append(CLOSE)
         if self._origins:
             headers += self._cross_origin(exchange)
         return headers
