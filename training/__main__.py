@@ -243,6 +243,11 @@ def _display(config: Config, images: int, quiet: bool) -> Iterator[dict[str, Cal
 )
 @click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Not the recipe's.")
 @click.option(
+    "--held-out",
+    type=FOLDER,
+    help="A run of the same recipe with --holdout: it gives the temperature, and the card says so.",
+)
+@click.option(
     "--seeds-from",
     type=FOLDER,
     multiple=True,
@@ -255,6 +260,7 @@ def export_command(
     out: Path,
     statistics: Any,
     temperature: float | None,
+    held_out: Path | None,
     seeds_from: tuple[Path, ...],
     as_json: bool,
     data_dir: Path | None,
@@ -262,17 +268,24 @@ def export_command(
     """Fold, verify and write RUN's model as ONNX, with MODEL_CARD.md beside it."""
     fitted = Run(run)
     config, others = fitted.config(), [Run(other) for other in dict.fromkeys((run, *seeds_from))]
-    for other in others:
+    validation = Run(held_out) if held_out else None
+    for other in [*others, *([validation] if validation else [])]:
         other.results()  # all must be complete before anything is written
+        if other.config().recipe != config.recipe:
+            raise RunError(f"{other.folder} was fitted by another recipe than {run}.")
+    if validation and not validation.config().holdout:
+        raise RunError(f"{held_out} held no images out: fit it with --holdout.")
     statistics = statistics or config.recipe.statistics
-    temperature = temperature or config.recipe.temperature
+    if temperature is None:
+        fallback = config.recipe.temperature
+        temperature = validation.results()["temperature"] if validation else fallback
     test = load(data_dir).test
     source = Provenance(
         config.recipe.name, config.seed, config.dataset_sha256, statistics, config.versions
     )
     exported = export(fitted.model(statistics), source, test, out, temperature=temperature)
     evaluation = evaluate(onnx_classifier(out), test)
-    card = report.model_card(exported, source, temperature, fitted, others, evaluation)
+    card = report.model_card(exported, source, temperature, fitted, others, evaluation, validation)
     (out.parent / "MODEL_CARD.md").write_text(card)
     report.draw_confusion(evaluation.confusion, out.parent / "confusion.png")
     if as_json:

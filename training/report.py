@@ -15,9 +15,10 @@ from training.dataset import CLASS_NAMES
 from training.evaluation import Evaluation
 from training.export import ExportReport, Provenance
 from training.model import BNLeNet, norm_layers
-from training.recipes import RECIPES
-from training.run import Run
+from training.recipes import NO_AUGMENTATION, RECIPES
+from training.run import Config, Run
 
+SAID_ELSEWHERE = ("name", "origin", "statistics", "temperature")
 Series = dict[str, tuple[list[float], list[float]]]
 
 
@@ -91,6 +92,7 @@ def model_card(
     run: Run,
     runs: Sequence[Run],
     evaluation: Evaluation,
+    validation: Run | None = None,
 ) -> str:
     """Write the model card (Mitchell et al., "Model Cards for Model Reporting", 2019) in Markdown.
 
@@ -101,48 +103,28 @@ def model_card(
         run: the run that was exported.
         runs: all runs of the recipe to show by seed, this one among them.
         evaluation: of the exported file on the test set.
+        validation: a run of the recipe with images held out, if statistics and temperature were
+            chosen on it.
     """
-    config, results = run.config(), run.results()
-    recipe = config.recipe
-    worst_name, worst = evaluation.robust_worst
-    scores = [other.results()["scores"] for other in runs]
-    kinds = list(scores[0])
-    rows = [
-        [str(other.config().seed), *(f"{score[kind]['accuracy']:.4f}" for kind in kinds)]
-        for other, score in zip(runs, scores, strict=True)
-    ]
-    for name, statistic in (("mean", mean), ("standard deviation", stdev)):
-        if len(scores) > 1:
-            values = [statistic(score[kind]["accuracy"] for score in scores) for kind in kinds]
-            rows.append([name, *(f"{value:.4f}" for value in values)])
-    fit_command = f"python -m training fit --recipe {recipe.name} --seed {config.seed}"
-    changed = RECIPES.get(recipe.name)
-    for option in ("epochs", "batch_size", "learning_rate"):
-        if changed and getattr(changed, option) != getattr(recipe, option):
-            fit_command += f" --{option.replace('_', '-')} {getattr(recipe, option)}"
-    if config.batch_norm != "torch":
-        fit_command += f" --batch-norm {config.batch_norm}"
+    config = run.config()
+    recipe, (worst_name, worst) = config.recipe, evaluation.robust_worst
+    settings = {n: v for n, v in asdict(recipe).items() if n not in SAID_ELSEWHERE and v}
+    if recipe.augmentation == NO_AUGMENTATION:
+        del settings["augmentation"]
+    else:
+        settings |= {n: v for n, v in settings.pop("augmentation").items() if v}
+    shares = zip(CLASS_NAMES, evaluation.precision, evaluation.recall, strict=True)
     return f"""# Model card: BN-LeNet, {exported.path.name}
 
 LeNet with batch normalisation (44,878 parameters before folding), which tells the ten kinds of
 garment of Fashion-MNIST apart in 28 x 28 grey pixels. Batch norm is folded into the convolutions
-and linear layers. Everything on this page was measured and written by `python -m training export`.
+and linear layers. All figures on this page were measured and written by
+`python -m training export`.
 
-{
-        _table(
-            ["test images", "accuracy", "NLL", "ECE (15 bins)", "robust mean", "robust worst"],
-            [
-                [
-                    f"{evaluation.images:,}",
-                    f"{evaluation.accuracy:.4f}",
-                    f"{evaluation.nll:.4f}",
-                    f"{evaluation.ece:.4f}",
-                    f"{evaluation.robust_mean:.4f}",
-                    f"{worst:.4f} ({worst_name})",
-                ]
-            ],
-        )
-    }
+| test images | accuracy | NLL | ECE (15 bins) | robust mean | robust worst |
+| --- | --- | --- | --- | --- | --- |
+| {evaluation.images:,} | {evaluation.accuracy:.4f} | {evaluation.nll:.4f} | {evaluation.ece:.4f} \
+| {evaluation.robust_mean:.4f} | {worst:.4f} ({worst_name}) |
 
 The standard error of an accuracy on so many images is {_standard_error(evaluation):.4f}.
 
@@ -150,22 +132,14 @@ The standard error of an accuracy on so many images is {_standard_error(evaluati
 
 Recipe `{recipe.name}`, seed {config.seed}. {recipe.origin}
 
-{
-        _table(
-            ["setting", "value"],
-            [
-                [key, _value(value)]
-                for key, value in asdict(recipe).items()
-                if key not in ("name", "origin")
-            ],
-        )
-    }
+{_table(["setting", "value"], [[name, str(value)] for name, value in settings.items()])}
 
 The same weights again, bit for bit on the same kind of processor:
 
 ```sh
-{fit_command} --device {config.device} --threads {config.threads} --out runs/again
-python -m training export runs/again --out {exported.path.name}
+{_fit_command(config)} --out runs/again
+python -m training export runs/again --statistics {source.statistics} \
+--temperature {temperature:g} --out {exported.path.name}
 ```
 
 ## Seeds, and moving averages against statistics of the whole training set
@@ -174,21 +148,11 @@ Test accuracy of the unfolded models, by the statistics that batch norm predicts
 averages of fitting; statistics of the whole training set, taken after fitting; `clean`: those
 without augmentation. **This file carries: {source.statistics}.**
 
-{_table(["seed", *kinds], rows)}
+{_scores(runs)}
 
 ## Classes
 
-{
-        _table(
-            ["class", "precision", "recall"],
-            [
-                [name, f"{p:.3f}", f"{r:.3f}"]
-                for name, p, r in zip(
-                    CLASS_NAMES, evaluation.precision, evaluation.recall, strict=True
-                )
-            ],
-        )
-    }
+{_table(["class", "precision", "recall"], [[n, f"{p:.3f}", f"{r:.3f}"] for n, p, r in shares])}
 
 ![Confusion matrix](confusion.png)
 
@@ -200,33 +164,21 @@ Accuracy on the test set, changed in the ways that `training/robustness.py` defi
 
 ## Calibration
 
-Temperature {temperature:g}, folded into the last layer. Expected calibration error
-{evaluation.ece:.4f} over 15 equal bins.
+Temperature {temperature:g}, folded into the last layer. {_choice(validation)}
 
 ## The file
 
-{
-        _table(
-            ["", ""],
-            [
-                ["SHA-256", f"`{exported.sha256}`"],
-                ["size", f"{exported.size_bytes:,} bytes"],
-                ["data set SHA-256", f"`{source.dataset_sha256}`"],
-                [
-                    "largest logit difference from the unfolded model in float64",
-                    f"{exported.fold_error:.1e}",
-                ],
-                [
-                    "images whose two best logits are closer than that check's tolerance",
-                    str(len(exported.ties)),
-                ],
-                ["of these, named differently by the file", str(len(exported.disagreements))],
-                ["largest error of its self-test", f"{exported.self_test_error:.1e}"],
-                ["fitted with", ", ".join(f"{name} {v}" for name, v in config.versions.items())],
-                ["fitting took", f"{results['seconds']['fit']:.0f} s on {config.device}"],
-            ],
-        )
-    }
+| | |
+| --- | --- |
+| SHA-256 | `{exported.sha256}` |
+| size | {exported.size_bytes:,} bytes |
+| data set SHA-256 | `{source.dataset_sha256}` |
+| largest logit difference from the unfolded model in float64 | {exported.fold_error:.1e} |
+| images whose two best logits are closer than this check's limit | {len(exported.ties)} |
+| of these, named differently by the file | {len(exported.disagreements)} |
+| largest error of its self-test | {exported.self_test_error:.1e} |
+| fitted with | {", ".join(f"{name} {number}" for name, number in config.versions.items())} |
+| fitting took | {run.results()["seconds"]["fit"]:.0f} s on {config.device} |
 
 ## Intended use and limits
 
@@ -238,15 +190,51 @@ Not for decisions about people.
 """
 
 
+def _fit_command(config: Config) -> str:
+    """Return the command that fits by a configuration, without its --out."""
+    recipe = config.recipe
+    command = f"python -m training fit --recipe {recipe.name} --seed {config.seed}"
+    own = RECIPES.get(recipe.name, recipe)
+    for option in ("epochs", "batch_size", "learning_rate"):
+        if getattr(recipe, option) != getattr(own, option):
+            command += f" --{option.replace('_', '-')} {getattr(recipe, option)}"
+    if config.batch_norm != "torch":
+        command += f" --batch-norm {config.batch_norm}"
+    if config.holdout:
+        command += f" --holdout {config.holdout}"
+    return f"{command} --device {config.device} --threads {config.threads}"
+
+
+def _scores(runs: Sequence[Run]) -> str:
+    """Return the table of accuracies by seed and statistics, with mean and standard deviation."""
+    scores = [run.results()["scores"] for run in runs]
+    columns = {kind: [score[kind]["accuracy"] for score in scores] for kind in scores[0]}
+    rows = [
+        [str(run.config().seed), *(f"{values[i]:.4f}" for values in columns.values())]
+        for i, run in enumerate(runs)
+    ]
+    if len(runs) > 1:
+        for name, statistic in (("mean", mean), ("standard deviation", stdev)):
+            rows.append([name, *(f"{statistic(values):.4f}" for values in columns.values())])
+    return _table(["seed", *columns], rows)
+
+
+def _choice(validation: Run | None) -> str:
+    """Say what statistics and temperature were chosen on."""
+    if validation is None:
+        return "No image was held out to choose it."
+    results, holdout = validation.results(), validation.config().holdout
+    scores = [f"{n} {s['accuracy']:.4f}" for n, s in results["scores"].items()]
+    return (
+        f"Of {holdout:,} images\nheld out of a fit of the same recipe, the temperature with the "
+        f"least cross-entropy was\n{results['temperature']:g}; the accuracies on them by statistics: "
+        f"{', '.join(scores)}."
+    )
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, dict):  # the augmentation: what it does not do needs no mention
-        return ", ".join(f"{name} {v}" for name, v in value.items() if v) or "none"
-    return str(value)
 
 
 def _standard_error(evaluation: Evaluation) -> float:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -204,3 +205,21 @@ def test_an_unfinished_run_is_not_exported(tmp_path: Path) -> None:
     (tmp_path / "a" / "results.json").unlink()
     assert "is not complete" in fail("export", tmp_path / "a", "--out", tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_the_temperature_comes_from_held_out_images(tmp_path: Path) -> None:
+    for name, options in (
+        ("a", ()),
+        ("held", ("--holdout", 300)),
+        ("other", ("--batch-size", 100)),
+    ):
+        succeed(*FIT, "--out", tmp_path / name, "--quiet", *options)
+    export = ("export", tmp_path / "a", "--out", tmp_path / "m.onnx")
+    assert "held no images out" in fail(*export, "--held-out", tmp_path / "a")
+    assert "by another recipe" in fail(*export, "--seeds-from", tmp_path / "other")
+    assert not (tmp_path / "m.onnx").exists()
+    succeed(*export, "--held-out", tmp_path / "held")
+    temperature = Run(tmp_path / "held").results()["temperature"]
+    metadata = onnx.load(tmp_path / "m.onnx").metadata_props
+    assert float({entry.key: entry.value for entry in metadata}["temperature"]) == temperature
+    assert temperature != 1

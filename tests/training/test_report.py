@@ -81,6 +81,23 @@ def test_the_card_says_what_was_measured(runs: list[Run]) -> None:
     ):
         assert text in card
     assert card.count("\n| --- |") == 6
+    assert "No image was held out" in card
+
+
+def test_the_card_tells_what_was_chosen_on_held_out_images(
+    runs: list[Run], few: FashionMNIST, tmp_path: Path
+) -> None:
+    recipe = runs[0].config().recipe
+    held = Run.create(tmp_path / "h", replace(runs[0].config(), holdout=300))
+    fit(few, recipe, run=held, holdout=300)
+    evaluation = Evaluation(1, 1, 0, 0, [1] * 10, [1] * 10, [[0] * 10] * 10, {"a": 1})
+    exported = ExportReport(Path("m.onnx"), "f", 1, 1, 1, 0, (), (), 0)
+    source = Provenance("chapter", 0, "d", "moving", {})
+    card = report.model_card(exported, source, 1.0, runs[0], runs[:1], evaluation, held)
+    results = held.results()
+    assert "Of 300 images" in card
+    assert f"{results['temperature']:g}; the" in card
+    assert f"population {results['scores']['population']['accuracy']:.4f}." in card
 
 
 def test_a_card_of_one_run_has_no_mean(runs: list[Run]) -> None:
