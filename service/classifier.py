@@ -175,23 +175,31 @@ def _open_session(data: bytes, path: Path, device: Device) -> onnxruntime.Infere
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what is wrong becomes our one sentence
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device == "cuda":
-        onnxruntime.preload_dlls()
-        cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-        providers.insert(0, ("CUDAExecutionProvider", cuda))
     try:
-        session = onnxruntime.InferenceSession(data, options, providers=providers)
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # ONNX Runtime's own classes share no public base
         raise ModelError(
             f"The model file {path} is damaged, cut short or no ONNX model: {REMEDY}."
         ) from exc
-    if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-        raise ModelError(
-            "BNLENET_DEVICE is cuda but ONNX Runtime got no CUDA device: install the `gpu` extra"
-            " and a driver, or set BNLENET_DEVICE to auto."
-        )
-    return session
+    return _open_on_cuda(data, options) if device == "cuda" else session
+
+
+def _open_on_cuda(data: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """Open a session on the GPU, or fail: ONNX Runtime would go on with the CPU in silence."""
+    onnxruntime.preload_dlls()
+    cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    providers = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
+    cause: Exception | None = None
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=providers)
+        if session.get_providers()[0] == "CUDAExecutionProvider":
+            return session
+    except Exception as exc:  # as above; the file itself is sound, a session has been opened
+        cause = exc
+    raise ModelError(
+        "BNLENET_DEVICE is cuda, but ONNX Runtime got no CUDA device: install the `gpu` extra and"
+        " a driver, or set BNLENET_DEVICE to auto."
+    ) from cause
 
 
 def _check_signature(session: onnxruntime.InferenceSession, path: Path) -> None:

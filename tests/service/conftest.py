@@ -1,8 +1,11 @@
-"""Tiny artefacts made with onnx alone: the service's tests need neither torch nor training."""
+"""Tiny artefacts made with onnx alone, and a way to talk ASGI to the application in the test."""
 
+import asyncio
 import base64
 import json
+import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,11 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from service.app import create_app
+from service.classifier import Classifier
+from service.gate import Gate
+from service.settings import Settings
 
 Weights = dict[str, NDArray[np.float32]]
 
@@ -183,3 +191,101 @@ def broken_artefact(weights: Weights, tmp_path: Path) -> Callable[..., Path]:
 def reference(weights: Weights) -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:
     """Return the float64 oracle of `artefact`: uint8 [n, 1, 28, 28] -> float64 [n, 10]."""
     return lambda pixels: forward(weights, pixels)
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("BNLENET_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def classifier(artefact: Path) -> Classifier:
+    return Classifier.load(artefact)
+
+
+@pytest.fixture
+def make_app(classifier: Classifier) -> Callable[..., Gate]:
+    """Return a maker of applications from settings by their field names."""
+    return lambda **settings: create_app(Settings(**settings), classifier)
+
+
+@dataclass
+class Conversation:
+    """One request to an ASGI application, whose body the test sends piece by piece.
+
+    Attributes:
+        status: of the answer; 0 until it begins.
+        headers: of the answer.
+        body: of the answer.
+        closed: the answer is complete.
+    """
+
+    app: Gate
+    method: str = "POST"
+    target: str = "/predict"
+    send_headers: dict[str, str] = field(default_factory=dict)
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        path, _, query = self.target.partition("?")
+        self.scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": self.method,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
+            "headers": [(k.lower().encode(), v.encode()) for k, v in self.send_headers.items()],
+        }
+        self._task = asyncio.ensure_future(self.app(self.scope, self._incoming.get, self._receive))
+
+    async def _receive(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            assert self.status == 0
+            self.status = message["status"]
+            self.headers = {k.decode(): v.decode() for k, v in message["headers"]}
+        else:
+            assert not self.closed
+            self.body += message.get("body", b"")
+            self.closed = not message.get("more_body", False)
+
+    def send(self, body: bytes, *, more: bool = False) -> None:
+        self._incoming.put_nowait({"type": "http.request", "body": body, "more_body": more})
+
+    def leave(self) -> None:
+        self._incoming.put_nowait({"type": "http.disconnect"})
+
+    async def answer(self) -> Any:
+        """Wait for the end, and return the answer's JSON."""
+        await asyncio.wait_for(self._task, 10)
+        return json.loads(self.body) if self.body else None
+
+
+BYTES = {"Content-Type": "application/octet-stream", "Content-Length": "784"}
+
+
+async def ask(
+    app: Gate,
+    body: bytes = bytes(784),
+    *,
+    method: str = "POST",
+    target: str = "/predict",
+    headers: dict[str, str] | None = None,
+) -> Conversation:
+    """Send a whole request at once and wait for its answer."""
+    length = {"Content-Length": str(len(body))} if body else {}
+    conversation = Conversation(app, method, target, {**BYTES, **length, **(headers or {})})
+    conversation.send(body)
+    await conversation.answer()
+    return conversation
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
