@@ -227,8 +227,8 @@ def _choice(validation: Run | None) -> str:
     scores = [f"{n} {s['accuracy']:.4f}" for n, s in results["scores"].items()]
     return (
         f"Of {holdout:,} images\nheld out of a fit of the same recipe, the temperature with the "
-        f"least cross-entropy was\n{results['temperature']:g}; the accuracies on them by statistics: "
-        f"{', '.join(scores)}."
+        f"least cross-entropy was\n{results['temperature']:g}; the accuracies on them by "
+        f"statistics: {', '.join(scores)}."
     )
 
 
