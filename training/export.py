@@ -37,7 +37,7 @@ SELF_TEST_FORMULA = "pixels[k][i][j] = |(16 i + 4 k j) mod 511 - 255|, k = 0..5,
 
 
 class ExportError(Exception):
-    """The file would not do what the model does; nothing was written."""
+    """The file would not do what the model does, or cannot be written; no file was changed."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def export(
         temperature: all logits are divided by it, in the last layer's weights and bias.
 
     Raises:
-        ExportError: the file disagrees with the model; `out` is untouched.
+        ExportError: the file disagrees with the model, or cannot be written; `out` is untouched.
         ValueError: the model is in training mode, or the temperature is not a positive number.
     """
     folded = divide_logits(fold_batch_norm(model), temperature)
@@ -323,10 +323,13 @@ def _run(proto: onnx.ModelProto, images: NDArray[np.uint8]) -> list[NDArray[np.f
 
 def _write(path: Path, data: bytes) -> None:
     """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as exc:
+        raise ExportError(f"cannot write {path} ({exc.strerror}): nothing was written.") from exc

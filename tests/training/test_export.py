@@ -331,10 +331,18 @@ def test_a_full_disk_leaves_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        ExportError, match=r"cannot write .*model\.onnx \(No space left on device\)"
+    ):
         export(fitted, PROVENANCE, some, out)
     assert out.read_bytes() == b"the model that is served"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_that_cannot_be_made_is_told(fitted: BNLeNet, some: Split, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match=r"cannot write .*file/model\.onnx \("):
+        export(fitted, PROVENANCE, some, tmp_path / "file/model.onnx")
 
 
 def test_building_needs_no_data_set() -> None:
