@@ -190,13 +190,10 @@ class Gate:
             await send(message)
 
         try:
-            self._authorize(exchange)
-            if (
-                scope["method"] == "OPTIONS"
-                and b"access-control-request-method" in exchange.headers
-            ):
+            if self._is_preflight(exchange):
                 answer = self._preflight(exchange)
             else:
+                self._authorize(exchange)
                 await self.framework(scope, exchange.receive, send_tagged)
                 answer = None
         except ServiceError as error:
@@ -252,6 +249,11 @@ class Gate:
             headers.append((b"access-control-allow-origin", allowed))
             headers.append((b"access-control-expose-headers", b"X-Request-ID"))
         return headers
+
+    def _is_preflight(self, exchange: Exchange) -> bool:
+        """Tell whether a browser asks what other origins may do; it sends no key with that."""
+        asked = b"access-control-request-method" in exchange.headers
+        return asked and bool(self._origins) and exchange.scope["method"] == "OPTIONS"
 
     def _preflight(self, exchange: Exchange) -> Answer:
         if not self._origins & {b"*", exchange.headers.get(b"origin")}:

@@ -262,9 +262,10 @@ class Conversation:
         self._incoming.put_nowait({"type": "http.disconnect"})
 
     async def answer(self) -> Any:
-        """Wait for the end, and return the answer's JSON."""
+        """Wait for the end, and return the answer's JSON, if it is JSON."""
         await asyncio.wait_for(self._task, 10)
-        return json.loads(self.body) if self.body else None
+        is_json = self.headers.get("content-type") == "application/json" and self.body
+        return json.loads(self.body) if is_json else None
 
 
 BYTES = {"Content-Type": "application/octet-stream", "Content-Length": "784"}
