@@ -1,0 +1,172 @@
+"""`POST /predict` in detail: any body of any type, ties, and what never gets to the model."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from service.app import create_app
+from service.classifier import Classifier
+from service.gate import Gate
+from service.image import Decoded
+from service.predict import RING, Renderer, example
+from service.settings import Settings
+from tests.service.conftest import Conversation, ask
+
+pytestmark = pytest.mark.anyio
+Oracle = Callable[[NDArray[np.uint8]], NDArray[np.float64]]
+
+scalars = st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5)
+documents = st.recursive(
+    scalars,
+    lambda d: st.lists(d, max_size=30) | st.dictionaries(st.text(max_size=6), d, max_size=3),
+)
+nearly_pixels = st.lists(
+    st.lists(st.integers(0, 255) | scalars, min_size=27, max_size=29), min_size=27, max_size=29
+)
+bodies = (
+    st.binary(max_size=2000)
+    | documents.map(json.dumps).map(str.encode)
+    | st.one_of(documents, nearly_pixels).map(lambda d: json.dumps({"pixels": d}).encode())
+    | st.binary(min_size=784, max_size=784)
+)
+types = st.sampled_from(
+    [
+        "application/json",
+        "application/octet-stream",
+        "image/png",
+        "image/jpeg",
+        "image/x-none",
+        "multipart/form-data; boundary=b",
+        "multipart/form-data",
+        "text/plain",
+        "",
+    ]
+) | st.text(st.characters(max_codepoint=255, exclude_categories=["Cc"]), max_size=20)
+queries = st.sampled_from(["", "?top_k=3", "?top_k=x", "?echo=pixels", "?preprocessing=dataset"])
+
+
+@pytest.fixture(scope="module")
+def app(classifier: Classifier) -> Gate:
+    return create_app(Settings(), classifier)
+
+
+@given(bodies, types, queries)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+async def test_any_body_of_any_type_gets_an_answer_or_a_refusal(
+    app: Gate, body: bytes, content_type: str, query: str
+) -> None:
+    headers = {"Content-Type": content_type.encode("latin-1").decode("latin-1")}
+    answer = await ask_latin(app, body, f"/predict{query}", headers)
+    assert answer.status in {200, 400, 413, 415, 422}, answer.body
+    if answer.status == 200:
+        result = json.loads(answer.body)
+        assert sum(p["probability"] for p in result["predictions"]) <= 1 + 1e-6
+    else:
+        assert set(json.loads(answer.body)) == {"error", "code", "request_id"}
+
+
+async def ask_latin(app: Gate, body: bytes, target: str, headers: dict[str, str]) -> Conversation:
+    conversation = Conversation(app, "POST", target, {"Content-Length": str(len(body))})
+    conversation.scope["headers"] += [
+        (k.lower().encode(), v.encode("latin-1")) for k, v in headers.items()
+    ]
+    conversation.send(body)
+    await conversation.answer()
+    return conversation
+
+
+def is_an_image(document: Any) -> bool:
+    """Tell by the documentation's words, slowly, what the service tells by tricks, quickly."""
+
+    def is_pixel(value: Any) -> bool:
+        return type(value) is int and 0 <= value <= 255
+
+    def is_row(row: Any) -> bool:
+        return type(row) is list and len(row) == 28 and all(map(is_pixel, row))
+
+    if type(document) is not list:
+        return False
+    flat = len(document) == 784 and all(map(is_pixel, document))
+    return flat or (len(document) == 28 and all(map(is_row, document)))
+
+
+@given(
+    st.lists(st.integers(0, 255), min_size=784, max_size=784),
+    st.booleans(),
+    st.none() | scalars | st.lists(st.integers(0, 255), max_size=29),
+    st.integers(0, 783),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+async def test_pixels_in_json_are_taken_exactly_when_they_are_an_image(
+    app: Gate, flat: list[Any], nested: bool, intruder: Any, place: int
+) -> None:
+    if intruder is not None:
+        flat[place] = intruder
+    pixels = [flat[i : i + 28] for i in range(0, 784, 28)] if nested else flat
+    if isinstance(intruder, float) and not math.isfinite(intruder):
+        return  # not JSON
+    body = json.dumps({"pixels": pixels, "note": "true or false"}).encode()
+    answer = await ask(
+        app, body, target="/predict?echo=pixels", headers={"Content-Type": "application/json"}
+    )
+    assert (answer.status == 200) == is_an_image(pixels), answer.body
+    if answer.status == 200:
+        assert [p for row in json.loads(answer.body)["pixels"] for p in row] == flat
+
+
+async def test_the_answer_is_that_of_the_network_in_float64(app: Gate, reference: Oracle) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (50, 28, 28), dtype=np.uint8)
+    for image, expected in zip(images, reference(images[:, None]), strict=True):
+        answer = json.loads((await ask(app, image.tobytes())).body)
+        assert answer["class_id"] == expected.argmax()
+        served = {p["class_id"]: p["probability"] for p in answer["predictions"]}
+        np.testing.assert_allclose([served[i] for i in range(10)], expected, rtol=0, atol=1e-5)
+
+
+def test_of_equally_probable_classes_the_lower_id_comes_first(classifier: Classifier) -> None:
+    image = Decoded(np.zeros((28, 28), np.uint8), "none")
+    probabilities = np.array(
+        [[0.1, 0.2, 0.05, 0.2, 0.1, 0.2, 0.05, 0.05, 0.025, 0.025]], np.float32
+    )
+    answer = json.loads(Renderer(classifier.info)(probabilities, image, 10, echo=False))
+    assert [p["class_id"] for p in answer["predictions"]] == [1, 3, 5, 0, 4, 2, 6, 7, 8, 9]
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=10, max_size=10), st.integers(1, 10))
+def test_json_carries_every_float32_exactly(
+    classifier: Classifier, values: list[float], top_k: int
+) -> None:
+    image = Decoded(np.zeros((28, 28), np.uint8), "none")
+    body = Renderer(classifier.info)(np.array([values], np.float32), image, top_k, echo=False)
+    answer = json.loads(body)
+    expected = sorted(enumerate(values), key=lambda pair: -pair[1])[:top_k]
+    assert [(p["class_id"], p["probability"]) for p in answer["predictions"]] == expected
+    assert answer["confidence"] == max(values)
+
+
+def test_notes_of_the_conversion_are_passed_on(classifier: Classifier) -> None:
+    image = Decoded(np.zeros((28, 28), np.uint8), "dataset", ('The "border" was guessed.',))
+    probabilities = np.full((1, 10), 0.1, np.float32)
+    answer = json.loads(Renderer(classifier.info)(probabilities, image, 1, echo=True))
+    assert answer["preprocessing"] == "dataset"
+    assert answer["notes"] == ['The "border" was guessed.']
+    assert answer["pixels"] == [[0] * 28] * 28
+
+
+async def test_pixels_cannot_be_converted_like_a_picture(app: Gate) -> None:
+    refused = await ask(app, target="/predict?preprocessing=dataset")
+    assert refused.status == 422
+    assert (await ask(app, target="/predict?preprocessing=none")).status == 200
+
+
+def test_the_documented_example_is_a_ring_with_its_real_answer(classifier: Classifier) -> None:
+    assert np.array(RING).shape == (28, 28)
+    assert {pixel for row in RING for pixel in row} == {0, 255}
+    assert example(classifier)["predictions"][0]["class_id"] == example(classifier)["class_id"]
