@@ -10,7 +10,7 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from service import operations, predict
+from service import open_inference, operations, predict
 from service.classifier import Classifier
 from service.errors import BadRequest, InvalidInput, MethodNotAllowed, NotFound, ServiceError
 from service.gate import Gate, error_answer
@@ -63,6 +63,11 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
         predict.predict_router(handler, predict.example(classifier)),
         dependencies=key_needed,
         responses=documented(400, 401, 408, 411, 413, 415, 422, 500, 503, 504),
+    )
+    framework.include_router(
+        open_inference.open_inference_router(classifier, infer, metrics, gate, [predict.PATH]),
+        dependencies=key_needed,
+        responses=documented(400, 401, 404, 408, 411, 413, 415, 500, 503, 504),
     )
     framework.include_router(
         operations.operations_router(model, metrics, gate),

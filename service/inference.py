@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.classifier import Classifier
-from service.metrics import Tally
+from service.metrics import Runs
 
 Pixels = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]
-Waiting = tuple[Pixels, asyncio.Future[Probabilities]]
+Waiting = tuple[Pixels, asyncio.Future[Probabilities], float]  # and since when
 
 
 class Inference:
@@ -27,24 +27,23 @@ class Inference:
 
     Args:
         classifier: the model.
-        runs: counts the runs and their seconds.
+        runs: is told of every run, and of every wait for one.
         alone: tells whether no other request is inside.
         max_batch: the most images to run together; a single request may bring more.
 
     Attributes:
-        images: how many images were classified since start-up, in this worker.
+        runs: as given.
     """
 
     def __init__(
         self,
         classifier: Classifier,
-        runs: Tally,
+        runs: Runs,
         alone: Callable[[], bool],
         max_batch: int = 32,
     ) -> None:
-        self.images = 0
         self._classify = classifier.probabilities
-        self._runs = runs
+        self.runs = runs
         self._alone = alone
         self._max_batch = max_batch
         self._waiting: deque[Waiting] = deque()
@@ -53,13 +52,14 @@ class Inference:
         """Classify uint8 [n, 1, 28, 28]; return float32 [n, 10]."""
         if self._alone():
             probabilities, seconds = self._run(pixels)
-            self._count(pixels, seconds)
+            self.runs.queue.observe(0.0)
+            self.runs.ran(len(pixels), seconds)
             return probabilities
         loop = asyncio.get_running_loop()
         if not self._waiting:
             loop.call_soon(self._turn)
         future: asyncio.Future[Probabilities] = loop.create_future()
-        self._waiting.append((pixels, future))
+        self._waiting.append((pixels, future, perf_counter()))
         return await future
 
     def _turn(self) -> None:
@@ -71,7 +71,7 @@ class Inference:
             except Exception as exc:
                 self._fail(batch, exc)
             else:
-                self._count(images, seconds)
+                self.runs.ran(len(images), seconds)
                 self._deliver(batch, probabilities)
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._turn)
@@ -81,34 +81,32 @@ class Inference:
         waiting = self._waiting
         batch: list[Waiting] = []
         size = 0
+        now = perf_counter()
         while waiting and (not batch or size + len(waiting[0][0]) <= self._max_batch):
             one = waiting.popleft()
             if not one[1].done():
                 batch.append(one)
                 size += len(one[0])
+                self.runs.queue.observe(now - one[2])
         if len(batch) < 2:
             return batch, batch[0][0] if batch else None
-        return batch, np.concatenate([pixels for pixels, _ in batch])
+        return batch, np.concatenate([one[0] for one in batch])
 
     def _run(self, images: Pixels) -> tuple[Probabilities, float]:
         begin = perf_counter()
         probabilities = self._classify(images)
         return probabilities, perf_counter() - begin
 
-    def _count(self, images: Pixels, seconds: float) -> None:
-        self._runs.observe(seconds)
-        self.images += len(images)
-
     def _deliver(self, batch: list[Waiting], probabilities: Probabilities) -> None:
         first = 0
-        for pixels, future in batch:
+        for pixels, future, _ in batch:
             end = first + len(pixels)
             if not future.done():
                 future.set_result(probabilities[first:end])
             first = end
 
     def _fail(self, batch: list[Waiting], error: BaseException) -> None:
-        for _, future in batch:
+        for _, future, _ in batch:
             if not future.done():
                 future.set_exception(error)
 
@@ -123,7 +121,7 @@ class ThreadedInference(Inference):
     def __init__(
         self,
         classifier: Classifier,
-        runs: Tally,
+        runs: Runs,
         alone: Callable[[], bool],
         max_batch: int = 256,
     ) -> None:
@@ -134,7 +132,7 @@ class ThreadedInference(Inference):
     async def __call__(self, pixels: Pixels) -> Probabilities:
         """Classify uint8 [n, 1, 28, 28]; return float32 [n, 10]."""
         future: asyncio.Future[Probabilities] = asyncio.get_running_loop().create_future()
-        self._waiting.append((pixels, future))
+        self._waiting.append((pixels, future, perf_counter()))
         if not self._busy:
             self._start()
         return await future
@@ -158,5 +156,5 @@ class ThreadedInference(Inference):
             self._fail(batch, error)
             return
         probabilities, seconds = done.result()
-        self._count(images, seconds)
+        self.runs.ran(len(images), seconds)
         self._deliver(batch, probabilities)

@@ -4,10 +4,12 @@ import asyncio
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
+from time import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.samples import Sample
 
 from service.classifier import ModelInfo
 
@@ -48,6 +50,30 @@ class Tally:
         return sum(new)
 
 
+class Runs(Tally):
+    """The model's runs.
+
+    Attributes:
+        images: how many images they classified.
+        last: when the latest ended, in seconds since 1970.
+        queue: counts the requests, and how long they waited for their run to begin.
+    """
+
+    __slots__ = ("flushed_images", "images", "last", "queue")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = self.flushed_images = 0
+        self.last = 0.0
+        self.queue = Tally()
+
+    def ran(self, images: int, seconds: float) -> None:
+        """Count one run."""
+        self.observe(seconds)
+        self.images += images
+        self.last = time()
+
+
 class BulkHistogram(Histogram):
     """A histogram that takes many observations at once."""
 
@@ -73,6 +99,7 @@ class Metrics:
     Attributes:
         decode: seconds from a complete body to pixels.
         inference: seconds of one run of the model, of however many images.
+        encode: seconds from probabilities to an answer.
     """
 
     def __init__(self, model: ModelInfo) -> None:
@@ -99,13 +126,26 @@ class Metrics:
         self._seconds = histogram(
             "http_request_duration_seconds",
             "From a request's arrival to its answer's sending.",
-            ["route"],
+            ["route", "status"],
         )
         self._decode_seconds = histogram(
             "bnlenet_decode_duration_seconds", "From a complete body to pixels."
         )
+        self._queue_seconds = histogram(
+            "bnlenet_queue_duration_seconds", "From pixels to the start of the model's run."
+        )
         self._inference_seconds = histogram(
             "bnlenet_inference_duration_seconds", "One run of the model."
+        )
+        self._encode_seconds = histogram(
+            "bnlenet_encode_duration_seconds", "From probabilities to an answer."
+        )
+        self._images = Counter("bnlenet_images", "Images classified.", registry=registry)
+        self._last = Gauge(
+            "bnlenet_last_inference_timestamp_seconds",
+            "When the model ran last.",
+            multiprocess_mode="max",
+            registry=registry,
         )
         self.in_flight = Gauge(
             "http_requests_in_flight",
@@ -121,7 +161,8 @@ class Metrics:
             registry=registry,
         ).labels(model.name, model.version, model.revision, model.provider).set(1)
         self.decode = Tally()
-        self.inference = Tally()
+        self.inference = Runs()
+        self.encode = Tally()
         self._answers: dict[tuple[str, str, int], Tally] = {}
         self._flush_due = False
 
@@ -144,15 +185,29 @@ class Metrics:
         """Bring the metrics up to date; to be called on the event loop."""
         self._flush_due = False
         self.decode.flush(self._decode_seconds)
-        self.inference.flush(self._inference_seconds)
+        self.encode.flush(self._encode_seconds)
+        runs = self.inference
+        runs.flush(self._inference_seconds)
+        runs.queue.flush(self._queue_seconds)
+        self._images.inc(runs.images - runs.flushed_images)
+        runs.flushed_images = runs.images
+        self._last.set(runs.last)
         for (route, method, status), tally in self._answers.items():
-            count = tally.flush(self._seconds.labels(route))
+            count = tally.flush(self._seconds.labels(route, str(status)))
             self._requests.labels(route, method, str(status)).inc(count)
 
     def render(self) -> bytes:
         """Return everything as last flushed, in Prometheus's text format, summed over workers."""
+        return generate_latest(self._readable())
+
+    def samples(self) -> list[Sample]:
+        """Return everything as last flushed, summed over workers, without the buckets."""
+        families = self._readable().collect()
+        return [s for f in families for s in f.samples if not s.name.endswith("_bucket")]
+
+    def _readable(self) -> CollectorRegistry:
         if self._directory is None:
-            return generate_latest(self._registry)
+            return self._registry
         registry = CollectorRegistry()
         MultiProcessCollector(registry, self._directory)  # type: ignore[no-untyped-call] # untyped there
-        return generate_latest(registry)
+        return registry

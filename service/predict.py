@@ -119,7 +119,7 @@ class Renderer:
 
 def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handler:
     """Return the one implementation of `POST /predict`, for the gate and for the framework."""
-    observe_decode = metrics.decode.observe
+    observe_decode, observe_encode = metrics.decode.observe, metrics.encode.observe
     render = Renderer(model)
 
     async def predict(exchange: Exchange) -> Answer:
@@ -129,7 +129,10 @@ def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Han
         image = _read(exchange.headers.get(b"content-type", b""), body, preprocessing)
         observe_decode(perf_counter() - begin)
         probabilities = await infer(image.pixels.reshape(1, 1, SIDE, SIDE))
-        return Answer(render(probabilities, image, top_k, echo))
+        begin = perf_counter()
+        answer = Answer(render(probabilities, image, top_k, echo))
+        observe_encode(perf_counter() - begin)
+        return answer
 
     return predict
 
