@@ -1,0 +1,1 @@
+"""Benchmarks: serving and training, against floors and peers."""

@@ -1,0 +1,250 @@
+"""Servers pinned to one core, and `wrk` sending them prepared requests from another."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+
+START_SECONDS = 60
+STOP_SECONDS = 20
+QUIET = {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
+
+# Prepares every request once and sends them in turn; tells the outcome as JSON.
+SCRIPT = """
+local prepared, count, turn = {}, 0, 0
+function init(arguments)
+  count = tonumber(arguments[2])
+  for i = 1, count do
+    local file = assert(io.open(arguments[1] .. "/" .. (i - 1), "rb"))
+    prepared[i] = wrk.format("POST", nil, nil, file:read("*a"))
+    file:close()
+  end
+end
+function request()
+  turn = turn % count + 1
+  return prepared[turn]
+end
+function done(summary, latency)
+  local errors = summary.errors
+  io.write(string.format(
+    '\\n{"requests": %d, "microseconds": %d, "failed": %d, "p50": %f, "p99": %f}',
+    summary.requests, summary.duration,
+    errors.connect + errors.read + errors.write + errors.status + errors.timeout,
+    latency:percentile(50), latency:percentile(99)))
+end
+"""
+
+
+class BenchmarkError(Exception):
+    """Nothing can be measured; the message says why."""
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Where the servers run, and where the load comes from."""
+
+    server: int
+    load: int
+
+    @classmethod
+    def choose(cls) -> "Cores":
+        """Take the first and the last core that we may use.
+
+        Raises:
+            BenchmarkError: there is only one, or no `wrk` or `taskset` for it.
+        """
+        for program, package in (("wrk", "wrk"), ("taskset", "util-linux")):
+            if shutil.which(program) is None:
+                raise BenchmarkError(f"{program} is needed: apt-get install {package}")
+        allowed = sorted(os.sched_getaffinity(0))
+        if len(allowed) < 2:
+            raise BenchmarkError("Two cores are needed: one for a server, one for the load.")
+        return cls(allowed[0], allowed[-1])
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server; all its processes are one session of the system."""
+
+    port: int
+    seconds_to_ready: float
+    session: int
+
+    def pause(self) -> None:
+        """Let it take no time while another is measured."""
+        os.killpg(self.session, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        os.killpg(self.session, signal.SIGCONT)
+
+    def megabytes(self) -> float:
+        """Return the resident memory of all its processes."""
+        total = 0
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.getsid(int(process.name)) == self.session:
+                    pages = int((process / "statm").read_text().split()[1])
+                    total += pages * os.sysconf("SC_PAGE_SIZE")
+            except (ProcessLookupError, FileNotFoundError):
+                continue  # it ended while we looked
+        return total / 1e6
+
+
+def pinned(core: int, *command: str) -> list[str]:
+    """Return the command bound to a core, with all that it will start."""
+    return ["taskset", "--cpu-list", str(core), *command]
+
+
+@contextmanager
+def serving(
+    command: Sequence[str],
+    *,
+    cores: Cores,
+    port: int,
+    ready: str,
+    environment: Mapping[str, str],
+    folder: Path | None = None,
+) -> Iterator[Server]:
+    """Run a server from its start to its end.
+
+    Args:
+        command: how to start it.
+        cores: the server's is taken.
+        port: where it will listen.
+        ready: the path that answers 200 once it is ready.
+        environment: added to ours.
+        folder: the working directory.
+
+    Raises:
+        BenchmarkError: it ended, or was not ready in time; the message has what it printed.
+    """
+    with tempfile.TemporaryFile() as log:
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            pinned(cores.server, *command),
+            env={**os.environ, **QUIET, **environment},
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            while not _ready(port, ready):
+                if process.poll() is not None or time.perf_counter() > begin + START_SECONDS:
+                    log.seek(0)
+                    tail = log.read().decode(errors="replace").strip()[-1000:]
+                    raise BenchmarkError(f"{' '.join(command)} did not start:\n{tail}")
+                time.sleep(0.002)
+            yield Server(port, time.perf_counter() - begin, process.pid)
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for kind in (signal.SIGCONT, signal.SIGTERM):
+        if process.poll() is None:
+            process.send_signal(kind)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):  # nothing was left behind
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _ready(port: int, path: str) -> bool:
+    connection = HTTPConnection("127.0.0.1", port, timeout=1)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests to send in turn: one path, one head, many bodies."""
+
+    path: str
+    headers: Mapping[str, str]
+    bodies: Sequence[bytes]
+
+    @cached_property
+    def folder(self) -> tempfile.TemporaryDirectory[str]:
+        """The bodies, each in a file by its number."""
+        folder = tempfile.TemporaryDirectory()
+        for i, body in enumerate(self.bodies):
+            (Path(folder.name) / str(i)).write_bytes(body)
+        return folder
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Requests a second, and percentiles of the latency in milliseconds."""
+
+    rate: float
+    p50: float
+    p99: float
+
+
+def measure(
+    server: Server, requests: Requests, connections: int, seconds: int, cores: Cores
+) -> Sample:
+    """Let `wrk` send the requests over so many connections, each as soon as it has its answer.
+
+    Args:
+        server: whom to ask.
+        requests: what to ask, in turn.
+        connections: how many wait for an answer at a time.
+        seconds: how long; `wrk` takes whole ones.
+        cores: the load's is taken.
+
+    Raises:
+        BenchmarkError: an answer was no good, or none came.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write(SCRIPT)
+        script.flush()
+        headers = [part for item in requests.headers.items() for part in ("-H", ": ".join(item))]
+        run = subprocess.run(
+            pinned(
+                cores.load,
+                *("wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}"),
+                *("--latency", "--timeout=10s", f"--script={script.name}", *headers),
+                f"http://127.0.0.1:{server.port}{requests.path}",
+                *("--", requests.folder.name, str(len(requests.bodies))),
+            ),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if run.returncode != 0:
+        raise BenchmarkError(f"wrk failed: {run.stderr or run.stdout}")
+    outcome = json.loads(run.stdout.splitlines()[-1])
+    if outcome["failed"] or not outcome["requests"]:
+        raise BenchmarkError(f"{requests.path}: requests failed: {run.stdout}")
+    return Sample(
+        rate=outcome["requests"] / outcome["microseconds"] * 1e6,
+        p50=outcome["p50"] / 1000,
+        p99=outcome["p99"] / 1000,
+    )

@@ -1,0 +1,122 @@
+"""Other model servers with our file in them: how each is installed, started and asked."""
+
+import subprocess
+import venv
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.load import BenchmarkError, Cores, Server, free_port, serving
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A model server.
+
+    Attributes:
+        name: what it is called.
+        requirement: what to install.
+        command: the program in its environment, and its arguments; `{port}` is filled in.
+        ready: the path that answers 200 once it is ready.
+        path: where images go.
+        open_inference: whether bodies follow that protocol, or are `{"pixels": rows}`.
+        probabilities: finds the ten probabilities in an answer.
+    """
+
+    name: str
+    requirement: str
+    command: tuple[str, ...]
+    ready: str
+    path: str
+    open_inference: bool
+    probabilities: Callable[[Any], list[float]]
+
+    def install(self, cache: Path) -> Path:
+        """Make its virtual environment, unless it is there; return its folder of programs.
+
+        Raises:
+            BenchmarkError: it cannot be installed here; the message has pip's last words.
+        """
+        packages = [self.requirement, *(f"{name}=={version(name)}" for name in SHARED)]
+        environment = cache.resolve() / "-".join(packages).replace("==", "-")
+        done = environment / "installed"
+        if not done.exists():
+            venv.create(environment, with_pip=True, clear=True)
+            pip = (environment / "bin" / "python", "-m", "pip", "install", "--only-binary=:all:")
+            run = subprocess.run([*pip, *packages], capture_output=True, text=True, check=False)
+            if run.returncode != 0:
+                reason = (run.stderr.strip() or "pip failed").splitlines()[-1]
+                raise BenchmarkError(f"{self.requirement} cannot be installed here: {reason}")
+            done.touch()
+        return environment / "bin"
+
+    def serving(
+        self, programs: Path, model: Path, folder: Path, cores: Cores
+    ) -> AbstractContextManager[Server]:
+        """Run it, from its start to its end.
+
+        Args:
+            programs: as `install` returned it.
+            model: the ONNX file.
+            folder: a working directory.
+            cores: where.
+        """
+        port = free_port()
+        program, *arguments = (part.format(port=port) for part in self.command)
+        environment = {
+            "BENCH_MODEL": str(model),
+            "PYTHONPATH": str(FOLDER),
+            "BENTOML_HOME": str(folder),
+            "BENTOML_DO_NOT_TRACK": "True",
+            "MLSERVER_HTTP_PORT": str(port),
+            "MLSERVER_GRPC_PORT": str(free_port()),
+            "MLSERVER_METRICS_PORT": str(free_port()),
+            "MLSERVER_HOST": "127.0.0.1",
+            "MLSERVER_PARALLEL_WORKERS": "0",  # one core: a second process would only be in the way
+            "MLSERVER_DEBUG": "false",  # no access log
+        }
+        return serving(
+            [str(programs / program), *arguments],
+            cores=cores,
+            port=port,
+            ready=self.ready,
+            environment=environment,
+            folder=folder,
+        )
+
+
+SHARED = ("onnxruntime", "numpy")  # at our versions
+PEERS = (
+    Peer(
+        "MLServer",
+        "mlserver==1.7.1",
+        ("mlserver", "start", str(FOLDER)),
+        "/v2/models/bn-lenet/ready",
+        "/v2/models/bn-lenet/infer",
+        True,
+        lambda answer: answer["outputs"][0]["data"],
+    ),
+    Peer(
+        "LitServe",
+        "litserve==0.2.19",
+        ("python", str(FOLDER / "litserve_server.py"), "{port}"),
+        "/health",
+        "/predict",
+        False,
+        lambda answer: answer["probabilities"],
+    ),
+    Peer(
+        "BentoML",
+        "bentoml==1.4.39",
+        ("bentoml", "serve", "bentoml_service:Classifier", "--host=127.0.0.1", "--port={port}"),
+        "/readyz",
+        "/predict",
+        False,
+        lambda answer: answer,
+    ),
+)

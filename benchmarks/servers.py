@@ -1,0 +1,131 @@
+"""The two servers that only the serving benchmark needs; it starts them itself.
+
+`floor`: a bare ASGI callable on the service's uvicorn settings, which reads the body, runs the
+model and answers a constant. `timed`: the service itself, with every run of the model timed.
+"""
+
+import gc
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+import uvicorn
+from numpy.typing import NDArray
+
+from service.classifier import Classifier
+from service.server import KEEP_ALIVE_SECONDS, bind, run
+from service.settings import Settings
+
+WARM_UP = 200
+
+
+def floor(constant: bytes) -> None:
+    """Serve the floor on BNLENET_PORT.
+
+    Args:
+        constant: the body of every answer.
+    """
+    settings = Settings.from_environment()
+    classify = Classifier.load(settings.model_path, settings.device).probabilities
+    start: dict[str, Any] = {
+        "type": "http.response.start",
+        "status": 200,
+        "headers": [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(constant)),
+        ],
+    }
+    end = {"type": "http.response.body", "body": constant}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001 - ASGI's signature
+        message = await receive()
+        body = message["body"]
+        while message["more_body"]:
+            message = await receive()
+            body += message["body"]
+        if body:
+            classify(np.frombuffer(body, np.uint8).reshape(1, 1, 28, 28))
+        await send(start)
+        await send(end)
+
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+    )
+    gc.collect()
+    gc.freeze()
+    uvicorn.Server(config).run([bind(settings)])
+
+
+def timed(images: NDArray[np.uint8], report: Path) -> None:
+    """Serve the service on BNLENET_PORT; when it ends, write what the model's runs took.
+
+    Args:
+        images: uint8 [n, 1, 28, 28] for the tight loop, run before and after serving.
+        report: the JSON file to write: nanoseconds an image, medians.
+    """
+    settings = Settings.from_environment()
+    sizes: list[int] = []
+    nanoseconds: list[int] = []
+    load = Classifier.load
+
+    def load_timed(*arguments: Any) -> Classifier:
+        classifier = load(*arguments)
+        classify = classifier.probabilities
+
+        def probabilities(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+            begin = perf_counter_ns()
+            answer = classify(pixels)
+            nanoseconds.append(perf_counter_ns() - begin)
+            sizes.append(len(pixels))
+            return answer
+
+        loops.append(tight_loop(classifier, images))
+        classifier.probabilities = probabilities  # type: ignore[method-assign] # it is what is timed
+        return classifier
+
+    loops: list[float] = []
+    Classifier.load = load_timed  # type: ignore[assignment, method-assign] # as above
+    run(settings, bind(settings))
+    loops.append(tight_loop(load(settings.model_path, settings.device), images))
+
+    runs = list(islice(zip(sizes, nanoseconds, strict=True), WARM_UP, None))
+    document = {
+        "tight_loop": median(loops),
+        "alone": median([taken for size, taken in runs if size == 1] or [0]),
+        "an_image": sum(taken for _, taken in runs) / max(1, sum(size for size, _ in runs)),
+        "batch": sum(size for size, _ in runs) / max(1, len(runs)),
+    }
+    report.write_text(json.dumps(document))
+
+
+def tight_loop(classifier: Classifier, images: NDArray[np.uint8]) -> float:
+    """Return the median nanoseconds of classifying one image, with nothing in between."""
+    taken = []
+    for _ in range(3):
+        for image in images:
+            pixels = image[np.newaxis]
+            begin = perf_counter_ns()
+            classifier.probabilities(pixels)
+            taken.append(perf_counter_ns() - begin)
+    return median(taken[WARM_UP:])
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["floor", body]:
+            floor(body.encode())
+        case ["timed", images, report]:
+            timed(np.load(images), Path(report))
