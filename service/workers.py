@@ -1,6 +1,7 @@
 """Several worker processes behind one socket, each replaced when it dies."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -64,11 +65,14 @@ class Supervisor:
                 start_new_session=True,  # a terminal's Ctrl-C comes to us, and we pass it on
             )
             self._workers.add(worker)
+            if self._stopping.is_set():  # told while it was being started
+                self._send(worker, signal.SIGTERM)
             status = await worker.wait()
             self._workers.discard(worker)
             mark_process_dead(worker.pid, self._directory)  # type: ignore[no-untyped-call] # untyped there
             if self._stopping.is_set():
-                self._status = self._status or abs(status)
+                if status not in (0, -signal.SIGTERM, -signal.SIGINT):  # negative: still starting
+                    self._status = self._status or START_FAILED
             elif first and status == START_FAILED:
                 self._status = START_FAILED
                 self._stop(signal.SIGTERM)
@@ -88,4 +92,8 @@ class Supervisor:
     def _stop(self, number: int) -> None:
         self._stopping.set()
         for worker in self._workers:
+            self._send(worker, number)
+
+    def _send(self, worker: Process, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
             worker.send_signal(number)

@@ -31,7 +31,7 @@ def serving(log: Path, **settings: object) -> Iterator[tuple[str, subprocess.Pop
         yield _address(log, process), process
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)  # without draining
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:

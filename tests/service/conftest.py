@@ -234,7 +234,7 @@ class Conversation:
     def __post_init__(self) -> None:
         self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         path, _, query = self.target.partition("?")
-        self.scope = {
+        self.scope: dict[str, Any] = {
             "type": "http",
             "http_version": "1.1",
             "method": self.method,

@@ -1,0 +1,270 @@
+"""The real process: how it starts, what it does with rude clients, and how it stops."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.contract.conftest import ROOT, serving
+
+BYTES = {"content-type": "application/octet-stream"}
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+
+
+@pytest.fixture
+def start(tmp_path: Path, artefact: Path) -> Iterator[Callable[..., Any]]:
+    """Return what starts a server with settings of the test's own; it gives address and process."""
+    with ExitStack() as running:
+
+        def start(**settings: object) -> tuple[str, subprocess.Popen[bytes]]:
+            settings = {"model_path": artefact, **settings}
+            return running.enter_context(serving(tmp_path / "log", **settings))
+
+        yield start
+
+
+def connect(address: str) -> socket.socket:
+    parts = urlsplit(address)
+    return socket.create_connection((parts.hostname, parts.port), timeout=10)
+
+
+def refuse_to_start(**settings: str) -> tuple[int, str]:
+    """Run the service, which must end by itself, and return its status and what it said."""
+    environment = {"PATH": os.environ["PATH"], "BNLENET_PORT": "0"}
+    environment |= {f"BNLENET_{k.upper()}": v for k, v in settings.items()}
+    command = [sys.executable, "-m", "service"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+class TestStart:
+    @pytest.mark.parametrize("workers", ["1", "2"])
+    def test_a_missing_model_is_one_sentence(self, workers: str) -> None:
+        status, said = refuse_to_start(model_path="/nowhere/model.onnx", workers=workers)
+        assert status == 1
+        sentences = said.splitlines()
+        assert len(set(sentences)) == 1
+        assert sentences[0].startswith("Error: The model file /nowhere/model.onnx cannot be read")
+
+    def test_a_damaged_model_is_one_sentence(self, tmp_path: Path, artefact: Path) -> None:
+        damaged = tmp_path / "damaged.onnx"
+        damaged.write_bytes(artefact.read_bytes()[:100_000])
+        status, said = refuse_to_start(model_path=str(damaged))
+        assert (status, said.count("\n")) == (1, 1)
+        assert said.startswith(f"Error: The model file {damaged} is damaged")
+
+    def test_a_wrong_setting_is_one_sentence(self) -> None:
+        status, said = refuse_to_start(port="http")
+        assert (status, said.count("\n")) == (2, 1)
+        assert said.startswith("Error: BNLENET_PORT is set wrongly: ")
+
+    def test_a_port_in_use_is_one_sentence(self, artefact: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            status, said = refuse_to_start(model_path=str(artefact), port=str(port))
+        assert (status, said.count("\n")) == (1, 1)
+        assert said.startswith(f"Error: Cannot listen on 127.0.0.1:{port} (Address already in use)")
+
+    def test_a_host_that_is_not_ours_is_one_sentence(self, artefact: Path) -> None:
+        status, said = refuse_to_start(model_path=str(artefact), host="192.0.2.1")
+        assert (status, said.count("\n")) == (1, 1)
+
+    def test_it_is_small_and_soon_ready(self, start: Callable[..., Any]) -> None:
+        """Measured in CPU time: wall time tells more about the machine's other work."""
+        address, process = start()
+        assert httpx.get(f"{address}/readyz").status_code == 200
+        stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        assert (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK") < 1.5
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        resident = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert resident
+        assert int(resident[1]) < 150_000
+
+
+class TestRudeClients:
+    def test_a_thousand_idle_connections_cost_nobody_anything(
+        self, start: Callable[..., Any]
+    ) -> None:
+        address, _ = start()
+        with ExitStack() as idle:
+            for _ in range(800):
+                idle.enter_context(connect(address))
+            for _ in range(200):
+                idle.enter_context(connect(address)).sendall(b"POST /predict HTTP/1.1\r\nHost:")
+            with httpx.Client(base_url=address) as client:
+                for _ in range(20):
+                    answer = client.post("/predict", content=bytes(784), headers=BYTES)
+                    assert answer.status_code == 200
+                    assert answer.elapsed.total_seconds() < 1
+
+    def test_slow_senders_cost_nobody_anything(self, start: Callable[..., Any]) -> None:
+        """More of them than places inside: after a second they have to make room."""
+        address, _ = start(max_in_flight=10, request_timeout_seconds=5)
+        with ExitStack() as slow:
+            connections = [slow.enter_context(connect(address)) for _ in range(10)]
+            for connection in connections:
+                connection.sendall(HEAD + b"Content-Length: 784\r\n\r\n")
+            time.sleep(1.2)
+            for connection in connections:
+                connection.sendall(b"a")
+            for _ in range(20):
+                answer = httpx.post(f"{address}/predict", content=bytes(784), headers=BYTES)
+                assert answer.status_code == 200
+
+    def test_a_byte_at_a_time_ends_with_408(self, start: Callable[..., Any]) -> None:
+        address, _ = start(request_timeout_seconds=0.5)
+        with connect(address) as connection:
+            connection.sendall(HEAD + b"Content-Length: 784\r\n\r\n")
+            begin = time.monotonic()
+            connection.settimeout(0.1)
+            answer = b""
+            while not answer and time.monotonic() - begin < 5:
+                connection.sendall(b"a")
+                try:
+                    answer = connection.recv(10_000)
+                except TimeoutError:
+                    continue
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"connection: close" in answer
+        assert 0.4 < time.monotonic() - begin < 2
+
+    def test_clients_that_go_away_half_way_leave_nothing_behind(
+        self, start: Callable[..., Any]
+    ) -> None:
+        address, _ = start(max_in_flight=1)
+        for _ in range(20):
+            with connect(address) as connection:
+                connection.sendall(HEAD + b"Content-Length: 784\r\n\r\nhalf")
+        with httpx.Client(base_url=address) as client:
+            deadline = time.monotonic() + 5
+            while "\nhttp_requests_in_flight 0.0" not in client.get("/metrics").text:
+                assert time.monotonic() < deadline
+            assert client.post("/predict", content=bytes(784), headers=BYTES).status_code == 200
+
+    def test_overload_is_refused_quickly_while_health_stays_green(
+        self, start: Callable[..., Any]
+    ) -> None:
+        address, _ = start(max_in_flight=2)
+        with ExitStack() as inside, httpx.Client(base_url=address) as client:
+            for _ in range(2):
+                connection = inside.enter_context(connect(address))
+                connection.sendall(HEAD + b"Content-Length: 784\r\n\r\nhalf")
+            while "\nhttp_requests_in_flight 2.0" not in client.get("/metrics").text:
+                time.sleep(0.01)
+            refused = client.post("/predict", content=bytes(784), headers=BYTES)
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"] == "1"
+            assert refused.json()["code"] == "overloaded"
+            assert client.get("/livez").status_code == 200
+            assert client.get("/readyz").status_code == 200
+
+    def test_pipelined_requests_are_answered_in_order(self, start: Callable[..., Any]) -> None:
+        address, _ = start()
+        one = HEAD + b"Content-Length: 784\r\nX-Request-ID: %d\r\n\r\n" + bytes(784)
+        with connect(address) as connection:
+            connection.sendall(b"".join(one.replace(b"%d", b"%d" % i) for i in range(20)))
+            text = b""
+            while text.count(b'"model"') < 20:
+                text += connection.recv(100_000)
+        assert re.findall(rb"x-request-id: (\d+)", text) == [b"%d" % i for i in range(20)]
+
+
+class TestStop:
+    def test_it_drains_before_it_stops(self, start: Callable[..., Any]) -> None:
+        """Not ready at once, still serving for the grace period, in flight finished, exit 0."""
+        address, process = start(drain_seconds=1)
+        half = connect(address)
+        half.sendall(HEAD + b"Content-Length: 784\r\n\r\n" + bytes(400))
+        idle = httpx.Client(base_url=address)
+        assert idle.get("/readyz").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert idle.get("/readyz").status_code == 503
+        answer = httpx.post(f"{address}/predict", content=bytes(784), headers=BYTES)
+        assert answer.status_code == 200
+        assert answer.headers["connection"] == "close"
+        time.sleep(1)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{address}/livez")
+        half.sendall(bytes(384))
+        assert half.recv(100).startswith(b"HTTP/1.1 200 OK")
+        half.close()
+        assert process.wait(5) == 0
+
+    def test_no_request_is_lost_when_it_stops_under_load(self, start: Callable[..., Any]) -> None:
+        """Clients that honour `Connection: close` and stop when told see no failure."""
+        address, process = start(drain_seconds=1)
+        outcomes: list[int] = []
+        stopping = threading.Event()
+
+        def client() -> None:
+            with httpx.Client(base_url=address) as client:
+                while not stopping.is_set():
+                    answer = client.post("/predict", content=bytes(784), headers=BYTES)
+                    outcomes.append(answer.status_code)
+
+        threads = [threading.Thread(target=client) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.7)
+        stopping.set()
+        for thread in threads:
+            thread.join()
+        assert process.wait(5) == 0
+        assert len(outcomes) > 50
+        assert set(outcomes) == {200}
+
+    def test_ctrl_c_does_not_wait(self, start: Callable[..., Any]) -> None:
+        _, process = start(drain_seconds=60)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 0
+
+    def test_a_second_signal_ends_the_drain(self, start: Callable[..., Any]) -> None:
+        _, process = start(drain_seconds=60)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+
+    def test_a_slow_sender_cannot_hold_it_up(self, start: Callable[..., Any]) -> None:
+        address, process = start(drain_seconds=0, request_timeout_seconds=0.5)
+        with connect(address) as connection:
+            connection.sendall(HEAD + b"Content-Length: 784\r\n\r\nhalf")
+            time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+        assert process.wait(5) == 0
+
+
+def test_all_lines_are_json_where_json_is_set(start: Callable[..., Any], tmp_path: Path) -> None:
+    address, process = start(log_format="json")
+    httpx.post(f"{address}/predict", content=bytes(784), headers={**BYTES, "x-request-id": "mine"})
+    with connect(address) as connection:
+        connection.sendall(b"NONSENSE\r\n\r\n")
+        connection.recv(1000)
+    process.send_signal(signal.SIGTERM)
+    process.wait(10)
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert {"service", "service.access", "uvicorn.error"} == {line["logger"] for line in lines}
+    (request,) = (line for line in lines if line["logger"] == "service.access")
+    assert request["request_id"] == "mine"
+    assert request["route"] == "/predict"

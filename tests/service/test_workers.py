@@ -1,0 +1,100 @@
+"""Several workers look like one server, and go on when one of them dies."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.contract.conftest import serving
+
+BYTES = {"content-type": "application/octet-stream"}
+
+
+@pytest.fixture
+def server(tmp_path: Path, artefact: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    settings = {"model_path": artefact, "workers": 2, "drain_seconds": 2}
+    with serving(tmp_path / "log", **settings) as (address, process):
+        yield address, process
+
+
+def workers(supervisor: int) -> set[int]:
+    """Return the ids of the processes whose parent is the supervisor."""
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text()
+    return set(map(int, children.split()))
+
+
+def predict(address: str) -> None:
+    """Ask on a connection of its own, so that any worker may answer."""
+    httpx.post(f"{address}/predict", content=bytes(784), headers=BYTES).raise_for_status()
+
+
+def predictions(address: str) -> float:
+    pattern = r'^http_requests_total{method="POST",route="/predict",status="200"} (.*)$'
+    found = re.search(pattern, httpx.get(f"{address}/metrics").text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def test_any_worker_tells_the_sum_of_all(server: tuple[str, subprocess.Popen[bytes]]) -> None:
+    address, process = server
+    assert len(workers(process.pid)) == 2
+    for _ in range(40):
+        predict(address)
+    assert {predictions(address) for _ in range(10)} == {40}
+
+
+def test_a_worker_that_dies_is_replaced_and_its_counts_are_kept(
+    server: tuple[str, subprocess.Popen[bytes]],
+) -> None:
+    address, process = server
+    for _ in range(20):
+        predict(address)
+    before = workers(process.pid)
+    victim = min(before)
+    os.kill(victim, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while len(workers(process.pid) - {victim}) < 2:
+        assert time.monotonic() < deadline
+        predict(address)
+        time.sleep(0.02)
+    assert predictions(address) >= 20
+    assert httpx.get(f"{address}/readyz").status_code == 200
+
+
+def test_all_drain_and_end_with_the_supervisor(
+    server: tuple[str, subprocess.Popen[bytes]],
+) -> None:
+    address, process = server
+    children = workers(process.pid)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert {httpx.get(f"{address}/readyz").status_code for _ in range(8)} == {503}
+    predict(address)
+    assert process.wait(10) == 0
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_workers_do_not_outlive_a_killed_supervisor(
+    server: tuple[str, subprocess.Popen[bytes]],
+) -> None:
+    _, process = server
+    children = workers(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 5
+    while any(alive(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process runs; one that has ended may wait for its parent as a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
