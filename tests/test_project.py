@@ -1,0 +1,238 @@
+"""The documentation is true: its commands run, its tables equal the code, its names exist."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped] # PyYAML ships no types
+
+from service.settings import PREFIX, Settings
+from tests.contract.conftest import serving
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+ADDRESS = "127.0.0.1:8000"
+ANYTHING = "…"
+PROBES = {"startup": "/readyz", "liveness": "/livez", "readiness": "/readyz"}
+BLOCK = re.compile(r"^(<!-- not run: .+ -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n?((?:(?!\$ ).*\n?)*)", re.MULTILINE)
+
+
+def tracked() -> list[str]:
+    """Return the paths of all committed files."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"],  # noqa: S607 - whichever git there is
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [path for path in listing.stdout.split("\0") if path and (ROOT / path).exists()]
+
+
+def text_of(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8", errors="replace")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], str]]:
+    """Return a runner of code in a copy of the repository, beside a real server."""
+    folder = tmp_path_factory.mktemp("readme")
+    copy = folder / "copy"
+    for path in tracked():
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        (copy / path).write_bytes((ROOT / path).read_bytes())
+    programs = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+
+    with serving(folder / "log") as (url, _):
+        address = url.removeprefix("http://")
+
+        def run(language: str, code: str) -> str:
+            interpreter = {"python": ("python", "-c"), "sh": ("bash", "-euc")}[language]
+            done = subprocess.run(
+                [*interpreter, code.replace(ADDRESS, address)],
+                cwd=copy,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            assert done.returncode == 0, f"{code}\n{done.stdout}{done.stderr}"
+            return done.stdout.replace(address, ADDRESS)
+
+        yield run
+
+
+class TestREADME:
+    """What the README shows is what happens.
+
+    Blocks marked `sh` and `python` are run and must succeed; in `console` blocks, what follows a
+    `$ command` is its output; a `text` block after a `python` block is its output. The address
+    127.0.0.1:8000 stands for a real server; `…` for anything. JSON is compared by value,
+    so it may be laid out for the eye. `<!-- not run: REASON -->` before a block exempts it.
+    """
+
+    def test_its_blocks_run_and_print_what_they_show(self, run: Callable[[str, str], str]) -> None:
+        ran = 0
+        blocks = [match.groups() for match in BLOCK.finditer(README.read_text())]
+        for (exempt, language, code), (_, next_language, next_code) in zip(
+            blocks, [*blocks[1:], ("", "", "")], strict=True
+        ):
+            if exempt:
+                continue
+            if language == "console":
+                for command, shown in COMMAND.findall(code):
+                    assert_shown(shown, run("sh", command), command)
+                    ran += 1
+            elif language in ("sh", "python"):
+                printed = run(language, code)
+                ran += 1
+                if language == "python" and next_language == "text":
+                    assert_shown(next_code, printed, code)
+        assert ran >= 3
+
+    def test_its_table_of_settings_equals_the_code(self) -> None:
+        rows = re.findall(rf"^\| `{PREFIX}.*$", README.read_text(), re.MULTILINE)
+        expected = settings_rows()
+        assert rows == expected, "the table should be:\n" + "\n".join(expected)
+
+    def test_its_tree_names_every_module(self) -> None:
+        trees = [code for _, _, code in BLOCK.findall(README.read_text()) if "service/" in code]
+        assert trees, "the README has no tree"
+        modules = [
+            Path(path).name
+            for path in tracked()
+            if re.fullmatch(r"(service|training|benchmarks)/(?!__init__)\w+\.py", path)
+        ]
+        assert [name for name in modules if not re.search(rf"\b{name}\b", trees[0])] == []
+
+
+def settings_rows() -> list[str]:
+    """Return the rows of the README's table: variable, default, meaning."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        match field.default:
+            case Path() as path:
+                default = f"`{path.relative_to(ROOT)}`"
+            case None | ():
+                default = ""
+            case value:
+                default = f"`{value}`"
+        rows.append(f"| `{PREFIX}{name.upper()}` | {default} | {field.description} |")
+    return rows
+
+
+def assert_shown(shown: str, printed: str, command: str) -> None:
+    """Compare what a document shows with what was printed."""
+    try:
+        same = matches(json.loads(shown), json.loads(printed))
+    except json.JSONDecodeError:
+        pattern = ".*".join(map(re.escape, shown.strip().split(ANYTHING)))
+        same = re.fullmatch(pattern, printed.strip(), re.DOTALL) is not None
+    assert same, f"{command}\nis shown with\n{shown}\nand printed\n{printed}"
+
+
+def matches(shown: Any, printed: Any) -> bool:
+    """Compare two JSON values; numbers may be shown with four digits after the point."""
+    match shown, printed:
+        case str(), _ if shown == ANYTHING:
+            return True
+        case dict(), dict():
+            return shown.keys() == printed.keys() and all(
+                matches(shown[key], printed[key]) for key in shown
+            )
+        case list(), list() if shown and shown[-1] == ANYTHING:
+            return matches(shown[:-1], printed[: len(shown) - 1])
+        case list(), list():
+            return len(shown) == len(printed) and all(map(matches, shown, printed))
+        case float(), float():
+            return abs(shown - printed) <= 0.5e-4
+    return bool(shown == printed)
+
+
+class TestDocuments:
+    def test_every_make_target_that_is_named_exists(self) -> None:
+        targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
+        for path in (path for path in tracked() if path.endswith((".md", ".yaml", ".sh"))):
+            named = set(re.findall(r"(?:`|run: |\$ )make ([a-z-]+)", text_of(path)))
+            assert named <= targets, path
+
+    def test_every_relative_link_leads_somewhere(self) -> None:
+        for path in (path for path in tracked() if path.endswith(".md")):
+            for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text_of(path)):
+                assert (ROOT / path).parent.joinpath(target).exists(), f"{path}: {target}"
+
+    def test_the_changelog_begins_with_the_version_of_the_package(self) -> None:
+        version = tomllib.loads(text_of("pyproject.toml"))["project"]["version"]
+        heading = re.search(r"^## (\S+)", text_of("CHANGELOG.md"), re.MULTILINE)
+        assert heading is not None
+        assert heading[1] == version
+
+
+class TestRepository:
+    def test_no_file_names_a_place_on_somebodys_machine(self) -> None:
+        place = re.compile(r"(?<![\w.$}])/(?:root|work|home|Users)/\w")
+        naming = [path for path in tracked() if place.search(text_of(path))]
+        assert naming == []
+
+    def test_no_data_set_and_no_large_file_is_committed(self) -> None:
+        assert [
+            path for path in tracked() if re.search(r"idx\d-ubyte|\.(gz|npy|npz|pt)$", path)
+        ] == []
+        assert [path for path in tracked() if (ROOT / path).stat().st_size > 1_000_000] == []
+
+
+@pytest.fixture(scope="module")
+def kubernetes() -> dict[str, Any]:
+    """Return the manifests by kind."""
+    files = (ROOT / "deploy" / "kubernetes").glob("*.yaml")
+    documents = [d for file in files for d in yaml.safe_load_all(file.read_text())]
+    return {document["kind"]: document for document in documents}
+
+
+class TestDeployment:
+    def test_every_manifest_means_the_same_pods(self, kubernetes: dict[str, Any]) -> None:
+        template = kubernetes["Deployment"]["spec"]["template"]
+        labels = template["metadata"]["labels"]
+        assert kubernetes["Service"]["spec"]["selector"] == labels
+        for kind in ("Deployment", "PodDisruptionBudget"):
+            assert kubernetes[kind]["spec"]["selector"]["matchLabels"] == labels
+        target = kubernetes["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+        assert target["name"] == kubernetes["Deployment"]["metadata"]["name"]
+        (port,) = kubernetes["Service"]["spec"]["ports"]
+        (container,) = template["spec"]["containers"]
+        assert port["targetPort"] in {each["name"] for each in container["ports"]}
+
+    def test_variables_and_probes_are_ones_the_service_has(
+        self, kubernetes: dict[str, Any]
+    ) -> None:
+        (container,) = kubernetes["Deployment"]["spec"]["template"]["spec"]["containers"]
+        probes = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in PROBES}
+        assert probes == PROBES
+        known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+        places = ("Dockerfile", "compose.yaml", "compose.gpu.yaml")
+        named = {
+            name for place in places for name in re.findall(r"BNLENET_[A-Z_]+", text_of(place))
+        }
+        assert named | {each["name"] for each in container["env"]} <= known
+
+    def test_nothing_is_killed_while_it_still_drains(self, kubernetes: dict[str, Any]) -> None:
+        settings = Settings.model_construct()
+        needed = settings.drain_seconds + settings.request_timeout_seconds
+        pod = kubernetes["Deployment"]["spec"]["template"]["spec"]
+        compose = yaml.safe_load(text_of("compose.yaml"))["services"]["bn-lenet"]
+        assert pod["terminationGracePeriodSeconds"] > needed
+        assert int(compose["stop_grace_period"].removesuffix("s")) > needed
+
+    def test_the_image_and_the_pod_have_the_same_user(self, kubernetes: dict[str, Any]) -> None:
+        security = kubernetes["Deployment"]["spec"]["template"]["spec"]["securityContext"]
+        assert f"USER {security['runAsUser']}:{security['runAsGroup']}" in text_of("Dockerfile")
