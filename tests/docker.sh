@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export COMPOSE_PROJECT_NAME=bn-lenet-test PORT=${PORT:-8000} DOCKER_BUILDKIT=0
+export BNLENET_LOG_LEVEL=warning # what is printed on failure then matters
 export BASE_IMAGE=${BASE_IMAGE:-python:3.11-slim-bookworm}
 MAX_MEGABYTES=${MAX_MEGABYTES:-250}
 

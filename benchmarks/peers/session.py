@@ -13,7 +13,6 @@ def load() -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return onnxruntime.InferenceSession(
         os.environ["BENCH_MODEL"], options, providers=["CPUExecutionProvider"]
     )
