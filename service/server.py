@@ -27,6 +27,7 @@ KEEP_ALIVE_SECONDS = (
     75  # longer than load balancers keep idle connections, so that they close first
 )
 HEAD_SECONDS = 10.0
+LOOK_EVERY_SECONDS = 5.0
 MAX_HEAD_BYTES = 32_768
 
 logger = logging.getLogger("service")
@@ -98,7 +99,6 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=math.ceil(settings.request_timeout_seconds) + 1,
             )
         )
@@ -135,30 +135,74 @@ class Server(uvicorn.Server):
 class Connection(HttpToolsProtocol):
     """uvicorn's connection, with a limit on the size of a request's head and on its time.
 
-    uvicorn times out idle connections only after a first answer, and its parser takes heads of
-    any size. Its own answer to what is not HTTP is plain text; here it has our error shape.
+    uvicorn times out idle connections only after a first answer, with a new timer for each answer
+    (six per cent of a small request's cost), and its parser takes heads of any size. Here one
+    timer looks at the connection from time to time. What is not HTTP gets our error shape.
     """
 
-    _head_since = 0.0
-    _head_bytes = 0
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
-        """Give the first request's head its time."""
+        """Begin to wait for a first request."""
         super().connection_made(transport)
-        self._await_head()
+        self._in_body = False
+        self._head_bytes = 0
+        self._patience = HEAD_SECONDS
+        self._waiting_since = self.loop.time()
+        self._watch = self.loop.call_later(LOOK_EVERY_SECONDS, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop looking."""
+        self._watch.cancel()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, and go on waiting for the head's rest within its limits."""
-        self._head_bytes += len(data)
+        """Parse what came; refuse a head that goes on for too long."""
+        if self._awaits_head():
+            if self._head_bytes == 0:
+                self._waiting_since = self.loop.time()
+                self._patience = HEAD_SECONDS
+            self._head_bytes += len(data)
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._head_since = 0.0
+        if not self._awaits_head():
             self._head_bytes = 0
-        elif not self.transport.is_closing() and self.timeout_keep_alive_task is None:
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse(HeadersTooLarge(TOO_LARGE))
-            else:
-                self._await_head()
+        elif self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(HeadersTooLarge(TOO_LARGE))
+
+    def on_headers_complete(self) -> None:
+        """Take what follows for a body."""
+        self._in_body = True
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Take what follows for another head."""
+        self._in_body = False
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request, as uvicorn does, but without a timer for the wait."""
+        self.server_state.total_requests += 1
+        self._head_bytes = 0
+        self._waiting_since = self.loop.time()
+        self._patience = KEEP_ALIVE_SECONDS
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+
+    def _answered(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _awaits_head(self) -> bool:
+        """Tell whether what comes next is a head; of a refused upload, a body may still come."""
+        return not self._in_body and self._answered()
+
+    def _look(self) -> None:
+        """Close the connection if no request has come for too long."""
+        waited = self.loop.time() - self._waiting_since
+        if self._answered() and waited >= self._patience:
+            self.transport.close()
+        else:
+            self._watch = self.loop.call_later(LOOK_EVERY_SECONDS, self._look)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
         """Answer what is not HTTP."""
@@ -171,13 +215,6 @@ class Connection(HttpToolsProtocol):
         else:
             self.app.arrive(scope)
         super()._start_asgi_task(cycle, app)
-
-    def _await_head(self) -> None:
-        now = self.loop.time()
-        self._head_since = self._head_since or now
-        self.timeout_keep_alive_task = self.loop.call_later(
-            max(0.0, self._head_since + HEAD_SECONDS - now), self.timeout_keep_alive_handler
-        )
 
     def _refuse(self, error: ServiceError) -> None:
         answer = error_answer(error, b"none")

@@ -18,6 +18,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from service import server
+from service.gate import Gate
+from service.settings import Settings
 from tests.contract.conftest import ROOT, serving
 
 BYTES = {"content-type": "application/octet-stream"}
@@ -113,6 +116,41 @@ class TestRudeClients:
                     assert answer.status_code == 200
                     assert answer.elapsed.total_seconds() < 1
 
+    def test_connections_without_a_request_are_closed(
+        self, monkeypatch: pytest.MonkeyPatch, make_app: Callable[..., Gate]
+    ) -> None:
+        """Never used, stopped within a head, and idle after an answer: each has its time."""
+        for name, seconds in [("HEAD", 0.3), ("KEEP_ALIVE", 0.8), ("LOOK_EVERY", 0.05)]:
+            monkeypatch.setattr(server, f"{name}_SECONDS", seconds)
+        settings = Settings(port=0)
+        listener = server.bind(settings)
+        running = server.Server(make_app(), settings)
+        thread = threading.Thread(target=running.run, args=([listener],))
+        thread.start()
+        while not running.started:
+            time.sleep(0.01)
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        begin = time.monotonic()
+        lives = []
+        for sent in (
+            b"",
+            b"GET /livez HTTP/1.1\r\nHost:",
+            b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n",
+        ):
+            connection = connect(address)
+            connection.sendall(sent)
+            lives.append(connection)
+        ends = []
+        for connection in lives:
+            while connection.recv(1000):
+                pass
+            ends.append(time.monotonic() - begin)
+            connection.close()
+        running.should_exit = True
+        thread.join(10)
+        assert 0.3 <= ends[0] < 0.8
+        assert ends[1] < 0.8 <= ends[2] < 2
+
     def test_slow_senders_cost_nobody_anything(self, start: Callable[..., Any]) -> None:
         """More of them than places inside: after a second they have to make room."""
         address, _ = start(max_in_flight=10, request_timeout_seconds=5)
@@ -173,6 +211,20 @@ class TestRudeClients:
             assert refused.json()["code"] == "overloaded"
             assert client.get("/livez").status_code == 200
             assert client.get("/readyz").status_code == 200
+
+    def test_a_connection_goes_on_after_a_small_upload_was_refused(
+        self, start: Callable[..., Any]
+    ) -> None:
+        """The rest of the body, longer than a head may be, is thrown away; then comes a request."""
+        address, _ = start(api_key="opensesame")
+        with connect(address) as connection:
+            connection.sendall(HEAD + b"Content-Length: 60000\r\n\r\n" + bytes(10_000))
+            assert connection.recv(10_000).startswith(b"HTTP/1.1 401 ")
+            for _ in range(50):
+                connection.sendall(bytes(1000))
+                time.sleep(0.001)
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(10_000).startswith(b"HTTP/1.1 200 ")
 
     def test_pipelined_requests_are_answered_in_order(self, start: Callable[..., Any]) -> None:
         address, _ = start()
