@@ -204,7 +204,7 @@ def index_handler(model: ModelInfo) -> Handler:
             ready = orjson.loads(body).get("ready")
         except (ValueError, AttributeError):
             raise _bad_index() from None
-        if ready not in (None, True, False):
+        if ready is not None and type(ready) is not bool:
             raise _bad_index()
         return Answer(index)  # the one model is ready, so the index of ready models is the same
 

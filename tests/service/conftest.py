@@ -265,7 +265,7 @@ class Conversation:
         """Wait for the end, and return the answer's JSON, if it is JSON."""
         await asyncio.wait_for(self._task, 10)
         is_json = self.headers.get("content-type") == "application/json" and self.body
-        return json.loads(self.body) if is_json else None
+        return json.loads(self.body) if is_json and "content-encoding" not in self.headers else None
 
 
 BYTES = {"Content-Type": "application/octet-stream", "Content-Length": "784"}
