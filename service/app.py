@@ -10,7 +10,7 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from service import open_inference, operations, predict
+from service import open_inference, operations, page, predict
 from service.classifier import Classifier
 from service.errors import BadRequest, InvalidInput, MethodNotAllowed, NotFound, ServiceError
 from service.gate import Gate, error_answer
@@ -73,6 +73,7 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
         operations.operations_router(model, metrics, gate),
         responses=documented(500, 503),
     )
+    framework.include_router(page.page_router())
     for kind in (ServiceError, HTTPException, RequestValidationError, Exception):
         framework.add_exception_handler(kind, _answer_error)
     return gate
