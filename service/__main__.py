@@ -1,13 +1,22 @@
-"""The command line: `python -m service` serves the model; `--help` tells the rest."""
+"""The command line: `python -m service` serves, `classify` classifies files; see `--help`."""
 
 import socket
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import click
 
+if TYPE_CHECKING:
+    from service.settings import Settings
 
-@click.group(invoke_without_command=True)
+
+COMPLETION = """\b
+Completion in bash; in zsh and fish likewise:
+  eval "$(_BN_LENET_SERVICE_COMPLETE=bash_source bn-lenet-service)"
+"""
+
+
+@click.group(invoke_without_command=True, epilog=COMPLETION)
 @click.pass_context
 def main(context: click.Context) -> None:
     """Classify images of garments. Without a command: serve over HTTP."""
@@ -28,14 +37,75 @@ def worker(descriptor: int) -> None:
     _serve(socket.socket(fileno=descriptor))
 
 
-def _serve(inherited: socket.socket | None) -> None:
-    # Imported here: other commands need none of it, and a wrong setting is told at once.
+def _http_only(_: click.Context, __: click.Parameter, url: str | None) -> str | None:
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise click.BadParameter("it must begin with http:// or https://")
+    return url
+
+
+@main.command()
+@click.argument("photos", metavar="PHOTO...", nargs=-1, required=True, type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each photo.")
+@click.option(
+    "--top-k",
+    type=click.IntRange(1, 10),
+    default=1,
+    show_default=True,
+    help="How many classes to list.",
+)
+@click.option(
+    "--preprocessing",
+    type=click.Choice(["auto", "none", "dataset"]),
+    default="auto",
+    show_default=True,
+    help="`dataset` converts photos as the data set was made, `none` takes only 28x28 8-bit"
+    " grayscale, `auto` takes that as it is and converts the rest.",
+)
+@click.option(
+    "--url",
+    callback=_http_only,
+    help="Ask the service at this address instead, with the key in BNLENET_API_KEY if it is set.",
+)
+def classify(
+    photos: tuple[str, ...],
+    as_json: bool,
+    top_k: int,
+    preprocessing: Literal["auto", "none", "dataset"],
+    url: str | None,
+) -> None:
+    """Tell which garments PHOTOs show; `-` is standard input.
+
+    A terminal gets a table; a pipe gets columns between tabs: file, label, confidence. When a
+    photo cannot be read or classified, the others still are, and the exit status is 1.
+    """
+    from service.classify import local, remote, run  # noqa: PLC0415 - serving needs none of it
+
+    settings = _settings()
+    if url is not None:
+        ask = remote(url, settings, preprocessing, top_k)
+    else:
+        from service.classifier import ModelError  # noqa: PLC0415 - as above
+
+        try:
+            ask = local(settings, preprocessing, top_k)
+        except ModelError as exc:
+            _fail(str(exc), 2)
+    sys.exit(not run(photos, ask, as_json=as_json))
+
+
+def _settings() -> "Settings":
+    # Imported here: a wrong option is told at once.
     from service.settings import Settings, SettingsError  # noqa: PLC0415
 
     try:
-        settings = Settings.from_environment()
+        return Settings.from_environment()
     except SettingsError as exc:
         _fail(str(exc), 2)
+
+
+def _serve(inherited: socket.socket | None) -> None:
+    # Imported here and below: other commands need none of it, and a wrong setting is told at once.
+    settings = _settings()
 
     from service import logs  # noqa: PLC0415
     from service.classifier import ModelError  # noqa: PLC0415
