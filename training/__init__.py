@@ -1,0 +1,1 @@
+"""Fits BN-LeNet on Fashion-MNIST, folds its batch norm away, and exports one ONNX file."""
