@@ -123,10 +123,11 @@ def run(files: Sequence[str], ask: Ask, *, as_json: bool) -> bool:
     """
     table = None
     if sys.stdout.isatty() and not as_json:
-        table = Table("File", "Label", Column("Confidence", justify="right"), "", box=None)
-    bar_is_in_nobodys_way = sys.stderr.isatty() and not (as_json and sys.stdout.isatty())
+        table = Table("File", "Label", Column("Confidence", justify="right"), "")
+        table.box, table.pad_edge = None, False
+    with_progress = sys.stderr.isatty() and not (as_json and sys.stdout.isatty())
     outcomes: Iterable[Outcome] = (_classify(file, ask) for file in files)
-    if bar_is_in_nobodys_way:
+    if with_progress:
         outcomes = _with_progress(outcomes, len(files))
     failures = 0
     for outcome in outcomes:

@@ -1,0 +1,338 @@
+"""The command line tells what the model says, of every file that it can, and why not of others."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from numpy.typing import NDArray
+from PIL import Image
+
+from service.__main__ import main
+from tests.contract.conftest import ROOT, serving
+from tests.service.conftest import CLASSES
+from training.dataset import FashionMNIST
+
+KEY = "opensesame"
+PROGRAM = "from service.__main__ import main; main(prog_name='bn-lenet-service')"
+
+
+def classify(*arguments: object, stdin: bytes = b"") -> Result:
+    return CliRunner().invoke(main, ["classify", *map(str, arguments)], input=stdin)
+
+
+def lines(result: Result) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def model(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BNLENET_MODEL_PATH", str(artefact))
+
+
+@pytest.fixture
+def pixels(fashion_mnist: FashionMNIST) -> NDArray[np.uint8]:
+    """Return real test images, uint8 [6, 28, 28]."""
+    return fashion_mnist.test.images[:6]
+
+
+@pytest.fixture
+def photos(pixels: NDArray[np.uint8], tmp_path: Path) -> list[Path]:
+    """Save the images as they are, which the model then sees unchanged."""
+    paths = [tmp_path / f"{i}.png" for i in range(len(pixels))]
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image).save(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def service(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Run a real server that wants a key."""
+    log = tmp_path_factory.mktemp("service") / "log"
+    with serving(log, model_path=artefact, api_key=KEY) as (url, _):
+        yield url
+
+
+@contextmanager
+def stranger(status: int, body: bytes, **headers: str) -> Iterator[tuple[str, list[Any]]]:
+    """Run a server that is not this service; give its address and the headers that it gets."""
+    got: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append(self.headers)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST  # noqa: N815 - what a redirected POST becomes; the base class's spelling
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", got
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class TestAnswers:
+    def test_are_the_models_to_the_very_pixels(
+        self,
+        photos: list[Path],
+        pixels: NDArray[np.uint8],
+        reference: Callable[[NDArray[np.uint8]], NDArray[np.float64]],
+    ) -> None:
+        result = classify("--json", "--top-k", 10, *photos)
+        assert result.exit_code == 0
+        answers = lines(result)
+        assert [answer["file"] for answer in answers] == list(map(str, photos))
+        for answer, expected in zip(answers, reference(pixels[:, None]), strict=True):
+            given = np.empty(10)
+            for each in answer["predictions"]:
+                given[each["class_id"]] = each["probability"]
+            np.testing.assert_allclose(given, expected, rtol=0, atol=1e-5)
+            assert answer["label"] == CLASSES[expected.argmax()]
+            assert answer["preprocessing"] == "none"
+
+    def test_are_columns_where_no_terminal_is(self, photos: list[Path]) -> None:
+        answers = lines(classify("--json", "--top-k", 3, *photos))
+        rows = [row.split("\t") for row in classify("--top-k", 3, *photos).stdout.splitlines()]
+        assert rows == [
+            [answer["file"], each["label"], f"{each['probability']:.4f}"]
+            for answer in answers
+            for each in answer["predictions"]
+        ]
+        best = [row.split("\t")[1] for row in classify(*photos).stdout.splitlines()]
+        assert best == [answer["label"] for answer in answers]
+
+    def test_of_standard_input_are_those_of_the_file(self, photos: list[Path]) -> None:
+        (from_file,) = lines(classify("--json", photos[0]))
+        (from_stdin,) = lines(classify("--json", "-", stdin=photos[0].read_bytes()))
+        assert from_stdin == {**from_file, "file": "-"}
+
+    def test_tell_the_preprocessing_that_was_asked(self, photos: list[Path]) -> None:
+        (converted,) = lines(classify("--json", "--preprocessing", "dataset", photos[0]))
+        assert converted["preprocessing"] == "dataset"
+
+
+class TestFailures:
+    @pytest.fixture
+    def bad(self, tmp_path: Path) -> dict[str, Path]:
+        """Return files that cannot be classified, by the error's code."""
+        noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(noise).save(buffer, "PNG")
+        (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:2000])
+        (tmp_path / "text.jpg").write_text("no picture")
+        return {
+            "unreadable_file": tmp_path / "nowhere.png",
+            "invalid_input": tmp_path / "cut.png",
+            "unsupported_media_type": tmp_path / "text.jpg",
+        }
+
+    def test_stop_no_other_file_and_are_sentences_on_standard_error(
+        self, photos: list[Path], bad: dict[str, Path]
+    ) -> None:
+        result = classify(photos[0], *bad.values(), photos[1])
+        assert result.exit_code == 1
+        named = [row.split("\t")[0] for row in result.stdout.splitlines()]
+        assert named == [str(photos[0]), str(photos[1])]
+        sentences = result.stderr.splitlines()
+        for path, sentence in zip(bad.values(), sentences, strict=True):
+            assert sentence.startswith(f"Error: {path}: ")
+            assert sentence.endswith(".")
+        assert "No such file" in sentences[0]
+
+    def test_are_lines_of_json_when_asked(self, photos: list[Path], bad: dict[str, Path]) -> None:
+        result = classify("--json", *bad.values(), photos[0])
+        assert result.exit_code == 1
+        assert result.stderr == ""
+        *errors, good = lines(result)
+        assert [(error["file"], error["code"]) for error in errors] == [
+            (str(path), code) for code, path in bad.items()
+        ]
+        assert all(error.keys() == {"file", "error", "code"} for error in errors)
+        assert good["file"] == str(photos[0])
+
+    def test_of_a_folder_and_of_an_endless_file(
+        self, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("service.classify.MAX_BYTES", 10**5)
+        errors = lines(classify("--json", photos[0].parent, "/dev/zero"))
+        assert [e["code"] for e in errors] == ["unreadable_file", "payload_too_large"]
+
+    def test_of_the_model_are_told_once(
+        self, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("BNLENET_MODEL_PATH", "nowhere.onnx")
+        result = classify(*photos)
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        assert result.stderr.count("Error: The model file nowhere.onnx cannot be read") == 1
+
+
+class TestRunningService:
+    def test_answers_what_this_process_does(
+        self, service: str, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("BNLENET_API_KEY", KEY)
+        arguments = ("--json", "--top-k", 4, "--preprocessing", "none", *photos)
+        here = classify(*arguments)
+        monkeypatch.setenv("BNLENET_MODEL_PATH", "nowhere.onnx")  # the service has its own
+        there = classify("--url", f"{service}/", *arguments)
+        assert there.exit_code == 0
+        assert lines(there) == lines(here)
+
+    def test_refuses_in_its_own_words(
+        self, service: str, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = tmp_path / "text.png"
+        text.write_text("no picture")
+        result = classify("--url", service, "--json", photos[0])
+        assert result.exit_code == 1
+        assert lines(result)[0]["code"] == "unauthorized"
+        monkeypatch.setenv("BNLENET_API_KEY", KEY)
+        assert lines(classify("--url", service, "--json", text)) == lines(classify("--json", text))
+
+    def test_that_does_not_answer_is_named(self, photos: list[Path]) -> None:
+        result = classify("--url", "http://127.0.0.1:1", *photos[:2])
+        assert result.exit_code == 1
+        message = "The service at http://127.0.0.1:1 cannot be reached: Connection refused."
+        assert result.stderr.splitlines() == [f"Error: {path}: {message}" for path in photos[:2]]
+
+    @pytest.mark.parametrize(
+        ("status", "body", "sentence"),
+        [
+            (200, b"<html>", "is not this service."),
+            (200, b"[]", "is not this service."),
+            (502, b"<html>", "The answer was 502 Bad Gateway."),
+            (500, b'{"error": "Sorry."}', "The answer was 500 Internal Server Error."),
+        ],
+    )
+    def test_may_be_something_else(
+        self, photos: list[Path], status: int, body: bytes, sentence: str
+    ) -> None:
+        with stranger(status, body) as (url, _):
+            result = classify("--url", url, photos[0])
+        assert result.exit_code == 1
+        assert result.stderr.endswith(f"{sentence}\n")
+
+    def test_may_send_elsewhere_but_the_key_stays(
+        self, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("BNLENET_API_KEY", KEY)
+        with (
+            stranger(200, b"{}") as (elsewhere, got_there),
+            stranger(302, b"", Location=elsewhere) as (url, got_first),
+        ):
+            classify("--url", url, photos[0])
+        assert got_first[0]["Authorization"] == f"Bearer {KEY}"
+        assert "Authorization" not in got_there[0]
+
+    def test_speaks_http(self, photos: list[Path]) -> None:
+        result = classify("--url", f"file://{photos[0]}", photos[0])
+        assert result.exit_code == 2
+        assert "http:// or https://" in result.stderr
+
+
+def in_terminal(
+    arguments: Sequence[object], *, code: str = PROGRAM, stdout_too: bool = True
+) -> tuple[str, str]:
+    """Run the command with a terminal; return what the terminal got, and the other stdout."""
+    ours, terminal = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "classify", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "TERM": "xterm"},
+        stdin=subprocess.DEVNULL,
+        stdout=terminal if stdout_too else subprocess.PIPE,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    printed = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # Linux's way to say that nobody has the terminal any more
+            break
+        if not piece:
+            break
+        printed += piece
+    os.close(ours)
+    other = process.communicate()[0] or b""
+    return printed.decode(), other.decode()
+
+
+class TestTerminal:
+    def test_gets_a_table_with_bars(
+        self, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sly = tmp_path / "\x1b]0;sly\x07[red].png"
+        sly.write_bytes(photos[0].read_bytes())
+        answers = lines(classify("--json", *photos[:2]))
+        monkeypatch.chdir(tmp_path)  # short names, so that no row breaks
+        printed, _ = in_terminal([photo.relative_to(tmp_path) for photo in (*photos[:2], sly)])
+        header, first, second, *_ = printed.splitlines()
+        assert ["File" in header, "Label" in header, "Confidence" in header] == [True] * 3
+        for row, photo, answer in zip((first, second), photos, answers, strict=False):
+            assert photo.name in row
+            assert answer["label"] in row
+            assert f"{answer['confidence']:.1%}" in row
+            # A bar has 24 places, and its end is rounded to an eighth of one.
+            assert abs(row.count("█") - 24 * answer["confidence"]) <= 1
+        assert "\x1b]0;" not in printed
+        assert "sly\N{REPLACEMENT CHARACTER}[red].png" in printed
+
+    def test_sees_a_bar_while_it_takes_long(self, photos: list[Path]) -> None:
+        hurried = f"import service.classify as c; c.PROGRESS_AFTER_SECONDS = 0; {PROGRAM}"
+        printed, other = in_terminal(["--json", *photos], code=hurried, stdout_too=False)
+        assert "Classifying" in printed
+        assert other == classify("--json", *photos).stdout
+
+    def test_sees_none_when_it_does_not(self, photos: list[Path]) -> None:
+        printed, other = in_terminal(["--json", *photos[:2]], stdout_too=False)
+        assert printed == ""
+        assert len(other.splitlines()) == 2
+
+
+def test_completion_is_as_the_help_says() -> None:
+    assert "_BN_LENET_SERVICE_COMPLETE=bash_source" in CliRunner().invoke(main, ["--help"]).stdout
+    asked = {
+        "_BN_LENET_SERVICE_COMPLETE": "bash_complete",
+        "COMP_WORDS": "bn-lenet-service cl",
+        "COMP_CWORD": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | asked,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "plain,classify\n"
+
+
+def test_serving_imports_nothing_of_it() -> None:
+    code = (
+        "import sys, service.__main__;"
+        "print(*{'rich', 'numpy', 'PIL', 'urllib.request', 'service.classify'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
