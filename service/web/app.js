@@ -18,6 +18,7 @@ async function ask() {
   wanted = true;
   if (asking) return;
   asking = true;
+  $("output").ariaBusy = "true";
   while (wanted && source) {
     wanted = false;
     const { signal } = turn;
@@ -29,6 +30,7 @@ async function ask() {
     else refuse(status, answer.error);
   }
   asking = false;
+  $("output").ariaBusy = "false";
 }
 
 async function post(picture, signal) {
@@ -197,7 +199,7 @@ function draw(event) {
   const point = [(event.clientX - left) * scale, (event.clientY - top) * scale];
   pen.beginPath();
   pen.moveTo(...(last ?? point));
-  pen.lineTo(...point);
+  pen.lineTo(point[0], point[1] + 0.01); // a line of no length would leave no dot
   pen.stroke();
   last = point;
 }
