@@ -285,7 +285,7 @@ def test_json_beyond_any_sound_request_is_not_parsed() -> None:
 
 @pytest.mark.parametrize(
     "length",
-    [b"", b"-1", b"+5", b"1e3", b"0x10", b" 5", b"1_0", b"\xb2", b"999999999999999999", b"784"],
+    [b"", b"-1", b"+5", b"1e3", b"0x10", b" 5", b"1_0", b"\xb2", b"9" * 5_000, b"784"],
 )
 def test_a_wrong_length_of_the_json_is_refused(length: bytes) -> None:
     with pytest.raises(ServiceError, match="Inference-Header-Content-Length"):
