@@ -404,7 +404,12 @@ def open_inference_router(
         responses={200: {"content": {"application/json": {"example": _example(classifier)}}}},
     )
     async def classify(request: Request) -> Response:
-        """Classify up to 256 images; tensors may be JSON or, after the JSON, binary."""
+        """Classify up to 256 images.
+
+        Tensors are JSON or, after the JSON, binary. The header field
+        `Inference-Header-Content-Length` then tells the length of the JSON; 0 says that the body
+        is one image of 784 bytes and nothing else.
+        """
         return _response(await infer_handle(request.scope["exchange"]))
 
     name, number = Depends(check_model), Depends(check_version)
@@ -435,8 +440,12 @@ INPUT_SCHEMA = _object(
     name={"const": INPUT[0]},
     shape={
         "type": "array",
-        "items": {"type": "integer"},
-        "description": f"[n, 1, 28, 28], n from 1 to {MAX_BATCH_SIZE}.",
+        "prefixItems": [
+            {"type": "integer", "minimum": 1, "maximum": MAX_BATCH_SIZE},
+            *({"const": length} for length in IMAGE_SHAPE),
+        ],
+        "minItems": 4,
+        "maxItems": 4,
     },
     datatype={"enum": ["UINT8", "FP32"]},
     data={
@@ -466,15 +475,6 @@ EXAMPLE = {
     ],
 }
 INFER_REQUEST = {
-    "parameters": [
-        {
-            "name": "Inference-Header-Content-Length",
-            "in": "header",
-            "description": "The length of the JSON when binary tensors follow it; 0 when the body"
-            " is one image of 784 bytes and nothing else.",
-            "schema": {"type": "integer", "minimum": 0},
-        }
-    ],
     "requestBody": {
         "required": True,
         "content": {
@@ -493,5 +493,9 @@ INFER_REQUEST = {
     },
 }
 INDEX_REQUEST = {
-    "requestBody": {"content": {"application/json": {"schema": _object([], ready=BOOLEAN)}}}
+    "requestBody": {
+        "content": {
+            "application/json": {"schema": _object([], ready={"type": ["boolean", "null"]})}
+        }
+    }
 }
