@@ -21,7 +21,7 @@ from service.classifier import Classifier
 from service.server import KEEP_ALIVE_SECONDS, bind, run
 from service.settings import Settings
 
-WARM_UP = 200
+WARM_UP = 100
 
 
 def floor(constant: bytes) -> None:
