@@ -1,7 +1,9 @@
-"""The command line: `python -m training fit`, `export`, `evaluate`, `norms`; `--help` explains."""
+"""The command line: `python -m training fit`, `export`, `evaluate`, `norms`, `study`."""
 
+import hashlib
 import json
 import platform
+import re
 import shlex
 import sys
 import time
@@ -26,6 +28,8 @@ from training.export import ExportError, Provenance, export
 from training.fit import Epoch, FitError, Fitting, fit
 from training.recipes import RECIPES
 from training.run import Config, Run, RunError
+from training.studies import batch_size, statistics
+from training.studies.records import Records, conditions
 
 OVERRIDES = ("epochs", "batch_size", "learning_rate")
 SETTINGS = ("seed", "device", "batch_norm", "holdout", "threads")
@@ -339,10 +343,14 @@ def _tables(evaluation: Evaluation) -> Iterator[Table]:
 
 @main.command("norms")
 @click.argument("run", type=FOLDER)
+@click.option("--picture", type=FILE, help="Draw them into this PNG file too.")
 @json_option
-def norms_command(run: Path, as_json: bool) -> None:
+def norms_command(run: Path, picture: Path | None, as_json: bool) -> None:
     """Print the gamma and beta that every batch-norm layer of RUN learnt."""
-    parameters = report.affine_parameters(Run(run).model())
+    model = Run(run).model()
+    parameters = report.affine_parameters(model)
+    if picture:
+        report.draw_norms(model, picture)
     if as_json:
         click.echo(json.dumps({n: {"gamma": g, "beta": b} for n, (g, b) in parameters.items()}))
         return
@@ -352,6 +360,89 @@ def norms_command(run: Path, as_json: bool) -> None:
 
 def _numbers(values: list[float]) -> str:
     return " ".join(f"{value:+.3f}" for value in values)
+
+
+@main.group("study")
+def study() -> None:
+    """Answer a question by experiment: a page, a figure and all measurements in --out."""
+
+
+def _seeds(_: click.Context, __: click.Parameter, value: str) -> list[int]:
+    """Read two seeds or more, `0-4` or `0,3,7`; return them in order, each once."""
+    seeds: set[int] = set()
+    for part in value.split(","):
+        if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", part)):
+            raise click.BadParameter(f"{value!r} is no list of seeds such as 0-4 or 0,3,7.")
+        seeds.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if len(seeds) < 2:
+        raise click.BadParameter("a spread between seeds needs at least two of them.")
+    return sorted(seeds)
+
+
+@study.command("statistics")
+@click.option("--seeds", callback=_seeds, default="0-4", show_default=True, help="Or 0,3,7.")
+@click.option("--epochs", type=click.IntRange(2), default=10, show_default=True)
+@click.option("--out", type=FOLDER, default=Path("runs/statistics"), show_default=True)
+@json_option
+@data_dir_option
+def study_statistics(
+    seeds: list[int], epochs: int, out: Path, as_json: bool, data_dir: Path | None
+) -> None:
+    """Compare moving averages with statistics of the whole training set.
+
+    The chapter's recipe is fitted with each seed; a killed study goes on where it was.
+    """
+    torch.set_num_threads(1)
+    data, recipe = load(data_dir), replace(RECIPES["chapter"], epochs=epochs)
+    given = conditions(
+        recipe=recipe.name,
+        epochs=epochs,
+        images=len(data.train.labels),
+        test_images=len(data.test.labels),
+        dataset_sha256=data.sha256,
+    )
+    records = Records(out / "statistics.jsonl", given)
+
+    def on_line(line: dict[str, Any]) -> None:
+        scores = "  ".join(f"{kind} {line[kind]['accuracy']:.4f}" for kind in statistics.KINDS)
+        click.echo(f"seed {line['seed']}  epoch {line['epoch']}/{epochs}  {scores}", err=True)
+
+    for seed in seeds:
+        statistics.measure(data, recipe, seed, records, on_line)
+    (out / "statistics.md").write_text(statistics.page(records, seeds))
+    statistics.draw(records, seeds, out / "statistics.png")
+    if as_json:
+        curves = {k: statistics.accuracies(records.lines, seeds, k) for k in statistics.KINDS}
+        click.echo(json.dumps({k: asdict(statistics.spread(c)) for k, c in curves.items()}))
+    else:
+        click.echo(out / "statistics.md")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@study.command("batch-size")
+@click.argument("run", type=FOLDER)
+@click.option("--out", type=FOLDER, default=Path("runs/batch-size"), show_default=True)
+@data_dir_option
+def study_batch_size(run: Path, out: Path, data_dir: Path | None) -> None:
+    """Let batch norm predict with batch statistics, and see what the answers of RUN become."""
+    torch.set_num_threads(1)
+    test, fitted = load(data_dir).test, Run(run)
+    given = conditions(
+        checkpoint=_sha256(run / "checkpoint.safetensors"), test_images=len(test.labels)
+    )
+    records = Records(out / "batch-size.jsonl", given)
+
+    def on_line(line: dict[str, Any]) -> None:
+        figures = f"accuracy {line['accuracy'][0]:.4f}  changed {line['changed'][0]:.4f}"
+        click.echo(f"company {line['company']}  batch size {line['size']}  {figures}", err=True)
+
+    batch_size.measure(fitted.model(fitted.config().recipe.statistics), test, records, on_line)
+    (out / "batch-size.md").write_text(batch_size.page(records))
+    batch_size.draw(records, out / "batch-size.png")
+    click.echo(out / "batch-size.md")
 
 
 if __name__ == "__main__":

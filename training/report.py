@@ -46,7 +46,7 @@ def draw_curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
     right.plot(epochs, [line["accuracy"] for line in metrics], marker=".", label="evaluation")
     right.set(xlabel="epoch", ylabel="accuracy")
     right.legend()
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]], out: Path) -> None:
@@ -61,7 +61,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]], out: Path) -> None:
     for (row, column), count in np.ndenumerate(counts):
         shade = "white" if count > counts[row].sum() / 2 else "black"
         axes.text(column, row, str(count), ha="center", va="center", color=shade, fontsize=8)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def draw_norms(model: BNLeNet, out: Path) -> None:
@@ -77,11 +77,12 @@ def draw_norms(model: BNLeNet, out: Path) -> None:
         axes.set(title=name, xlim=(-1, len(gamma)))
         axes.axhline(0, color="black", linewidth=0.5)
     figure.axes[0].legend()
-    _save(figure, out)
+    save_figure(figure, out)
 
 
-def _save(figure: Figure, out: Path) -> None:
-    # Without the creating software's version, the same figures give the same bytes.
+def save_figure(figure: Figure, out: Path) -> None:
+    """Write a figure as PNG; the same figure gives the same bytes."""
+    # So without the creating software's version.
     figure.savefig(out, dpi=110, metadata={"Software": None})
 
 
@@ -132,7 +133,7 @@ The standard error of an accuracy on so many images is {_standard_error(evaluati
 
 Recipe `{recipe.name}`, seed {config.seed}. {recipe.origin}
 
-{_table(["setting", "value"], [[name, str(value)] for name, value in settings.items()])}
+{table(["setting", "value"], [[name, str(value)] for name, value in settings.items()])}
 
 The same weights again, bit for bit on the same kind of processor:
 
@@ -152,7 +153,7 @@ without augmentation. **This file carries: {source.statistics}.**
 
 ## Classes
 
-{_table(["class", "precision", "recall"], [[n, f"{p:.3f}", f"{r:.3f}"] for n, p, r in shares])}
+{table(["class", "precision", "recall"], [[n, f"{p:.3f}", f"{r:.3f}"] for n, p, r in shares])}
 
 ![Confusion matrix](confusion.png)
 
@@ -160,7 +161,7 @@ without augmentation. **This file carries: {source.statistics}.**
 
 Accuracy on the test set, changed in the ways that `training/robustness.py` defines.
 
-{_table(["change", "accuracy"], [[n, f"{a:.4f}"] for n, a in evaluation.robustness.items()])}
+{table(["change", "accuracy"], [[n, f"{a:.4f}"] for n, a in evaluation.robustness.items()])}
 
 ## Calibration
 
@@ -216,7 +217,7 @@ def _scores(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         for name, statistic in (("mean", mean), ("standard deviation", stdev)):
             rows.append([name, *(f"{statistic(values):.4f}" for values in columns.values())])
-    return _table(["seed", *columns], rows)
+    return table(["seed", *columns], rows)
 
 
 def _choice(validation: Run | None) -> str:
@@ -232,7 +233,8 @@ def _choice(validation: Run | None) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

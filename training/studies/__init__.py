@@ -1,0 +1,1 @@
+"""Questions about batch norm, answered by experiment; a command and a page for each."""

@@ -1,0 +1,69 @@
+"""What a study measured: JSON lines, written as they come, so that a killed study goes on."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.run import RunError
+
+
+def conditions(**settings: Any) -> dict[str, Any]:
+    """Return what figures depend on: the settings, this machine and the versions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return settings | {
+        "processor": names[0] if names else platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }
+
+
+def in_words(conditions: dict[str, Any]) -> str:
+    """Return machine and versions for a page."""
+    return (
+        "{processor} ({instructions}), {cores} cores, {threads} thread; "
+        "Python {python}, torch {torch}".format(**conditions)
+    )
+
+
+class Records:
+    """A file of JSON lines: the first has the conditions, each other one measurement.
+
+    Attributes:
+        conditions: of all measurements.
+        lines: the measurements so far.
+
+    Raises:
+        RunError: the file was begun under other conditions.
+    """
+
+    def __init__(self, file: Path, conditions: dict[str, Any] | None = None) -> None:
+        self.file = file
+        text = file.read_text() if file.exists() else json.dumps(conditions)
+        self.conditions, *self.lines = [json.loads(line) for line in text.splitlines()]
+        for name, value in (conditions or {}).items():
+            if self.conditions.get(name) != value:
+                raise RunError(
+                    f"{file} was begun with {name} {self.conditions.get(name)}, not {value}: "
+                    "choose another --out."
+                )
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Write one more measurement; the file on disk is never half written."""
+        self.lines.append(line)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.file.with_suffix(".part")
+        whole = [self.conditions, *self.lines]
+        temporary.write_text("".join(json.dumps(each) + "\n" for each in whole))
+        temporary.replace(self.file)
