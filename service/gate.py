@@ -53,7 +53,7 @@ CROSS_ORIGIN_HEADERS = (
     b"Authorization, Content-Type, Content-Encoding, Inference-Header-Content-Length, X-Request-ID"
 )
 BODIES_IN_MEMORY = 8  # of the largest size, while they come in
-SLOW_AFTER_SECONDS = 1.0
+SLOW_AFTER_SECONDS = 2.0
 SWEEP_SECONDS = 0.1
 LINGER_SECONDS = 1.0
 

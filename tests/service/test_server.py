@@ -120,7 +120,7 @@ class TestRudeClients:
         self, monkeypatch: pytest.MonkeyPatch, make_app: Callable[..., Gate]
     ) -> None:
         """Never used, stopped within a head, and idle after an answer: each has its time."""
-        for name, seconds in [("HEAD", 0.3), ("KEEP_ALIVE", 0.8), ("LOOK_EVERY", 0.05)]:
+        for name, seconds in [("HEAD", 0.3), ("KEEP_ALIVE", 4.0), ("LOOK_EVERY", 0.05)]:
             monkeypatch.setattr(server, f"{name}_SECONDS", seconds)
         settings = Settings(port=0)
         listener = server.bind(settings)
@@ -148,19 +148,19 @@ class TestRudeClients:
             connection.close()
         running.should_exit = True
         thread.join(10)
-        assert 0.3 <= ends[0] < 0.8
-        assert ends[1] < 0.8 <= ends[2] < 2
+        assert 0.3 <= ends[0] <= ends[1] < 4 <= ends[2]
 
     def test_slow_senders_cost_nobody_anything(self, start: Callable[..., Any]) -> None:
-        """More of them than places inside: after a second they have to make room."""
-        address, _ = start(max_in_flight=10, request_timeout_seconds=5)
+        """As many of them as places inside: after two seconds they have to make room."""
+        address, _ = start(max_in_flight=10, request_timeout_seconds=60)
         with ExitStack() as slow:
             connections = [slow.enter_context(connect(address)) for _ in range(10)]
             for connection in connections:
                 connection.sendall(HEAD + b"Content-Length: 784\r\n\r\n")
-            time.sleep(1.2)
-            for connection in connections:
-                connection.sendall(b"a")
+            for _ in range(22):
+                time.sleep(0.1)
+                for connection in connections:
+                    connection.sendall(b"a")
             for _ in range(20):
                 answer = httpx.post(f"{address}/predict", content=bytes(784), headers=BYTES)
                 assert answer.status_code == 200
@@ -203,9 +203,10 @@ class TestRudeClients:
             for _ in range(2):
                 connection = inside.enter_context(connect(address))
                 connection.sendall(HEAD + b"Content-Length: 784\r\n\r\nhalf")
-            while "\nhttp_requests_in_flight 2.0" not in client.get("/metrics").text:
-                time.sleep(0.01)
-            refused = client.post("/predict", content=bytes(784), headers=BYTES)
+            for _ in range(10):  # their requests may be read after ours
+                refused = client.post("/predict", content=bytes(784), headers=BYTES)
+                if refused.status_code == 503:
+                    break
             assert refused.status_code == 503
             assert refused.headers["retry-after"] == "1"
             assert refused.json()["code"] == "overloaded"

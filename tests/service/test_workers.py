@@ -18,7 +18,7 @@ BYTES = {"content-type": "application/octet-stream"}
 
 @pytest.fixture
 def server(tmp_path: Path, artefact: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    settings = {"model_path": artefact, "workers": 2, "drain_seconds": 2}
+    settings = {"model_path": artefact, "workers": 2, "drain_seconds": 30}
     with serving(tmp_path / "log", **settings) as (address, process):
         yield address, process
 
@@ -72,10 +72,11 @@ def test_all_drain_and_end_with_the_supervisor(
     address, process = server
     children = workers(process.pid)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    time.sleep(0.5)
     assert {httpx.get(f"{address}/readyz").status_code for _ in range(8)} == {503}
     predict(address)
-    assert process.wait(10) == 0
+    process.send_signal(signal.SIGTERM)  # a second one ends the drain
+    assert process.wait(20) == 0
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
