@@ -148,27 +148,27 @@ def _unlike_border(colours: Floats) -> Mask:
 def _grow(seeds: Mask, allowed: Mask) -> Mask:
     """Return the allowed pixels that are connected to a seed, by rows and columns."""
     reached = seeds & allowed
+    sweeps = []
+    for view, open_ in zip(_four_ways(reached), _four_ways(allowed), strict=True):
+        index = np.arange(1, view.shape[1] + 1, dtype=np.int16)
+        sweeps.append((view, index, np.maximum.accumulate(~open_ * index, axis=1)))
     count = -1
     while count != (count := int(reached.sum())):
-        reached = _along_rows(reached, ~allowed)
-        reached = _along_rows(reached.T, ~allowed.T).T
+        for view, index, last_blocked in sweeps:
+            # Reached, too, is where the last thing met on the way was reached and not blocked.
+            last_reached = np.maximum.accumulate(view * index, axis=1)
+            np.logical_or(view, last_reached > last_blocked, out=view)
     return reached
 
 
-def _along_rows(reached: Mask, blocked: Mask) -> Mask:
-    """Spread along each row both ways: to where the last thing met is reached, not blocked."""
-    index = np.arange(1, reached.shape[1] + 1, dtype=np.int16)
-
-    def rightwards(reached: Mask, blocked: Mask) -> Mask:
-        last_reached = np.maximum.accumulate(reached * index, axis=1)
-        return np.asarray(last_reached > np.maximum.accumulate(blocked * index, axis=1))
-
-    return rightwards(reached, blocked) | rightwards(reached[:, ::-1], blocked[:, ::-1])[:, ::-1]
+def _four_ways(mask: Mask) -> tuple[Mask, ...]:
+    """Return views of one mask whose rows run right, left, down and up."""
+    return mask, mask[:, ::-1], mask.T, mask.T[:, ::-1]
 
 
 def _eroded(mask: Mask, radius: int) -> Mask:
-    eroded = Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MinFilter(2 * radius + 1))
-    return np.asarray(eroded) > 0
+    blurred = Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(radius))
+    return np.asarray(np.asarray(blurred) == 255)  # a mean is 255 only where all are
 
 
 def _without_specks(mask: Mask, radius: float) -> Mask:

@@ -12,14 +12,14 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFilter, UnidentifiedImageError
 
 from service.cutout import cut_out
 from service.errors import InvalidInput, PayloadTooLarge, UnsupportedMediaType
 
 SIDE = 28
 WORKING_SIDE = 160  # where the garment is told from its background; 128 costs a point
-FILTER = Image.Resampling.BOX
+SHARPEN = ImageFilter.UnsharpMask(radius=1, percent=60, threshold=0)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 UPRIGHT = {  # what undoes each value of EXIF's Orientation (tag 0x0112)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,8 +54,8 @@ def decode(
     preprocessing: Preprocessing = "auto",
     *,
     max_side: int = 8192,
-    max_pixels: int = 12_500_000,
-    max_jpeg_pixels: int = 50_000_000,
+    max_pixels: int = 2048 * 2048,
+    max_jpeg_pixels: int = 25_000_000,
 ) -> Decoded:
     """Decode a picture and, where asked or needed, convert it to the data set's form.
 
@@ -65,7 +65,8 @@ def decode(
             converts whatever comes; "auto" takes 28x28 8-bit grayscale as it is, converts the rest.
         max_side: the longest edge allowed, in pixels.
         max_pixels: the largest width times height allowed.
-        max_jpeg_pixels: the same for JPEG, which is decoded at a fraction of its size.
+        max_jpeg_pixels: the same for JPEG that is not progressive: it is decoded at a fraction of
+            its size, in a fraction of the time and memory.
 
     Raises:
         UnsupportedMediaType: the bytes are no picture of a known format.
@@ -74,7 +75,8 @@ def decode(
     """
     image = _open(data)
     width, height = image.size
-    most = max_jpeg_pixels if image.format in ("JPEG", "MPO") else max_pixels
+    scales = image.format in ("JPEG", "MPO") and "progressive" not in image.info
+    most = max_jpeg_pixels if scales else max_pixels
     if max(width, height) > max_side or width * height > most:
         raise PayloadTooLarge(
             f"The picture is {width} x {height} pixels; send at most {max_side} on a side and"
@@ -89,15 +91,13 @@ def decode(
     try:
         if fits and preprocessing != "dataset":
             return Decoded(np.array(image), "none")
+        animated = image.format != "MPO" and getattr(image, "is_animated", False)
         small = _upright(_at_most(image, WORKING_SIDE))
-    except (
-        Exception
-    ) as exc:  # Pillow's decoders raise whatever a damaged file makes them stumble on
+    except Exception as exc:  # whatever a damaged file makes Pillow's decoders stumble on
         raise InvalidInput("The picture is damaged or cut short; send the whole file.") from exc
     pixels, notes = convert(small)
-    frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
-    if frames > 1:
-        notes = (*notes, f"Only the first of {frames} frames was looked at.")
+    if animated:
+        notes += ("Only the first frame was looked at.",)
     return Decoded(pixels, "dataset", notes)
 
 
@@ -105,44 +105,37 @@ def convert(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
     """Convert a small upright RGBA picture as the data set's authors did, and say what was guessed.
 
     The garment is cut out, its longest edge scaled to 28, its extent centred; its grey levels are
-    negated, as they were for photographs on white, and stretched to 255, as all in the data set
-    are. Not sharpened: that lost accuracy, here and with the data set's own images.
+    negated, as they were for photographs on white, stretched to 255, as all in the data set are,
+    and sharpened by 60 %: 100 % loses accuracy on enlargements of the data set's own images.
 
     Returns:
         pixels uint8 [28, 28], and the notes of `Decoded`.
     """
-    notes: tuple[str, ...] = ()
-    alpha = np.asarray(image.getchannel("A"), np.float32) / 255
+    opaque = np.asarray(image.getchannel("A")) > 127
+    if opaque.any() and opaque.mean() < 0.99:
+        return _fit(255 - _gray(image), opaque), ()
     on_white = Image.new("RGBA", image.size, "white")
     on_white.alpha_composite(image)
-    rgb = on_white.convert("RGB")
-    if (alpha < 0.5).mean() > 0.01 and alpha.max() > 0.5:
-        # Colours as they are under the transparency: what is mixed with white would be darkened
-        # twice, by the alpha channel below.
-        gray = np.asarray(image.convert("RGB").convert("L"), np.float32)
-        return _fit((255 - gray) * alpha, alpha > 0.5), notes
-    gray = np.asarray(rgb.convert("L"), np.float32)
+    gray = _gray(on_white)
     if np.ptp(gray) < 4:
         return np.zeros((SIDE, SIDE), np.uint8), ("The picture is of one colour: nothing to see.",)
-    rim = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
-    background = float(np.median(rim))
-    cutout = cut_out(np.asarray(rgb))
+    background = float(np.median(np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])))
+    cutout = cut_out(np.asarray(on_white.convert("RGB")))
     if cutout is None:
         height, width = gray.shape
-        centre = gray[height // 4 : -(height // 4) or None, width // 4 : -(width // 4) or None]
-        difference = (background - gray) * (1 if centre.mean() < background else -1)
-        return _fit(np.maximum(difference, 0), np.ones(gray.shape, np.bool_)), (
+        centre = gray[height // 4 : height - height // 4, width // 4 : width - width // 4]
+        contrast = background - gray if centre.mean() < background else gray - background
+        return _fit(contrast.clip(0), np.ones_like(gray, np.bool_)), (
             "No border could be told from the garment: the whole picture was taken.",
         )
+    notes: tuple[str, ...] = ()
     if not cutout.plain:
         notes = ("The background is not plain: the garment's outline was guessed by its colours.",)
     if background < 16 and np.percentile(gray[cutout.mask], 99) > 190:
-        # Already negated, like the data set's own images; a dark garment is not as bright.
-        return _fit(gray * cutout.mask, cutout.mask), (
-            *notes,
-            "The background is black: the picture was taken as negated already.",
-        )
-    return _fit((255 - gray) * cutout.mask, cutout.mask), notes
+        # As bright as that on black is what the data set's own images are.
+        notes += ("The background is black: the picture was taken as negated already.",)
+        return _fit(gray, cutout.mask), notes
+    return _fit(255 - gray, cutout.mask), notes
 
 
 def _open(data: bytes) -> Image.Image:
@@ -154,41 +147,45 @@ def _open(data: bytes) -> Image.Image:
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise PayloadTooLarge("The picture has far too many pixels; send a smaller one.") from None
-    except (
-        Exception
-    ) as exc:  # Pillow's parsers raise whatever a damaged header makes them stumble on
+    except Exception as exc:  # whatever a damaged header makes Pillow's parsers stumble on
         raise InvalidInput("The picture's header is damaged; send the whole file.") from exc
 
 
 def _at_most(image: Image.Image, side: int) -> Image.Image:
     """Decode to RGBA with no edge longer than asked for; JPEG at a fraction of its size."""
-    if image.mode.startswith(("I", "F")):  # 16 bits and more: scaled by the range that holds them
-        levels = np.asarray(image, np.float32)
-        top = next((t for t in (1, 255, 65535) if levels.max() <= t), levels.max())
-        image = Image.fromarray((levels.clip(0) * (255 / top)).astype(np.uint8))
-    elif image.mode in ("1", "P", "PA", "La", "LA") or "transparency" in image.info:
+    deep = image.mode.startswith(("I", "F"))  # 16 bits and more
+    if image.mode in ("1", "P", "PA", "La", "LA") or ("transparency" in image.info and not deep):
         image = image.convert("RGBA")  # neither palettes nor single transparent colours scale
-    image.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=2)
+    image.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None if deep else 2)
+    if deep:
+        levels = np.asarray(image, np.float32)
+        top = next((top for top in (1, 255, 65535) if levels.max() <= top), levels.max())
+        image = Image.fromarray((levels.clip(0) * (255 / top)).astype(np.uint8))
     return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
     turn = UPRIGHT.get(image.getexif().get(0x0112, 1))
-    if image.mode not in ("RGB", "RGBA", "L"):
-        image = image.convert("RGBA" if "A" in image.mode.upper()[1:] else "RGB")
-    image = image.convert("RGBA")
+    if image.mode != "RGBA":
+        image = image.convert("RGB").convert("RGBA")
     return image.transpose(turn) if turn is not None else image
 
 
-def _fit(gray: NDArray[np.floating], mask: NDArray[np.bool_]) -> Pixels:
-    """Scale what is under the mask to 28 on its longest edge, centre it, stretch it to 255."""
+def _gray(image: Image.Image) -> NDArray[np.float32]:
+    return np.asarray(image.convert("RGB").convert("L"), np.float32)
+
+
+def _fit(gray: NDArray[np.float32], mask: NDArray[np.bool_]) -> Pixels:
+    """Scale what is under the mask to 28 on its longest edge, centre, stretch and sharpen it."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
     width, height = box[2] - box[0], box[3] - box[1]
     scale = SIDE / max(width, height)
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    small = Image.fromarray(gray.astype(np.float32)).resize((width, height), FILTER, box=box)
+    garment = Image.fromarray(gray * mask)
+    small = garment.resize((width, height), Image.Resampling.BOX, box=box)
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
     pixels = np.zeros((SIDE, SIDE), np.float32)
-    pixels[top : top + height, left : left + width] = np.asarray(small).clip(0)
-    return (pixels * (255 / max(float(pixels.max()), 1))).round().astype(np.uint8)
+    pixels[top : top + height, left : left + width] = np.asarray(small)
+    pixels *= 255 / max(float(pixels.max()), 1)
+    return np.array(Image.fromarray(pixels.round().astype(np.uint8)).filter(SHARPEN))
