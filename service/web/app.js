@@ -64,7 +64,7 @@ function show(answer, picture, milliseconds) {
   $("seen").getContext("2d").putImageData(seen, 0, 0);
   $("preprocessing").textContent = answer.preprocessing === "none"
     ? "Taken as it came: 28\u00a0×\u00a028 pixels, in grey."
-    : "Converted the way the data set was made: trimmed, 28\u00a0×\u00a028, grey, light on dark.";
+    : "Converted the way the data set was made: 28\u00a0×\u00a028 pixels, in grey, light on dark.";
   $("notes").replaceChildren(...(answer.notes ?? []).map((note) => {
     const item = document.createElement("li");
     item.textContent = note;
@@ -77,7 +77,8 @@ function show(answer, picture, milliseconds) {
 }
 
 function refuse(status, sentence) {
-  $("error").textContent = sentence;
+  const aboutKey = key ? "The service does not accept this key." : "The service wants an API key.";
+  $("error").textContent = status === 401 ? aboutKey : sentence;
   $("key-form").hidden = status !== 401;
   if (status === 401) $("key").focus();
   if (status !== 200) forget();
