@@ -1,1 +1,6 @@
 """Classifies images of garments over HTTP, with the ONNX file that `training` exports."""
+
+import os
+
+# ONNX Runtime reports to its makers from the moment it is imported, unless told not to before.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
