@@ -41,7 +41,7 @@ def serving(log: Path, **settings: object) -> Iterator[tuple[str, subprocess.Pop
 
 def _address(log: Path, process: subprocess.Popen[bytes]) -> str:
     """Wait for the line that tells the address."""
-    for _ in range(600):
+    for _ in range(1_200):
         found = re.search(r"ready.*?(http://[\d.:]+)", log.read_text())
         if found:
             return found[1]
