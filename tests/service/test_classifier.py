@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from service.classifier import Classifier, ModelError
+from service.classifier import BUCKETS, Classifier, ModelError
 from tests.service.conftest import CLASSES
 
 Oracle = Callable[[NDArray[np.uint8]], NDArray[np.float64]]
@@ -55,6 +55,37 @@ def test_rows_are_run_one_by_one_where_a_runtime_mixes_them(
     alone = [Classifier.load(artefact).probabilities(image[None])[0] for image in images[:20]]
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", dishonest)
     assert np.array_equal(Classifier.load(artefact).probabilities(images[:20]), alone)
+
+
+def test_a_gpu_gets_batches_of_few_sizes_each_run_before_the_service_is_ready(
+    artefact: Path,
+    classifier: Classifier,
+    images: NDArray[np.uint8],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shown on the CPU, whose session here says that it has CUDA."""
+    sizes: list[int] = []
+    run = onnxruntime.InferenceSession.run
+
+    def recorded(session: Any, names: Any, feed: Any) -> Any:
+        sizes.append(len(feed["pixels"]))
+        return run(session, names, feed)
+
+    many = np.concatenate([images, images[::-1], images[:100]])
+    expected = classifier.probabilities(many)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", recorded)
+    monkeypatch.setattr(
+        onnxruntime.InferenceSession, "get_providers", lambda _: ["CUDAExecutionProvider"]
+    )
+    bucketed = Classifier.load(artefact)
+    assert tuple(sizes[: len(BUCKETS)]) == BUCKETS == tuple(2**i for i in range(9))
+
+    for count in (*range(1, 257), 257, 300, 512, 612):
+        sizes.clear()
+        assert np.array_equal(bucketed.probabilities(many[:count]), expected[:count]), count
+        assert set(sizes) <= set(BUCKETS)
+        assert len(sizes) == -(-count // 256)
+        assert sizes[-1] < 2 * ((count - 1) % 256 + 1)  # never padded further than need be
 
 
 def test_it_tells_what_the_file_says(classifier: Classifier) -> None:
