@@ -93,12 +93,12 @@ def page(records: Records) -> str:
     by = {(line["company"], line["size"]): line for line in records.lines}
     rows = []
     for size in SIZES:
-        row = [str(size)]
-        for company in COMPANY:
-            line = by[company, size]
-            row += [f"{fmean(line[key]):.4f}" for key in ("accuracy", "changed")]
-        rows.append([*row, f"{by['any', size]['unstable']:.4f}"])
-    rows.append(["fixed statistics", f"{fixed:.4f}", "0", f"{fixed:.4f}", "0", "0"])
+        figures = [fmean(by[c, size][k]) for c in COMPANY for k in ("accuracy", "changed")]
+        figures.insert(2, by["any", size]["unstable"])
+        rows.append([str(size), *(f"{figure:.4f}" for figure in figures)])
+    rows.append(["fixed statistics", f"{fixed:.4f}", "0", "0", f"{fixed:.4f}", "0"])
+    heading = ["batch size", "accuracy", "changed", "unstable"]
+    heading += ["one class a batch: accuracy", "changed"]
     return f"""# One image and its batch
 
 The model of checkpoint `{records.conditions["checkpoint"][:12]}` answers all \
@@ -109,19 +109,7 @@ whole test set, or so that a batch holds one class only.
 
 ![Accuracy and share of changed answers by batch size](batch-size.png)
 
-{
-        table(
-            [
-                "batch size",
-                "accuracy",
-                "changed",
-                "accuracy, one class a batch",
-                "changed, one class a batch",
-                "unstable",
-            ],
-            rows,
-        )
-    }
+{table(heading, rows)}
 
 "Changed" is the share of answers that differ from those of the fixed statistics, "unstable" the
 share of images that do not get the same answer in all {ORDERS} deals. Means over the deals. A
