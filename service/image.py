@@ -12,14 +12,13 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from service.cutout import cut_out
 from service.errors import InvalidInput, PayloadTooLarge, UnsupportedMediaType
 
 SIDE = 28
 WORKING_SIDE = 160  # where the garment is told from its background; 128 costs a point
-SHARPEN = ImageFilter.UnsharpMask(radius=1, percent=60, threshold=0)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 UPRIGHT = {  # what undoes each value of EXIF's Orientation (tag 0x0112)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -105,8 +104,8 @@ def convert(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
     """Convert a small upright RGBA picture as the data set's authors did, and say what was guessed.
 
     The garment is cut out, its longest edge scaled to 28, its extent centred; its grey levels are
-    negated, as they were for photographs on white, stretched to 255, as all in the data set are,
-    and sharpened by 60 %: 100 % loses accuracy on enlargements of the data set's own images.
+    negated, as they were for photographs on white, and stretched to 255, as all in the data set
+    are. It is not sharpened, as theirs was: that made no test more accurate (docs/performance.md).
 
     Returns:
         pixels uint8 [28, 28], and the notes of `Decoded`.
@@ -176,7 +175,7 @@ def _gray(image: Image.Image) -> NDArray[np.float32]:
 
 
 def _fit(gray: NDArray[np.float32], mask: NDArray[np.bool_]) -> Pixels:
-    """Scale what is under the mask to 28 on its longest edge, centre, stretch and sharpen it."""
+    """Scale what is under the mask to 28 on its longest edge, centre it, stretch it to 255."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
     width, height = box[2] - box[0], box[3] - box[1]
@@ -184,8 +183,9 @@ def _fit(gray: NDArray[np.float32], mask: NDArray[np.bool_]) -> Pixels:
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
     garment = Image.fromarray(gray * mask)
     small = garment.resize((width, height), Image.Resampling.BOX, box=box)
-    top, left = (SIDE - height) // 2, (SIDE - width) // 2
+    # An odd margin is the larger one above and on the left, as in the data set.
+    top, left = (SIDE - height + 1) // 2, (SIDE - width + 1) // 2
     pixels = np.zeros((SIDE, SIDE), np.float32)
     pixels[top : top + height, left : left + width] = np.asarray(small)
     pixels *= 255 / max(float(pixels.max()), 1)
-    return np.array(Image.fromarray(pixels.round().astype(np.uint8)).filter(SHARPEN))
+    return pixels.round().astype(np.uint8)
