@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import click
@@ -25,7 +26,7 @@ from training import report
 from training.dataset import CLASS_NAMES, DatasetError, FashionMNIST, load
 from training.evaluation import Evaluation, EvaluationError, evaluate, onnx_classifier
 from training.export import ExportError, Provenance, export
-from training.fit import Epoch, FitError, Fitting, fit
+from training.fit import Epoch, FitError, Fitting, fit_side_by_side
 from training.recipes import RECIPES
 from training.run import Config, Run, RunError
 from training.studies import batch_size, statistics
@@ -56,6 +57,18 @@ def main() -> None:
 data_dir_option = click.option(
     "--data-dir", type=FOLDER, help="Where the data set's four files are (or shall be downloaded)."
 )
+
+
+def _range(_: click.Context, __: click.Parameter, text: str | None) -> range:
+    """Read "0-19"; without a text, there are none."""
+    first, dash, last = (text or "1-0").partition("-")
+    if not (
+        dash and first.isdigit() and last.isdigit() and (text is None or int(first) < int(last))
+    ):
+        raise click.BadParameter(f"{text!r} is not of the form 0-19.")
+    return range(int(first), int(last) + 1)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, on one line.")
 
 
@@ -68,6 +81,13 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 @click.option("--batch-size", type=click.IntRange(2), help="Instead of the recipe's.")
 @click.option("--learning-rate", type=float, help="Instead of the recipe's.")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
+@click.option(
+    "--seeds",
+    callback=_range,
+    metavar="FIRST-LAST",
+    help="Fit all these seeds at once, as one grouped network, into run folders OUT-SEED. It is "
+    "for a GPU, which one net leaves idle; a CPU is faster at one seed after the other.",
+)
 @click.option(
     "--batch-norm",
     type=click.Choice(["torch", "scratch"]),
@@ -95,50 +115,69 @@ def fit_command(
     recipe: str,
     out: Path | None,
     seed: int,
+    seeds: range,
     resume: bool,
     quiet: bool,
     as_json: bool,
     data_dir: Path | None,
     **_: Any,
 ) -> None:
-    """Fit one model into a run folder."""
-    folder = out or Path("runs") / f"{recipe}-{seed}"
+    """Fit one model into a run folder; with --seeds, several into one each."""
+    if seeds and (resume or ctx.get_parameter_source("seed") is ParameterSource.COMMANDLINE):
+        raise click.UsageError("--seeds starts new runs: leave out --seed and --resume.")
+    folder = out or Path("runs") / (recipe if seeds else f"{recipe}-{seed}")
     stored = Run(folder).config() if resume else None
     if stored and Run(folder).complete:
         raise RunError(f"the run in {folder} is complete: there is nothing to resume.")
     data = load(data_dir)
     config = _config(ctx, data, stored)
-    run = Run(folder) if stored else Run.create(folder, config)
+    if seeds:
+        folders = {folder.with_name(f"{folder.name}-{each}"): each for each in seeds}
+    else:
+        folders = {folder: config.seed}
+    runs = [
+        Run(path) if stored else Run.create(path, replace(config, seed=each))
+        for path, each in folders.items()
+    ]
     torch.set_num_threads(config.threads)
     try:
-        with _display(config, len(data.train.labels), quiet or as_json) as watch:
-            fitted = fit(
+        with _display(config, quiet or as_json) as watch:
+            fitted = fit_side_by_side(
                 data,
                 config.recipe,
-                seed=config.seed,
+                list(folders.values()),
                 device=config.device,
                 batch_norm=config.batch_norm,
                 holdout=config.holdout,
-                run=run,
+                runs=runs,
                 **watch,
             )
     except KeyboardInterrupt:
+        kept = min(len(run.metrics()) for run in runs)
         click.echo(
-            f"Interrupted after {len(run.metrics())} of {config.recipe.epochs} epochs, all kept. "
-            f"Continue with: python -m training fit --resume --out {shlex.quote(str(folder))}",
-            err=True,
+            f"Interrupted after {kept} of {config.recipe.epochs} epochs, all kept.", err=True
         )
+        for path in folders:
+            command = f"python -m training fit --resume --out {shlex.quote(str(path))}"
+            click.echo(f"Continue with: {command}", err=True)
         ctx.exit(130)
-    report.draw_run(run)
-    scores = {name: asdict(score) for name, score in fitted.scores.items()}
+    for run in runs:
+        report.draw_run(run)
     if as_json:
-        click.echo(json.dumps({"run": str(folder), "scores": scores, "seconds": fitted.seconds}))
+        lines = [
+            {"run": str(path), "scores": {n: asdict(s) for n, s in one.scores.items()}}
+            | {"seconds": one.seconds}
+            for path, one in zip(folders, fitted, strict=True)
+        ]
+        click.echo(json.dumps(lines if seeds else lines[0]))
     elif not quiet:
         judged = f"{config.holdout:,} held-out images" if config.holdout else "test set"
         click.echo(f"{'Statistics':<12} accuracy on the {judged}")
-        for name, score in fitted.scores.items():
-            click.echo(f"{name:<12} {score.accuracy:.4f}")
-        click.echo(f"Run folder: {folder}")
+        for name in fitted[0].scores:
+            found = [one.scores[name].accuracy for one in fitted]
+            spread = f" mean, standard deviation {stdev(found):.4f}" if seeds else ""
+            click.echo(f"{name:<12} {fmean(found):.4f}{spread}")
+        click.echo(f"Run folder{'s' * bool(seeds)}: {' '.join(map(str, folders))}")
 
 
 def _config(ctx: click.Context, data: FashionMNIST, stored: Config | None) -> Config:
@@ -182,7 +221,7 @@ def _config(ctx: click.Context, data: FashionMNIST, stored: Config | None) -> Co
 
 
 @contextmanager
-def _display(config: Config, images: int, quiet: bool) -> Iterator[dict[str, Callable[..., None]]]:
+def _display(config: Config, quiet: bool) -> Iterator[dict[str, Callable[..., None]]]:
     """Show how a fit goes: a live bar in a terminal, a plain line an epoch elsewhere."""
     console, epochs = Console(stderr=True), config.recipe.epochs
     if quiet:
@@ -197,10 +236,7 @@ def _display(config: Config, images: int, quiet: bool) -> Iterator[dict[str, Cal
         console=console,
         disable=not console.is_terminal,
     ) as progress:
-        kept = images - config.holdout
-        task = progress.add_task(
-            "", total=epochs * kept, epoch=1, loss=0.0, accuracy=0.0, speed=0.0
-        )
+        task = progress.add_task("", total=epochs, epoch=1, loss=0.0, accuracy=0.0, speed=0.0)
         shown = time.monotonic()
 
         def on_batch(fitting: Fitting, epoch: int, seen: int) -> None:
@@ -208,28 +244,30 @@ def _display(config: Config, images: int, quiet: bool) -> Iterator[dict[str, Cal
             if time.monotonic() - shown < 0.1:
                 return
             shown = time.monotonic()
+            images = len(fitting.labels)
             progress.update(
                 task,
-                completed=(epoch - 1) * kept + seen,
+                completed=epoch - 1 + seen / images,
                 epoch=epoch,
-                loss=fitting.loss.item() / seen,
-                accuracy=fitting.correct.item() / seen,
-                speed=progress.tasks[0].speed or 0.0,
+                loss=fitting.loss.mean().item() / seen,
+                accuracy=fitting.correct.double().mean().item() / seen,
+                speed=(progress.tasks[0].speed or 0.0) * images * len(fitting.seeds),
             )
 
-        def on_epoch(line: Epoch) -> None:
+        def on_epoch(lines: list[Epoch]) -> None:
+            line, means = lines[0], ("loss", "train_accuracy", "accuracy")
+            loss, training, accuracy = (fmean(getattr(x, name) for x in lines) for name in means)
             progress.update(
                 task,
-                completed=line.epoch * kept,
+                completed=line.epoch,
                 epoch=line.epoch,
-                loss=line.loss,
-                accuracy=line.train_accuracy,
+                loss=loss,
+                accuracy=training,
                 speed=line.images_per_second,
             )
             progress.console.print(
-                f"epoch {line.epoch}/{epochs}  loss {line.loss:.4f}  "
-                f"training {line.train_accuracy:.4f}  "
-                f"{'held out' if config.holdout else 'test'} {line.accuracy:.4f}  "
+                f"epoch {line.epoch}/{epochs}  loss {loss:.4f}  training {training:.4f}  "
+                f"{'held out' if config.holdout else 'test'} {accuracy:.4f}  "
                 f"{line.images_per_second:,.0f} images/s",
                 highlight=False,
             )

@@ -3,19 +3,20 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
 from torch import Tensor, nn
 
-from training import batch_last
+from training import batch_last, side_by_side
 from training.augmentation import Augmentation
-from training.batch_norm import set_statistics
+from training.batch_norm import NormLayer, set_statistics
 from training.dataset import FashionMNIST, Split
 from training.evaluation import confusion_matrix
 from training.model import BNLeNet, initialise, norm_layers
@@ -46,7 +47,8 @@ class Epoch:
     """One line of metrics.jsonl: accuracies from 0 to 1, the loss in nats, times by the clock.
 
     `accuracy` is that on the images held out (the test set when none are), with moving statistics;
-    nothing is chosen by it. `learning_rate` is that of the last step.
+    nothing is chosen by it. `learning_rate` is that of the last step; `images_per_second` counts
+    those of all seeds trained side by side.
     """
 
     epoch: int
@@ -88,7 +90,8 @@ class Fitting:
     """A fit under way: every tensor that a step reads or writes keeps its place.
 
     So the step can be captured in a CUDA graph, a fit resumed by copying into these tensors, and
-    nothing inside an epoch waits for the device.
+    nothing inside an epoch waits for the device. Of several seeds, the networks are views of
+    `model`, which holds them side by side.
     """
 
     def __init__(
@@ -96,19 +99,33 @@ class Fitting:
         recipe: Recipe,
         images: Tensor,
         labels: Tensor,
-        seed: int,
+        seeds: Sequence[int] = (0,),
         batch_norm: Literal["scratch", "torch"] = "torch",
     ) -> None:
-        self.recipe, self.images, self.labels = recipe, images, labels
+        self.recipe, self.images, self.labels, self.seeds = recipe, images, labels, seeds
         device = images.device
-        self.generator = torch.Generator(device)
-        model = BNLeNet(batch_norm)
-        initialise(model, seed)
-        self.model = model.to(device)
-        # The same numbers by another memory layout, twice as fast on a CPU core.
-        on_cpu = device.type == "cpu" and batch_norm == "torch"
-        self.forward = partial(batch_last.forward, self.model) if on_cpu else self.model
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.generators = [torch.Generator(device) for _ in seeds]
+        self.networks = [BNLeNet(batch_norm) for _ in seeds]
+        for network, seed in zip(self.networks, seeds, strict=True):
+            initialise(network, seed)
+            network.to(device)
+            for layer, following in pairwise(network.children()):
+                # The norm's mean takes this bias away: its gradient is zero but for rounding, which
+                # AdamW would blow up into steps that the moving means do not keep up with.
+                if isinstance(following, NormLayer) and isinstance(layer.bias, Tensor):
+                    layer.bias.requires_grad_(False)
+        self.averages = [copy.deepcopy(n).eval().requires_grad_(False) for n in self.networks]
+        self.model, self.average = self.networks[0], self.averages[0]
+        self.forward: Callable[[Tensor], Tensor] = self.model
+        self.predict: Callable[[Tensor], Tensor] = self.average
+        if len(seeds) > 1:
+            self.model = side_by_side.stack(self.networks)
+            self.average = side_by_side.stack(self.averages)
+            self.forward = partial(side_by_side.forward, self.model)
+            self.predict = partial(side_by_side.forward, self.average)
+        elif device.type == "cpu" and batch_norm == "torch":
+            # The same numbers by another memory layout, twice as fast on a CPU core.
+            self.forward = partial(batch_last.forward, self.model)
         # What depends on the number of the step is looked up in a table on the device.
         steps = recipe.epochs * math.ceil(len(images) / recipe.batch_size)
         reach = max(recipe.averaging * steps, 1.0)
@@ -119,17 +136,23 @@ class Fitting:
         self.teacher_start = int(recipe.teacher_start * steps)
         self.done = torch.zeros(1, dtype=torch.int64, device=device)
         self.learning_rates = torch.zeros(2, device=device)
-        # Sums since the epoch began.
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.diverged_at = torch.full((), -1, dtype=torch.int64, device=device)
+        # Sums since the epoch began, a place for each seed; of steps, those before any divergence.
+        self.loss = torch.zeros(len(seeds), dtype=torch.float64, device=device)
+        self.correct = torch.zeros(len(seeds), dtype=torch.int64, device=device)
+        self.finite_steps = torch.zeros(len(seeds), dtype=torch.int64, device=device)
         self.optimizers = self._optimizers()
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """Make the optimisers, their state included, which torch would make in the first step."""
         recipe, (rate, other_rate) = self.recipe, self.learning_rates.unbind()
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        vectors = [p for p in self.model.parameters() if p.ndim == 1]
+        matrices: list[nn.Parameter] = []
+        vectors: list[nn.Parameter] = []
+        for parameter, own in zip(
+            self.model.parameters(), self.networks[0].parameters(), strict=True
+        ):
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                (matrices if own.ndim > 1 else vectors).append(parameter)
         decaying = {"params": matrices, "weight_decay": recipe.weight_decay}
         constant = {"params": vectors, "weight_decay": 0.0}
         adamw = partial(torch.optim.AdamW, betas=(0.9, 0.99), fused=True, capturable=True)
@@ -145,8 +168,6 @@ class Fitting:
                     Muon(hidden, lr=rate, weight_decay=recipe.weight_decay),
                     adamw([*vectors, last], lr=other_rate, weight_decay=0.0),
                 ]
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
         for optimizer in optimizers:
             optimizer.step()  # at a learning rate of zero
             for state in optimizer.state.values():
@@ -154,46 +175,51 @@ class Fitting:
                     tensor.zero_()
         return optimizers
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return, by name, all tensors that a step changes and that outlive the epoch."""
+    def tensors(self, place: int = 0) -> dict[str, Tensor]:
+        """Return, by name, all tensors that a step changes and that outlive the epoch.
+
+        Those of the seed at `place`, in shapes and names as if it were fitted alone; views.
+        """
         tensors = {"done": self.done}
-        tensors |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        model, average = self.networks[place], self.averages[place]
+        tensors |= {f"model.{name}": t for name, t in model.state_dict().items()}
         if self.recipe.averaging:
-            tensors |= {f"average.{name}": t for name, t in self.average.state_dict().items()}
+            tensors |= {f"average.{name}": t for name, t in average.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for optimizer in self.optimizers:
                 for kind, tensor in optimizer.state.get(parameter, {}).items():
-                    tensors[f"optimizer.{name}.{kind}"] = tensor
+                    joined = len(self.seeds) > 1 and tensor.ndim > 0  # a count is everybody's
+                    tensors[f"optimizer.{name}.{kind}"] = tensor[place] if joined else tensor
         return tensors
 
     @property
-    def result(self) -> BNLeNet:
-        """The model that the fit is for."""
-        return self.average if self.recipe.averaging else self.model
+    def results(self) -> list[BNLeNet]:
+        """The models that the fit is for, one a seed."""
+        return self.averages if self.recipe.averaging else self.networks
 
     def step(self, rows: Tensor, teacher: bool = False) -> None:
-        """Take one step on the images of these indices, int64 [n].
+        """Take one step on the images of these indices, int64 [n]; of S seeds, [S, n].
 
         This one function is the training: the CPU calls it, a CUDA graph replays it.
         """
-        recipe = self.recipe
+        recipe, n, rows = self.recipe, rows.shape[-1], rows.flatten()
         now = self.schedule.index_select(1, self.done)[:, 0]
         self.learning_rates.copy_(now[:2])
         labels = self.labels.index_select(0, rows)
-        images = recipe.augmentation(
-            self.images.index_select(0, rows).float().div_(255), self.generator
-        )
+        images = self.images.index_select(0, rows).float().div_(255)
+        parts = zip(torch.split(images, n), self.generators, strict=True)
+        images = torch.cat([recipe.augmentation(part, generator) for part, generator in parts])
 
         logits = self.forward(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        loss = self._losses(logits, labels, recipe.label_smoothing)
         if teacher:
             with torch.no_grad():
-                views = self.average(torch.cat([images, images.flip(3)])).softmax(1)
-                soft = views.view(2, len(rows), -1).mean(0)
-            loss = torch.lerp(loss, F.cross_entropy(logits, soft), recipe.teacher)
+                views = [self.predict(view).softmax(1) for view in (images, images.flip(3))]
+            soft = self._losses(logits, (views[0] + views[1]) / 2)
+            loss = torch.lerp(loss, soft, recipe.teacher)
         for parameter in self.model.parameters():
             parameter.grad = None
-        torch.autograd.backward([loss])
+        torch.autograd.backward([loss], [torch.ones_like(loss)])  # their sum's
         for optimizer in self.optimizers:
             optimizer.step()
 
@@ -203,11 +229,17 @@ class Fitting:
                     self._floats(self.average), self._floats(self.model), strict=True
                 ):
                     mean.lerp_(new, now[2])
-            self.loss += loss.detach() * len(rows)
-            self.correct += (logits.argmax(1) == labels).sum()
-            first = ~loss.isfinite() & (self.diverged_at < 0)
-            self.diverged_at.copy_(torch.where(first, self.done[0], self.diverged_at))
+            self.loss += loss.detach() * n
+            self.correct += (logits.argmax(1) == labels).view(-1, n).sum(1)
+            self.finite_steps += self.loss - self.loss == 0  # not of infinity, not of NaN
             self.done += 1
+
+    def _losses(self, logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Return each seed's mean cross-entropy, [S]."""
+        if len(self.seeds) == 1:
+            return F.cross_entropy(logits, target, label_smoothing=smoothing)[None]
+        each = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
+        return each.view(len(self.seeds), -1).mean(1)
 
     @staticmethod
     def _floats(model: nn.Module) -> Iterator[Tensor]:
@@ -224,13 +256,15 @@ class Captured:
     def __init__(self, fitting: Fitting) -> None:
         self.fitting = fitting
         self.graphs: dict[tuple[int, bool], tuple[Tensor, torch.cuda.CUDAGraph]] = {}
-        for rows in torch.split(torch.arange(len(fitting.labels)), fitting.recipe.batch_size):
-            if (len(rows), False) not in self.graphs:
-                self.graphs[len(rows), False] = self._capture(rows.to(fitting.labels), False)
+        order = torch.arange(len(fitting.labels)).repeat(len(fitting.seeds), 1)
+        for rows in torch.split(order, fitting.recipe.batch_size, dim=1):
+            if (rows.shape[1], False) not in self.graphs:
+                static = rows.contiguous().to(fitting.labels)
+                self.graphs[rows.shape[1], False] = self._capture(static, False)
 
     def __call__(self, rows: Tensor, teacher: bool = False) -> None:
         """Do what `Fitting.step` does; a step of a new shape is captured first."""
-        key = (len(rows), teacher)
+        key = (rows.shape[-1], teacher)
         if key not in self.graphs:
             self.graphs[key] = self._capture(rows.clone(), teacher)
         static, graph = self.graphs[key]
@@ -246,7 +280,8 @@ class Captured:
                     self.fitting.step(rows, teacher)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(self.fitting.generator)
+            for generator in self.fitting.generators:
+                graph.register_generator_state(generator)
             with torch.cuda.graph(graph):
                 self.fitting.step(rows, teacher)
         return rows, graph
@@ -255,14 +290,17 @@ class Captured:
 @contextmanager
 def unchanged(fitting: Fitting) -> Iterator[None]:
     """Undo, at the end, all that steps did to `fitting`."""
-    changing = [*fitting.tensors().values(), fitting.loss, fitting.correct, fitting.diverged_at]
+    changing = [fitting.loss, fitting.correct, fitting.finite_steps]
+    for place in range(len(fitting.seeds)):
+        changing += fitting.tensors(place).values()
     before = [tensor.clone() for tensor in changing]
-    generator = fitting.generator.get_state()
+    states = [generator.get_state() for generator in fitting.generators]
     yield
     with torch.no_grad():
         for tensor, value in zip(changing, before, strict=True):
             tensor.copy_(value)
-    fitting.generator.set_state(generator)
+    for generator, state in zip(fitting.generators, states, strict=True):
+        generator.set_state(state)
 
 
 def fit(
@@ -296,57 +334,120 @@ def fit(
         FitError: an impossible batch size or hold-out, or the loss is no longer finite.
         RunError: the run folder cannot be resumed.
     """
+    (fitted,) = fit_side_by_side(
+        data,
+        recipe,
+        [seed],
+        device=device,
+        batch_norm=batch_norm,
+        holdout=holdout,
+        runs=[run] if run else [],
+        on_batch=on_batch,
+        on_epoch=(lambda lines: on_epoch(lines[0])) if on_epoch else None,
+    )
+    return fitted
+
+
+def fit_side_by_side(
+    data: FashionMNIST,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    *,
+    device: str = "cpu",
+    batch_norm: Literal["scratch", "torch"] = "torch",
+    holdout: int = 0,
+    runs: Sequence[Run] = (),
+    on_batch: Callable[[Fitting, int, int], None] | None = None,
+    on_epoch: Callable[[list[Epoch]], None] | None = None,
+) -> list[Fitted]:
+    """Do what `fit` does for every seed, all in the same steps; `runs` has a new folder for each.
+
+    Each model is, to float tolerance, the one that `fit` gives, and each folder what `fit` writes:
+    when interrupted, each is continued by itself.
+    """
     began = time.perf_counter()
     check(recipe, len(data.train.labels), holdout)
+    if len(seeds) > 1 and batch_norm == "scratch":
+        raise FitError("several seeds at once need torch's batch norm: leave --batch-norm out.")
     kept = len(data.train.labels) - holdout
     images, labels = on_device(Split(data.train.images[:kept], data.train.labels[:kept]), device)
     judged = on_device(
         Split(data.train.images[kept:], data.train.labels[kept:]) if holdout else data.test, device
     )
-    fitting = Fitting(recipe, images, labels, seed, batch_norm)
-    epochs = [Epoch(**line) for line in run.load_state(fitting.tensors())] if run else []
+    fitting = Fitting(recipe, images, labels, seeds, batch_norm)
+    history: list[list[Epoch]] = [[] for _ in seeds]
+    for place, run in enumerate(runs):
+        history[place] = [Epoch(**line) for line in run.load_state(fitting.tensors(place))]
     step = Captured(fitting) if images.is_cuda else fitting.step
     done = int(fitting.done)
     ready = time.perf_counter()
 
-    for epoch in range(len(epochs) + 1, recipe.epochs + 1):
+    for epoch in range(len(history[0]) + 1, recipe.epochs + 1):
         start = time.perf_counter()
         # Seeded anew in every epoch, so that a resumed fit needs no history.
-        fitting.generator.manual_seed((seed << 20) + epoch)
-        order = torch.randperm(kept, generator=fitting.generator, device=device)
-        fitting.loss.zero_()
-        fitting.correct.zero_()
+        for seed, generator in zip(seeds, fitting.generators, strict=True):
+            generator.manual_seed((seed << 20) + epoch)
+        order = torch.stack(
+            [torch.randperm(kept, generator=g, device=device) for g in fitting.generators]
+        )
+        for sums in (fitting.loss, fitting.correct, fitting.finite_steps):
+            sums.zero_()
         fitting.model.train()
         seen = 0
-        for rows in torch.split(order, recipe.batch_size):
+        for rows in torch.split(order, recipe.batch_size, dim=1):
             step(rows, teacher=recipe.teacher > 0 and done >= fitting.teacher_start)
-            done, seen = done + 1, seen + len(rows)
+            done, seen = done + 1, seen + rows.shape[1]
             if not images.is_cuda:
                 stop_if_diverged(fitting, epoch)
                 if on_batch:
                     on_batch(fitting, epoch, seen)
         stop_if_diverged(fitting, epoch)
         fitted = time.perf_counter() - start  # the device has caught up: its answer is here
-        accuracy = evaluate(fitting.result, *judged).accuracy
-        epochs.append(
-            Epoch(
-                epoch,
-                loss=fitting.loss.item() / kept,
-                train_accuracy=fitting.correct.item() / kept,
-                accuracy=accuracy,
-                learning_rate=fitting.learning_rates[0].item(),
-                images_per_second=kept / fitted,
-                seconds=time.perf_counter() - start,
+        for place, network in enumerate(fitting.results):
+            history[place].append(
+                Epoch(
+                    epoch,
+                    loss=fitting.loss[place].item() / kept,
+                    train_accuracy=fitting.correct[place].item() / kept,
+                    accuracy=evaluate(network, *judged).accuracy,
+                    learning_rate=fitting.learning_rates[0].item(),
+                    images_per_second=kept * len(seeds) / fitted,
+                    seconds=time.perf_counter() - start,
+                )
             )
-        )
-        if run:
-            lines = [asdict(line) for line in epochs]
-            run.save_epoch(lines, fitting.result.state_dict(), fitting.tensors())
+        for place, run in enumerate(runs):
+            lines = [asdict(line) for line in history[place]]
+            run.save_epoch(lines, fitting.results[place].state_dict(), fitting.tensors(place))
         if on_epoch:
-            on_epoch(epochs[-1])
+            on_epoch([lines[-1] for lines in history])
 
+    seconds = {"setup": ready - began, "fit": time.perf_counter() - ready}
+    return [
+        _conclude(
+            recipe,
+            *(network, seed, lines, images, judged, holdout, seconds),
+            run=runs[place] if runs else None,
+        )
+        for place, (network, seed, lines) in enumerate(
+            zip(fitting.results, seeds, history, strict=True)
+        )
+    ]
+
+
+def _conclude(
+    recipe: Recipe,
+    network: BNLeNet,
+    seed: int,
+    epochs: Sequence[Epoch],
+    images: Tensor,
+    judged: tuple[Tensor, Tensor],
+    holdout: int,
+    seconds: dict[str, float],
+    run: Run | None,
+) -> Fitted:
+    """Take the statistics of the whole data set, judge by each kind, complete the run folder."""
     finished = time.perf_counter()
-    model = copy.deepcopy(fitting.result).eval().requires_grad_(False)
+    model = copy.deepcopy(network).eval().requires_grad_(False)
     population = population_statistics(model, images, recipe.augmentation, seed)
     models = {"moving": model, "population": with_statistics(model, population)}
     if recipe.augmentation != NO_AUGMENTATION:
@@ -359,11 +460,7 @@ def fit(
         {name: evaluate(other, *judged) for name, other in models.items()},
         confusion_matrix(answers.cpu().numpy(), judged[1].cpu().numpy()).tolist(),
         best_temperature(models[recipe.statistics], *judged) if holdout else recipe.temperature,
-        {
-            "setup": ready - began,
-            "fit": finished - ready,
-            "statistics": time.perf_counter() - finished,
-        },
+        seconds | {"statistics": time.perf_counter() - finished},
     )
     if run:
         named = {
@@ -410,12 +507,11 @@ def stop_if_diverged(fitting: Fitting, epoch: int) -> None:
     Raises:
         FitError: it was not.
     """
-    at = int(fitting.diverged_at)
-    if at >= 0:
+    if not fitting.loss.isfinite().all():
         steps = fitting.schedule.shape[1] // fitting.recipe.epochs
         raise FitError(
-            f"the loss is no longer finite in epoch {epoch}, step {at % steps + 1} of {steps}: "
-            "lower the learning rate. "
+            f"the loss is no longer finite in epoch {epoch}, "
+            f"step {int(fitting.finite_steps.min()) + 1} of {steps}: lower the learning rate. "
             + (
                 f"The checkpoint of epoch {epoch - 1} is kept."
                 if epoch > 1

@@ -14,7 +14,7 @@ class Muon(torch.optim.Optimizer):
     takes neither convolutions nor a learning rate on the device, and works in bfloat16.
 
     Args:
-        parameters: weights of two or more dimensions.
+        parameters: weights [out, in] or [out, in, h, w], or stacks of such, [S, ...].
         lr: learning rate, a tensor [] on the device of the weights, read at every step.
         weight_decay: see above.
         momentum: share of the old momentum that is kept.
@@ -41,8 +41,9 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
                 state["momentum"].lerp_(weight.grad, 1 - keep)
-                ahead = weight.grad.lerp(state["momentum"], keep).flatten(1)
-                scale = max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
+                ahead = weight.grad.lerp(state["momentum"], keep)
+                ahead = ahead.flatten(-3) if ahead.ndim > 3 else ahead
+                scale = max(1.0, ahead.shape[-2] / ahead.shape[-1]) ** 0.5
                 weight.mul_(1 - rate * group["weight_decay"])
                 weight.sub_(orthogonalise(ahead).view_as(weight) * (rate * scale))
 
@@ -51,10 +52,12 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """Return nearly U V^T for a matrix U S V^T, whose singular values come to about 0.7-1.2.
 
     A Newton-Schulz iteration whose coefficients Jordan et al. tuned for speed, not convergence.
+    A stack of matrices [..., rows, columns] gives a stack.
     """
-    x: Tensor = matrix / (matrix.norm() + 1e-7)
-    wide = x.t() if x.shape[0] > x.shape[1] else x
+    x: Tensor = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    wide = x.mT if tall else x
     for _ in range(steps):
-        gram = wide @ wide.t()
+        gram = wide @ wide.mT
         wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
-    return wide.t() if x.shape[0] > x.shape[1] else wide
+    return wide.mT if tall else wide

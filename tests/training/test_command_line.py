@@ -142,6 +142,21 @@ def test_ctrl_c_leaves_a_run_that_says_how_to_go_on(
     assert files[0] == files[1]
 
 
+def test_several_seeds_get_a_run_folder_each(tmp_path: Path) -> None:
+    out = tmp_path / "many"
+    result = succeed(*FIT, "--seeds", "4-6", "--out", out)
+    assert "epoch 2/2  loss 1." in result.stderr
+    assert re.search(r"moving +0\.\d{4} mean, standard deviation 0\.\d{4}", result.stdout)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many-4", "many-5", "many-6"]
+    runs = [Run(tmp_path / f"many-{seed}") for seed in (4, 5, 6)]
+    assert [run.config().seed for run in runs] == [4, 5, 6]
+    assert len({run.results()["scores"]["moving"]["loss"] for run in runs}) == 3
+    assert (runs[1].folder / "curves.png").exists()
+    assert "many-4 already exists" in fail(*FIT, "--seeds", "4-5", "--out", out)
+    assert "leave out --seed and" in fail(*FIT, "--seeds", "0-1", "--seed", 1, "--out", out)
+    assert "'3-3' is not of the form 0-19" in fail(*FIT, "--seeds", "3-3", "--out", out)
+
+
 def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     succeed(*FIT, "--seed", 5, "--out", folder, "--quiet")
