@@ -32,9 +32,10 @@ def serve() -> None:
 
 @main.command(hidden=True)
 @click.argument("descriptor", type=int)
-def worker(descriptor: int) -> None:
-    """Serve on an inherited socket, as one of several processes."""
-    _serve(socket.socket(fileno=descriptor))
+@click.argument("supervisor", type=int)
+def worker(descriptor: int, supervisor: int) -> None:
+    """Serve on an inherited socket, as one of a supervisor's processes."""
+    _serve(socket.socket(fileno=descriptor), supervisor)
 
 
 def _http_only(_: click.Context, __: click.Parameter, url: str | None) -> str | None:
@@ -103,7 +104,7 @@ def _settings() -> "Settings":
         _fail(str(exc), 2)
 
 
-def _serve(inherited: socket.socket | None) -> None:
+def _serve(inherited: socket.socket | None, supervisor: int | None = None) -> None:
     # Imported here and below: other commands need none of it, and a wrong setting is told at once.
     settings = _settings()
 
@@ -117,7 +118,7 @@ def _serve(inherited: socket.socket | None) -> None:
         listener = inherited or bind(settings)
         if inherited is None and settings.workers > 1:
             sys.exit(supervise(settings.workers, listener))
-        run(settings, listener, supervised=inherited is not None)
+        run(settings, listener, supervisor)
     except (ModelError, StartError) as exc:
         _fail(str(exc), START_FAILED)
 

@@ -59,13 +59,13 @@ def bind(settings: Settings) -> socket.socket:
     return listener
 
 
-def run(settings: Settings, listener: socket.socket, *, supervised: bool = False) -> None:
+def run(settings: Settings, listener: socket.socket, supervisor: int | None = None) -> None:
     """Load the model and serve it until a signal ends it.
 
     Args:
         settings: what the environment decided.
         listener: a bound socket.
-        supervised: stop when the parent process is gone.
+        supervisor: stop when this is no longer the parent process; None for none.
 
     Raises:
         ModelError: the model cannot be served.
@@ -76,7 +76,7 @@ def run(settings: Settings, listener: socket.socket, *, supervised: bool = False
     with contextlib.suppress(ValueError, OSError):  # as many connections as we are allowed
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    Server(app, settings, supervised).run([listener])
+    Server(app, settings, supervisor).run([listener])
 
 
 class Server(uvicorn.Server):
@@ -85,10 +85,10 @@ class Server(uvicorn.Server):
     Args:
         gate: the application.
         settings: what the environment decided.
-        supervised: stop when the parent process is gone.
+        supervisor: stop when this is no longer the parent process; None for none.
     """
 
-    def __init__(self, gate: Gate, settings: Settings, supervised: bool = False) -> None:
+    def __init__(self, gate: Gate, settings: Settings, supervisor: int | None = None) -> None:
         super().__init__(
             uvicorn.Config(
                 gate,
@@ -105,7 +105,7 @@ class Server(uvicorn.Server):
         self._gate = gate
         self._drain_seconds = settings.drain_seconds
         self._stop_at = math.inf
-        self._parent = os.getppid() if supervised else None
+        self._supervisor = supervisor
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start listening, and say where."""
@@ -125,7 +125,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Look ten times a second whether it is time to stop."""
-        orphaned = self._parent is not None and os.getppid() != self._parent
+        orphaned = self._supervisor is not None and os.getppid() != self._supervisor
         if monotonic() >= self._stop_at or orphaned:
             self._gate.draining = True
             self.should_exit = True

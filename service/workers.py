@@ -59,7 +59,8 @@ class Supervisor:
         first = True
         while not self._stopping.is_set():
             worker = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "service", "worker", str(self._listener.fileno())),
+                *(sys.executable, "-m", "service", "worker"),
+                *(str(self._listener.fileno()), str(os.getpid())),
                 env=os.environ | {MULTIPROCESS: self._directory},
                 pass_fds=[self._listener.fileno()],
                 start_new_session=True,  # a terminal's Ctrl-C comes to us, and we pass it on
