@@ -1,0 +1,457 @@
+"""Images a second of our training loop, the chapter's and the plainest, and seconds to accuracy.
+
+    python -m benchmarks.training            about three minutes on one quiet core
+    python -m benchmarks.training --quick    a quarter of a minute, without the fits to an accuracy
+
+All train the chapter's network by the chapter's recipe in one process, on one thread of the CPU,
+and once more on a GPU where torch finds one. Each round measures every row once, so that a machine
+whose speed drifts drifts for all; ratios are taken within a round, and medians over the rounds are
+told. On the CPU a round is a quarter of an epoch and of the test set. Prints tables, and one line
+of JSON last.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from training.dataset import DatasetError, FashionMNIST, Split, load
+from training.fit import (
+    Captured,
+    Epoch,
+    Fitting,
+    evaluate,
+    fit,
+    fit_side_by_side,
+    on_device,
+    stop_if_diverged,
+)
+from training.model import BNLeNet, initialise
+from training.recipes import RECIPES, Recipe
+
+BATCH_SIZES = (128, 512)
+CHAPTER = RECIPES["chapter"]
+LONG = replace(CHAPTER, epochs=20)
+"""As long as its test accuracy may take to jump to 0.87 for the first time."""
+SHORT = replace(RECIPES["best"], epochs=10)
+"""The best recipe's schedule, as short as reaches 0.90."""
+SEEDS = 20
+
+
+class Loop(Protocol):
+    """A way to train: an epoch, then its evaluation."""
+
+    def train(self) -> None:
+        """Train for an epoch; the work may still be on its way to the device."""
+
+    def evaluate(self) -> float:
+        """Return the accuracy on the test set."""
+
+
+class Ours:
+    """`Fitting.step` as `fit` calls it: as a CUDA graph on a GPU."""
+
+    def __init__(self, data: FashionMNIST, batch_size: int, device: str) -> None:
+        recipe = replace(CHAPTER, batch_size=batch_size)
+        self.fitting = Fitting(recipe, *on_device(data.train, device))
+        self.test = on_device(data.test, device)
+        self.step = Captured(self.fitting) if device == "cuda" else self.fitting.step
+
+    def train(self) -> None:
+        """Do what `fit` does in an epoch."""
+        fitting = self.fitting
+        images, generator = len(fitting.labels), fitting.generators[0]
+        fitting.model.train()
+        fitting.done.zero_()
+        fitting.loss.zero_()
+        order = torch.randperm(images, generator=generator, device=fitting.labels.device)
+        for rows in torch.split(order[None], fitting.recipe.batch_size, dim=1):
+            self.step(rows)
+            if not fitting.labels.is_cuda:
+                stop_if_diverged(fitting, 1)
+        stop_if_diverged(fitting, 1)
+
+    def evaluate(self) -> float:
+        """Return the accuracy on the test set, which is in memory."""
+        return evaluate(self.fitting.model, *self.test).accuracy
+
+
+class Plain:
+    """The plainest eager loop: floats in memory, no figure kept, nothing asked of the device."""
+
+    def __init__(self, data: FashionMNIST, batch_size: int, device: str) -> None:
+        images, self.labels = on_device(data.train, device)
+        self.images = images.float() / 255
+        self.test = on_device(data.test, device)
+        self.batch_size = batch_size
+        self.model, self.optimizer = chapter_model(device)
+
+    def train(self) -> None:
+        """Take an epoch's steps."""
+        self.model.train()
+        order = torch.randperm(len(self.labels), device=self.labels.device)
+        for rows in torch.split(order, self.batch_size):
+            loss = F.cross_entropy(self.model(self.images[rows]), self.labels[rows])
+            self.optimizer.zero_grad()
+            torch.autograd.backward([loss])
+            self.optimizer.step()
+
+    def evaluate(self) -> float:
+        """Return the accuracy on the test set, which is in memory."""
+        return evaluate(self.model, *self.test).accuracy
+
+
+class Chapter:
+    """The chapter's: a DataLoader of pictures, copies to the device, figures after every batch.
+
+    Written after d2l's `train_ch6` and torchvision's `FashionMNIST` with `ToTensor`. On a GPU four
+    processes load, as there; on one core they would only be in the way.
+    """
+
+    def __init__(self, data: FashionMNIST, batch_size: int, device: str) -> None:
+        self.device = torch.device(device)
+        self.model, self.optimizer = chapter_model(device)
+        workers = 4 if device == "cuda" else 0
+        self.train_iter, self.test_iter = (
+            DataLoader(Pictures(split), batch_size, shuffle=shuffle, num_workers=workers)
+            for split, shuffle in ((data.train, True), (data.test, False))
+        )
+
+    def train(self) -> None:
+        """Take an epoch's steps, and sum up loss and right answers."""
+        self.model.train()
+        totals = [0.0, 0.0, 0.0]
+        for x, y in self.train_iter:
+            self.optimizer.zero_grad()
+            images, labels = x.to(self.device), y.to(self.device)
+            logits = self.model(images)
+            loss = F.cross_entropy(logits, labels)
+            torch.autograd.backward([loss])
+            self.optimizer.step()
+            with torch.no_grad():
+                new = (float(loss * len(y)), self._correct(logits, labels), len(y))
+                totals = [a + b for a, b in zip(totals, new, strict=True)]
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Return the accuracy on the test set, loaded as the training set is."""
+        self.model.eval()
+        right, count = 0.0, 0
+        for x, y in self.test_iter:
+            right += self._correct(self.model(x.to(self.device)), y.to(self.device))
+            count += len(y)
+        return right / count
+
+    @staticmethod
+    def _correct(logits: Tensor, labels: Tensor) -> float:
+        return float((logits.argmax(1) == labels).sum())
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """A split as torchvision gives it: a PIL image at a time, made a tensor of floats."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        picture = np.array(Image.fromarray(self.split.images[i]))
+        return torch.from_numpy(picture)[None].float().div(255), int(self.split.labels[i])
+
+
+def chapter_model(device: str) -> tuple[BNLeNet, torch.optim.Optimizer]:
+    """Return the chapter's network, with torch's layers, and its optimiser."""
+    model = BNLeNet()
+    initialise(model, 0)
+    model.to(device)
+    return model, torch.optim.SGD(model.parameters(), lr=CHAPTER.learning_rate)
+
+
+OURS, PLAIN = "ours", "plain eager"
+LOOPS: dict[str, Callable[[FashionMNIST, int, str], Loop]] = {
+    OURS: Ours,
+    PLAIN: Plain,
+    "the chapter's": Chapter,
+}
+
+
+@dataclass
+class Row:
+    """A loop at a batch size on a device; seconds of training and of evaluation, a pair a round."""
+
+    name: str
+    batch_size: int
+    device: str
+    images: int
+    loop: Loop
+    seconds: list[tuple[float, float]] = field(default_factory=list)
+    accuracy: float = 0.0
+
+    def measure(self) -> None:
+        """Train and evaluate once."""
+        start = time.perf_counter()
+        self.loop.train()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        trained = time.perf_counter()
+        self.accuracy = self.loop.evaluate()
+        self.seconds.append((trained - start, time.perf_counter() - trained))
+
+    @property
+    def training_rate(self) -> float:
+        """Training images a second while training."""
+        return median(self.images / training for training, _ in self.seconds)
+
+    @property
+    def rate(self) -> float:
+        """Training images a second by the clock, evaluation included."""
+        return median(self.images / sum(pair) for pair in self.seconds)
+
+    def ratio(self, other: "Row") -> float:
+        """How many times faster than another, evaluation included."""
+        pairs = zip(other.seconds, self.seconds, strict=True)
+        return median(sum(theirs) / sum(ours) for theirs, ours in pairs)
+
+
+@click.command()
+@click.option("--rounds", default=5, show_default=True, help="How often every row is measured.")
+@click.option("--quick", is_flag=True, help="One short round, without the fits to an accuracy.")
+@click.option("--json", "as_json", is_flag=True, help="Print nothing but the line of JSON.")
+def main(rounds: int, quick: bool, as_json: bool) -> None:
+    """Measure how fast the network trains, and by how much that is faster than the usual ways."""
+    try:
+        data = load()
+    except DatasetError as exc:
+        raise click.ClickException(str(exc)) from exc
+    torch.set_num_threads(1)
+    load_before = os.getloadavg()[0]
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    with Progress(console=Console(stderr=True), transient=True, disable=as_json) as progress:
+        gpu = on_gpu(data, quick, progress) if devices[-1] == "cuda" else None
+        rows = loops(data, devices, 1 if quick else rounds, quick, progress)
+        reached = []
+        if not quick:
+            for recipe, goals in ((LONG, (0.87,)), (SHORT, (0.87, 0.90))):
+                reached += reach(data, recipe, goals, devices[-1], progress)
+    document = {
+        "benchmark": "training",
+        "machine": machine(load_before),
+        "rounds": 1 if quick else rounds,
+        "rows": [told(row, rows) for row in rows],
+        "accuracy": reached,
+        "gpu": gpu,
+    }
+    if not as_json:
+        show(document)
+    print(json.dumps(document))
+
+
+def loops(
+    data: FashionMNIST, devices: list[str], rounds: int, quick: bool, progress: Progress
+) -> list[Row]:
+    """Measure every loop, in turns; a first round warms up and is forgotten."""
+    rows = []
+    for device in devices:
+        share = 24 if quick else 4 if device == "cpu" else 1
+        part = replace(data, train=first(data.train, share), test=first(data.test, share))
+        for batch_size in BATCH_SIZES:
+            for name, make in LOOPS.items():
+                loop = make(part, batch_size, device)
+                rows.append(Row(name, batch_size, device, len(part.train.labels), loop))
+    task = progress.add_task("", total=(rounds + 1) * len(rows))
+    for turn in range(rounds + 1):
+        for row in rows:
+            words = f"round {turn}: {row.name}, batch {row.batch_size}, {row.device}"
+            progress.update(task, description=words)
+            row.measure()
+            progress.advance(task)
+    for row in rows:
+        del row.seconds[0]
+    progress.remove_task(task)
+    return rows
+
+
+def first(split: Split, share: int) -> Split:
+    """Return the first of so many equal parts of a split."""
+    count = len(split.labels) // share
+    return Split(split.images[:count], split.labels[:count])
+
+
+class Reached(Exception):  # noqa: N818 - no error: it ends a fit that has come far enough
+    """The last of the accuracies is reached."""
+
+
+def reach(
+    data: FashionMNIST, recipe: Recipe, goals: Sequence[float], device: str, progress: Progress
+) -> list[dict[str, Any]]:
+    """Fit until the test accuracy, with moving statistics, has reached rising goals.
+
+    Returns:
+        of each goal: goal, recipe, its epochs, device; and the epoch at whose end it was reached
+        and the seconds by the clock from uint8 arrays in memory, both None when it was not.
+    """
+    asked = {"recipe": recipe.name, "of_epochs": recipe.epochs, "device": device}
+    found: list[dict[str, Any]] = [{"goal": g, "seconds": None, "epochs": None} for g in goals]
+    task = progress.add_task(f"to {goals[-1]} by {recipe.name}", total=recipe.epochs)
+    start = time.perf_counter()
+
+    def on_epoch(line: Epoch) -> None:
+        progress.update(task, completed=line.epoch)
+        for one in found:
+            if not one["epochs"] and line.accuracy >= one["goal"]:
+                one.update(seconds=time.perf_counter() - start, epochs=line.epoch)
+        if found[-1]["epochs"]:
+            raise Reached
+
+    with suppress(Reached):
+        fit(data, recipe, device=device, on_epoch=on_epoch)
+    progress.remove_task(task)
+    return [asked | one for one in found]
+
+
+def on_gpu(data: FashionMNIST, quick: bool, progress: Progress) -> dict[str, float]:
+    """Fit the chapter's recipe by the clock: the first fit of this process, one more, many seeds.
+
+    Returns:
+        epochs, seeds, and seconds: setup (of the first, with the start of CUDA and its libraries;
+            of all, with the capture of the graphs) and fit (evaluation after each epoch included).
+    """
+    recipe = replace(CHAPTER, epochs=1 if quick else CHAPTER.epochs)
+    task = progress.add_task("the chapter's recipe on the GPU", total=None)
+    first, again = (fit(data, recipe, device="cuda").seconds for _ in range(2))
+    progress.update(task, description=f"{SEEDS} seeds side by side on the GPU")
+    many = fit_side_by_side(data, recipe, range(SEEDS), device="cuda")[0].seconds
+    progress.remove_task(task)
+    return {
+        "epochs": recipe.epochs,
+        "seeds": SEEDS,
+        "first_setup": first["setup"],
+        "first_fit": first["fit"],
+        "setup": again["setup"],
+        "fit": again["fit"],
+        "seeds_setup": many["setup"],
+        "seeds_fit": many["fit"],
+    }
+
+
+def told(row: Row, rows: list[Row]) -> dict[str, Any]:
+    """Return a row's medians; `of_plain` is how many times faster than the plain eager loop."""
+    (plain,) = (
+        r for r in rows if (r.name, r.batch_size, r.device) == (PLAIN, row.batch_size, row.device)
+    )
+    return {
+        "loop": row.name,
+        "batch_size": row.batch_size,
+        "device": row.device,
+        "training_images_per_second": round(row.training_rate),
+        "images_per_second": round(row.rate),
+        "of_plain": round(row.ratio(plain), 3),
+        "accuracy": row.accuracy,
+    }
+
+
+def show(document: dict[str, Any]) -> None:
+    """Print the tables."""
+    console = Console(width=110, highlight=False)
+    console.print(" · ".join(f"{name} {value}" for name, value in document["machine"].items()))
+    table = Table(
+        *("device", "batch", "loop", "images/s", "with evaluation", "of plain", "epoch"),
+        title="the chapter's recipe, training images a second by the clock",
+    )
+    for row in document["rows"]:
+        table.add_row(
+            *(row["device"], str(row["batch_size"]), row["loop"]),
+            f"{row['training_images_per_second']:,}",
+            f"{row['images_per_second']:,}",
+            f"{row['of_plain']:.2f}",
+            f"{60_000 / row['images_per_second']:.2f} s",
+        )
+    if not document["gpu"]:
+        table.add_row("cuda", *["not measured"] * 6)
+    console.print(table)
+
+    if document["accuracy"]:
+        table = Table("test accuracy", "by", "epochs", "seconds", title="by our loop, seed 0")
+        for reached in document["accuracy"]:
+            epochs, seconds = reached["epochs"], reached["seconds"]
+            table.add_row(
+                f"{reached['goal']:.2f}",
+                f"{reached['recipe']}, {reached['of_epochs']} epochs, {reached['device']}",
+                str(epochs or "not reached"),
+                f"{seconds:.1f}" if seconds else "",
+            )
+        console.print(table)
+        console.print(
+            "The other loops take the same steps; their seconds are these epochs times theirs."
+        )
+
+    table = Table("on a GPU, by the clock", "measured", "goal")
+    for words, goal, value in gpu_goals(document):
+        table.add_row(words, value, goal)
+    console.print(table)
+
+
+def gpu_goals(document: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return what is asked of a GPU: in words, the goal, and what was measured."""
+    gpu, missing = document["gpu"], "not measured"
+    epochs = f"chapter recipe, {gpu['epochs'] if gpu else CHAPTER.epochs} epochs with evaluation"
+    fastest = max(
+        (r["training_images_per_second"] for r in document["rows"] if r["device"] == "cuda"),
+        default=0,
+    )
+    return [
+        (f"{epochs}", "< 1.5 s, stretch 0.7 s", f"{gpu['fit']:.2f} s" if gpu else missing),
+        ("  data to the device, capture", "", f"{gpu['setup']:.2f} s" if gpu else missing),
+        (
+            "  the first of the process: start-up and capture, then fit",
+            "",
+            f"{gpu['first_setup']:.2f} s, {gpu['first_fit']:.2f} s" if gpu else missing,
+        ),
+        (f"images/s, batch {BATCH_SIZES[-1]}", "> 1,200,000", f"{fastest:,}" if gpu else missing),
+        (
+            f"{SEEDS} seeds side by side / one",
+            "< 4",
+            f"{gpu['seeds_fit'] / gpu['fit']:.2f}" if gpu else missing,
+        ),
+    ]
+
+
+def machine(load_before: float) -> dict[str, str]:
+    """Tell what it ran on, and how busy that was before: more than 0.5 spoils the figures."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": f"{os.cpu_count()}, one used",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "load average": f"{load_before:.1f}",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "numpy")},
+    }
+
+
+if __name__ == "__main__":
+    main()

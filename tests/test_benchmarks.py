@@ -1,0 +1,68 @@
+"""The benchmarks' own code, on little data: that they measure what they say."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.progress import Progress
+
+import benchmarks.training as bench
+from training.dataset import FashionMNIST, Split
+from training.recipes import RECIPES
+
+
+@pytest.fixture
+def few(fashion_mnist: FashionMNIST, monkeypatch: pytest.MonkeyPatch) -> FashionMNIST:
+    torch.set_num_threads(1)
+    few = replace(fashion_mnist, train=bench.first(fashion_mnist.train, 25))
+    few = replace(few, test=bench.first(fashion_mnist.test, 25))
+    monkeypatch.setattr(bench, "load", lambda: few)
+    return few
+
+
+def test_all_loops_train_the_same_network_alike(few: FashionMNIST) -> None:
+    """A whole set a batch, so that every loop's own order of the images does not matter."""
+    small = replace(few, train=Split(few.train.images[:600], few.train.labels[:600]))
+    ours, plain, chapter = (make(small, 600, "cpu") for make in bench.LOOPS.values())
+    for _ in range(3):
+        for loop in (ours, plain, chapter):
+            loop.train()
+    assert isinstance(ours, bench.Ours)
+    for other in (plain, chapter):
+        assert isinstance(other, bench.Plain | bench.Chapter)
+        pairs = zip(
+            ours.fitting.model.named_parameters(), other.model.named_parameters(), strict=True
+        )
+        for (name, a), (_, b) in pairs:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+        assert other.evaluate() == pytest.approx(ours.evaluate(), abs=0.01)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_quick_run_ends_with_one_line_of_json() -> None:
+    result = CliRunner().invoke(bench.main, ["--quick"])
+    assert result.exit_code == 0, result.output
+    *table, line = result.stdout.splitlines()
+    document = json.loads(line)
+    assert json.loads(CliRunner().invoke(bench.main, ["--quick", "--json"]).stdout)
+    measured = {(row["loop"], row["batch_size"]) for row in document["rows"]}
+    assert measured == {(name, size) for name in bench.LOOPS for size in (128, 512)}
+    for row in document["rows"]:
+        assert row["training_images_per_second"] >= row["images_per_second"] > 0
+        assert (row["of_plain"] == 1) == (row["loop"] == bench.PLAIN)
+    assert document["machine"]["torch"] == torch.__version__
+    if not torch.cuda.is_available():
+        assert document["gpu"] is None
+        assert "not measured" in "".join(table)
+
+
+def test_the_time_to_an_accuracy_ends_with_the_epoch_that_reaches_it(few: FashionMNIST) -> None:
+    recipe = replace(RECIPES["chapter"], epochs=8)
+    with Progress(disable=True) as progress:
+        low, high = bench.reach(few, recipe, (0.2, 0.3), "cpu", progress)
+        (missed,) = bench.reach(few, replace(recipe, epochs=1), (0.99,), "cpu", progress)
+    assert 1 <= low["epochs"] <= high["epochs"] < 8
+    assert 0 < low["seconds"] <= high["seconds"]
+    assert missed["seconds"] is None
