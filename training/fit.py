@@ -280,8 +280,9 @@ class Captured:
                     self.fitting.step(rows, teacher)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            for generator in self.fitting.generators:
-                graph.register_generator_state(generator)
+            if self.fitting.recipe.augmentation != NO_AUGMENTATION:  # else nothing is drawn
+                for generator in self.fitting.generators:
+                    graph.register_generator_state(generator)
             with torch.cuda.graph(graph):
                 self.fitting.step(rows, teacher)
         return rows, graph

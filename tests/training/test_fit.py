@@ -149,7 +149,8 @@ class Recorded:
 
     def replay(self) -> None:
         for fitting, rows, teacher in self.calls:
-            assert self.generators == fitting.generators
+            draws = fitting.recipe.augmentation != Augmentation()
+            assert self.generators == (fitting.generators if draws else [])
             Recorded.step(fitting, rows, teacher)
 
 
