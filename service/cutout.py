@@ -109,7 +109,7 @@ def _beyond_edge(colours: Floats, background: Floats, spread: float) -> Mask:
     outside = _grow(_rim(near.shape, 1), near)
     # Enclosed background, as in the handle of a bag; narrow gaps are folds.
     holes = near & ~outside & (distance < max(faintest, 0.7 * threshold))
-    return ~outside & ~_grow(_eroded(holes, 1), holes)
+    return ~outside & ~_grow(eroded(holes, 1), holes)
 
 
 def _unlike_border(colours: Floats) -> Mask:
@@ -166,7 +166,8 @@ def _four_ways(mask: Mask) -> tuple[Mask, ...]:
     return mask, mask[:, ::-1], mask.T, mask.T[:, ::-1]
 
 
-def _eroded(mask: Mask, radius: int) -> Mask:
+def eroded(mask: Mask, radius: int) -> Mask:
+    """Return the mask without what is within so many pixels of its edge."""
     blurred = Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(radius))
     return np.asarray(np.asarray(blurred) == 255)  # a mean is 255 only where all are
 
@@ -176,5 +177,5 @@ def _without_specks(mask: Mask, radius: float) -> Mask:
 
     A strap that is connected to something thicker stays.
     """
-    core = _eroded(mask, max(1, round(radius * max(mask.shape))))
+    core = eroded(mask, max(1, round(radius * max(mask.shape))))
     return _grow(core, mask) if core.sum() > 0.2 * mask.sum() else mask

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from service.cutout import cut_out
+from service.cutout import cut_out, eroded
 from service.errors import InvalidInput, PayloadTooLarge, UnsupportedMediaType
 
 SIDE = 28
@@ -134,7 +134,11 @@ def convert(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
         # As bright as that on black is what the data set's own images are.
         notes += ("The background is black: the picture was taken as negated already.",)
         return _fit(gray, cutout.mask), notes
-    return _fit(255 - gray, cutout.mask), notes
+    negated, core = 255 - gray, eroded(cutout.mask, 2)
+    if core.any() and gray[core].mean() > background:
+        # The edge, where a dark background shines through, must not outshine a light garment.
+        negated = np.minimum(negated, np.percentile(negated[core], 98))
+    return _fit(negated, cutout.mask), notes
 
 
 def _open(data: bytes) -> Image.Image:
