@@ -19,7 +19,23 @@ from service.errors import InvalidInput, PayloadTooLarge, UnsupportedMediaType
 
 SIDE = 28
 WORKING_SIDE = 160  # where the garment is told from its background; 128 costs a point
+STRIP_PIXELS = 2**17  # what is made of a large picture at a time: stays in the CPU's caches
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")  # not TIFF: damaged ones take long
+MAX_SIDE = 8192
+# Pixels, so that a photograph of the format takes about 50 ms and well under 50 MB (measured:
+# docs/operations.md). JPEG is decoded at an eighth of its size, if it is not progressive.
+MAX_PIXELS = {
+    "JPEG": 4096 * 3072,
+    "MPO": 4096 * 3072,
+    "progressive JPEG": 2048 * 2048,
+    "WEBP": 1600 * 1600,
+    "GIF": 1600 * 1600,
+    "BMP": 2048 * 2048,
+    "AVIF": 1920 * 1088,
+}
+# A PNG's pixel takes the time of three bytes, and of each that it has when unpacked: 1500 x 1500
+# with colours and transparency, 1600 x 1600 without.
+MAX_PNG_COST = 1600 * 1600 * 6.2
 UPRIGHT = {  # what undoes each value of EXIF's Orientation (tag 0x0112)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,39 +64,49 @@ class Decoded:
     notes: tuple[str, ...] = ()
 
 
-def decode(
-    data: bytes,
-    preprocessing: Preprocessing = "auto",
-    *,
-    max_side: int = 8192,
-    max_pixels: int = 2048 * 2048,
-    max_jpeg_pixels: int = 25_000_000,
-) -> Decoded:
+def decode(data: bytes, preprocessing: Preprocessing = "auto") -> Decoded:
     """Decode a picture and, where asked or needed, convert it to the data set's form.
 
     Args:
         data: the whole file; its format is told by its content, never by a name.
         preprocessing: "none" takes exactly 28x28 8-bit grayscale and refuses all else; "dataset"
-            converts whatever comes; "auto" takes 28x28 8-bit grayscale as it is, converts the rest.
-        max_side: the longest edge allowed, in pixels.
-        max_pixels: the largest width times height allowed.
-        max_jpeg_pixels: the same for JPEG that is not progressive: it is decoded at a fraction of
-            its size, in a fraction of the time and memory.
+            converts whatever comes; "auto" takes 28x28 without colours as it is, converts the rest.
 
     Raises:
         UnsupportedMediaType: the bytes are no picture of a known format.
-        PayloadTooLarge: the header declares more than the limits; nothing was decoded.
+        PayloadTooLarge: the header declares more pixels than MAX_PIXELS, MAX_PNG_COST or MAX_SIDE
+            allow; nothing was decoded.
         InvalidInput: the picture is damaged, or "none" was asked and it is not 28x28 grayscale.
     """
+    return read(open_picture(data), preprocessing)
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """Read a picture's header, and refuse it as `decode` does if it declares too much."""
     image = _open(data)
+    if image.format == "PNG":
+        _scale_transparency(image)
     width, height = image.size
-    scales = image.format in ("JPEG", "MPO") and "progressive" not in image.info
-    most = max_jpeg_pixels if scales else max_pixels
-    if max(width, height) > max_side or width * height > most:
+    most = _max_pixels(image)
+    if max(width, height) > MAX_SIDE or width * height > most:
         raise PayloadTooLarge(
-            f"The picture is {width} x {height} pixels; send at most {max_side} on a side and"
-            f" {most} in all."
+            f"The picture is {width} x {height} pixels; of this kind, send at most {MAX_SIDE} on a"
+            f" side and {most / 1e6:.1f} million in all."
         )
+    return image
+
+
+def is_small(image: Image.Image) -> bool:
+    """Tell whether `read` takes less time than handing the picture to a thread would.
+
+    That is so of what is taken as it is; any conversion takes from 2 to 10 milliseconds.
+    """
+    return image.size == (SIDE, SIDE)
+
+
+def read(image: Image.Image, preprocessing: Preprocessing) -> Decoded:
+    """Decode an opened picture, once, as `decode` does."""
+    width, height = image.size
     fits = image.size == (SIDE, SIDE) and image.mode == "L" and "transparency" not in image.info
     if preprocessing == "none" and not fits:
         raise InvalidInput(
@@ -91,9 +117,13 @@ def decode(
         if fits and preprocessing != "dataset":
             return Decoded(np.array(image), "none")
         animated = image.format != "MPO" and getattr(image, "is_animated", False)
-        small = _upright(_at_most(image, WORKING_SIDE))
+        small = _upright(_at_most(image, WORKING_SIDE), image)
     except Exception as exc:  # whatever a damaged file makes Pillow's decoders stumble on
         raise InvalidInput("The picture is damaged or cut short; send the whole file.") from exc
+    if preprocessing == "auto" and small.size == (SIDE, SIDE) == (width, height):
+        gray = np.asarray(small)
+        if (gray[..., 3] == 255).all() and (np.ptp(gray[..., :3], axis=2) == 0).all():
+            return Decoded(gray[..., 0].copy(), "none")
     pixels, notes = convert(small)
     if animated:
         notes += ("Only the first frame was looked at.",)
@@ -154,22 +184,76 @@ def _open(data: bytes) -> Image.Image:
         raise InvalidInput("The picture's header is damaged; send the whole file.") from exc
 
 
+def _max_pixels(image: Image.Image) -> int:
+    if image.format != "PNG":
+        progressive = "progressive " if "progressive" in image.info else ""
+        return MAX_PIXELS[
+            progressive + "JPEG" if image.format == "MPO" else progressive + str(image.format)
+        ]
+    sample = 2 if _is_deep(image) else 1
+    return int(MAX_PNG_COST / (3 + sample * len(image.getbands())))
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Tell whether a PNG has 16 bits a sample."""
+    return image.format == "PNG" and "16" in str(image.tile[0].args)  # type: ignore[attr-defined] # an ImageFile
+
+
 def _at_most(image: Image.Image, side: int) -> Image.Image:
-    """Decode to RGBA with no edge longer than asked for; JPEG at a fraction of its size."""
-    deep = image.mode.startswith("I")  # 16 bits
-    if image.mode in ("1", "P", "PA", "La", "LA") or ("transparency" in image.info and not deep):
-        image = image.convert("RGBA")  # neither palettes nor single transparent colours scale
-    image.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None if deep else 2)
-    if deep:
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    return image
+    """Decode to RGBA with no edge longer than asked for; JPEG at a fraction of its size.
+
+    First means of whole blocks of pixels are taken, at the cost of a look at each, then of those
+    the means that the size needs. What must become RGBA before means can be taken, does so strip
+    by strip: all at once it would take twice the decoder's memory.
+    """
+    scale = min(1, side / max(image.size))
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    image.draft(None, (2 * size[0], 2 * size[1]))
+    width, height = image.size
+    factor = int(width / size[0] / 2) or 1, int(height / size[1] / 2) or 1
+    if image.mode in ("L", "RGB", "CMYK") and "transparency" not in image.info:
+        blocks = image.reduce(factor)
+    else:
+        blocks = Image.new("RGBa", (-(-width // factor[0]), -(-height // factor[1])))
+        rows = factor[1] * max(1, STRIP_PIXELS // (width * factor[1]))
+        for top in range(0, height, rows):
+            strip = _rgba(image.crop((0, top, width, min(top + rows, height))))
+            # Premultiplied: colours under transparency must not get into the means.
+            blocks.paste(strip.convert("RGBa").reduce(factor), (0, top // factor[1]))
+    box = (0, 0, width / factor[0], height / factor[1])
+    return blocks.resize(size, Image.Resampling.BOX, box).convert(
+        "RGBA" if blocks.mode == "RGBa" else "RGB"
+    )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    turn = UPRIGHT.get(image.getexif().get(0x0112, 1))
-    if image.mode != "RGBA":
-        image = image.convert("RGB").convert("RGBA")
-    return image.transpose(turn) if turn is not None else image
+def _scale_transparency(image: Image.Image) -> None:
+    """Scale a PNG's transparent colour as Pillow scales its pixels, which it forgets to do."""
+    depth = str(image.tile[0].args).rpartition(";")[2]  # type: ignore[attr-defined] # an ImageFile
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, tuple) and depth == "16B":
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    elif isinstance(transparent, int) and image.mode == "L" and depth in ("2", "4"):
+        image.info["transparency"] = transparent * (255 // (2 ** int(depth) - 1))
+
+
+def _rgba(strip: Image.Image) -> Image.Image:
+    if not strip.mode.startswith("I"):
+        return strip.convert("RGBA")
+    deep = np.asarray(strip)  # 16 bits
+    gray = Image.fromarray((deep // 257).astype(np.uint8))
+    if "transparency" in strip.info:
+        gray.putalpha(Image.fromarray(deep != strip.info["transparency"]))
+    return gray.convert("RGBA")
+
+
+def _upright(small: Image.Image, original: Image.Image) -> Image.Image:
+    """Turn the reduced picture as the original's EXIF wants it; convert to RGBA."""
+    try:
+        turn = UPRIGHT.get(original.getexif().get(0x0112, 1))
+    except Exception:  # damaged EXIF is no reason to refuse a sound picture
+        turn = None
+    small = small.convert("RGBA")
+    return small if turn is None else small.transpose(turn)
 
 
 def _gray(image: Image.Image) -> NDArray[np.float32]:

@@ -1,5 +1,7 @@
 """`POST /predict`: the body's four forms, the answer, and their schemas."""
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -14,10 +16,16 @@ from python_multipart.multipart import Field as FormField
 from python_multipart.multipart import File
 
 from service.classifier import Classifier, ModelInfo
-from service.errors import BadRequest, InvalidInput, PayloadTooLarge, UnsupportedMediaType
+from service.errors import (
+    BadRequest,
+    InvalidInput,
+    Overloaded,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+)
 from service.exchange import Answer, Exchange
 from service.gate import Handler
-from service.image import Decoded, Preprocessing, decode
+from service.image import Decoded, Preprocessing, decode, is_small, open_picture, read
 from service.inference import Inference
 from service.metrics import Metrics
 
@@ -25,6 +33,7 @@ PATH = "/predict"
 SIDE = 28
 SIZE = SIDE * SIDE
 MAX_JSON_BYTES = 2**18  # ten times what 784 numbers take however they are laid out
+MAX_WAITING_BYTES = 64 * 2**20  # of pictures' files that wait for the decoder's thread
 PREPROCESSING = frozenset(get_args(Preprocessing))
 RING = [
     [255 * (36 <= (2 * row - 27) ** 2 + (2 * column - 27) ** 2 <= 400) for column in range(SIDE)]
@@ -117,16 +126,53 @@ class Renderer:
         return answer + b"}"
 
 
+class Pictures:
+    """Decodes pictures, those that take long in a thread of their own, one after the other.
+
+    So they hold up neither small requests nor, all cores being taken, the event loop.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self._waiting = 0
+
+    async def decode(self, data: bytes, preprocessing: Preprocessing) -> Decoded:
+        """Decode a file; when the request ends before its turn comes, it is never decoded.
+
+        Raises:
+            ServiceError: as `service.image.decode` does.
+            Overloaded: too many files wait already.
+        """
+        image = open_picture(data)
+        if is_small(image):
+            return read(image, preprocessing)
+        del image  # waiting decoders would hold much memory; opening one again takes microseconds
+        if self._waiting and self._waiting + len(data) > MAX_WAITING_BYTES:
+            raise Overloaded(
+                "Too many pictures are waiting; try again in a second.",
+                headers={"Retry-After": "1"},
+            )
+        self._waiting += len(data)
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, decode, data, preprocessing)
+        finally:
+            self._waiting -= len(data)
+
+
 def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handler:
     """Return the one implementation of `POST /predict`, for the gate and for the framework."""
     observe_decode, observe_encode = metrics.decode.observe, metrics.encode.observe
     render = Renderer(model)
+    pictures = Pictures()
 
     async def predict(exchange: Exchange) -> Answer:
         top_k, preprocessing, echo = _parameters(exchange)
         body = await exchange.body()
         begin = perf_counter()
-        image = _read(exchange.headers.get(b"content-type", b""), body, preprocessing)
+        image = _read(exchange.headers.get(b"content-type", b""), body)
+        if isinstance(image, bytes):
+            image = await pictures.decode(image, preprocessing)
         observe_decode(perf_counter() - begin)
         probabilities = await infer(image.pixels.reshape(1, 1, SIDE, SIDE))
         begin = perf_counter()
@@ -187,17 +233,17 @@ def _parameters(exchange: Exchange) -> tuple[int, Preprocessing, bool]:
     return int(top_k), cast(Preprocessing, preprocessing), echo is not None
 
 
-def _read(content_type: bytes, body: bytes, preprocessing: Preprocessing) -> Decoded:
-    """Turn a body into pixels, by its content type."""
+def _read(content_type: bytes, body: bytes) -> Decoded | bytes:
+    """Turn a body into pixels or, if it has a picture, into that picture's file."""
     media_type = content_type.partition(b";")[0].strip().lower()
     if media_type == b"application/octet-stream":
         pixels = _from_bytes(body)
     elif media_type == b"application/json":
         pixels = _from_json(body)
     elif media_type.startswith(b"image/"):
-        return decode(body, preprocessing)
+        return body
     elif media_type == b"multipart/form-data":
-        return decode(_from_form(content_type, body), preprocessing)
+        return _from_form(content_type, body)
     else:
         raise UnsupportedMediaType(
             "Say what the body is in Content-Type: application/json, application/octet-stream,"

@@ -6,7 +6,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from service.errors import InvalidInput, PayloadTooLarge, ServiceError, UnsupportedMediaType
-from service.image import FORMATS, Decoded, decode
+from service.image import FORMATS, Decoded, decode, open_picture
 from training.dataset import FashionMNIST
 
 ROOT = Path(__file__).parents[2]
@@ -322,26 +322,81 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0d" + chunk + check + idat
 
 
-@pytest.mark.parametrize("size", [(2049, 2048), (8193, 1), (1, 8193), (65000, 65000)])
+@pytest.mark.parametrize("size", [(1700, 1600), (8193, 1), (1, 8193), (65000, 65000)])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_are_refused_by_their_header(size: tuple[int, int]) -> None:
     """The files end after the header: had they been decoded, they would be called damaged."""
     with pytest.raises(PayloadTooLarge):
         decode(png_header(*size))
     with pytest.raises(InvalidInput, match="damaged"):
-        decode(png_header(2048, 2048))
+        decode(png_header(1600, 1600))
 
 
-def test_limits_can_be_set_and_are_wider_for_jpeg_that_is_not_progressive() -> None:
-    image = plain()
-    assert decode(encode(image, "JPEG"), max_pixels=200 * 240 - 1).notes
-    for data in (encode(image), encode(image, "JPEG", progressive=True)):
-        with pytest.raises(PayloadTooLarge, match="200 x 240"):
-            decode(data, max_pixels=200 * 240 - 1)
-    with pytest.raises(PayloadTooLarge):
-        decode(encode(image, "JPEG"), max_jpeg_pixels=200 * 240 - 1)
-    with pytest.raises(PayloadTooLarge):
-        decode(encode(image, "JPEG"), max_side=239)
+@pytest.mark.parametrize(
+    ("format_", "mode", "size", "options"),
+    [
+        ("JPEG", "RGB", (4096, 3072), {}),
+        ("JPEG", "RGB", (2048, 2048), {"progressive": True}),
+        ("PNG", "RGBA", (1500, 1500), {}),
+        ("PNG", "RGB", (1600, 1600), {}),
+        ("PNG", "L", (1920, 1920), {}),
+        ("WEBP", "RGB", (1600, 1600), {"method": 0}),
+        ("GIF", "L", (1600, 1600), {}),
+        ("BMP", "RGB", (2048, 2048), {}),
+        ("AVIF", "RGB", (1280, 1600), {"speed": 10}),
+    ],
+)
+def test_the_usual_sizes_of_product_photographs_are_taken_and_larger_ones_are_not(
+    format_: str, mode: str, size: tuple[int, int], options: dict[str, Any]
+) -> None:
+    picture = Image.new(mode, size, 255)
+    assert open_picture(encode(picture, format_, **options)).size == size
+    larger = picture.resize((size[0] * 6 // 5, size[1]))
+    with pytest.raises(PayloadTooLarge, match="million in all"):
+        open_picture(encode(larger, format_, **options))
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from service.image import decode
+data = Path(sys.argv[1]).read_bytes()
+decode(Path(sys.argv[2]).read_bytes())  # loads the libraries
+def status(name):
+    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = status("VmRSS")
+decode(data)
+print((status("VmHWM") - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+@pytest.mark.parametrize(
+    ("format_", "mode", "size", "options"),
+    [
+        ("PNG", "RGBA", (1500, 1500), {"compress_level": 1}),
+        ("PNG", "LA", (1700, 1700), {"compress_level": 1}),
+        ("PNG", "P", (1900, 1900), {"compress_level": 1}),
+        ("WEBP", "RGBA", (1600, 1600), {"lossless": True, "method": 0, "quality": 0}),
+        ("JPEG", "RGB", (2048, 2048), {"progressive": True, "subsampling": 0}),
+        ("AVIF", "RGBA", (1280, 1600), {"speed": 10}),
+    ],
+)
+def test_decoding_takes_less_than_50_megabytes(
+    tmp_path: Path, format_: str, mode: str, size: tuple[int, int], options: dict[str, Any]
+) -> None:
+    large, small = tmp_path / "large", tmp_path / "small"
+    noise = Image.effect_noise((256, 256), 60).convert("RGB")
+    picture = Image.new("RGB", size)
+    for left, top in product(range(0, size[0], 256), range(0, size[1], 256)):
+        picture.paste(noise, (left, top))
+    picture.putalpha(200 if "A" in mode else 255)
+    large.write_bytes(encode(picture.convert(mode), format_, **options))
+    small.write_bytes(encode(noise, format_))
+    command = [sys.executable, "-c", PEAK, str(large), str(small)]
+    peak = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert float(peak) < 50
 
 
 SAMPLES = {format_: encode(worn(shaded()), format_) for format_ in FORMATS}
