@@ -1,7 +1,10 @@
 """`POST /predict` in detail: any body of any type, ties, and what never gets to the model."""
 
+import asyncio
+import io
 import json
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from service.app import create_app
 from service.classifier import Classifier
+from service.errors import Overloaded
 from service.gate import Gate
 from service.image import Decoded
-from service.predict import RING, Renderer, example
+from service.predict import RING, Pictures, Renderer, example
 from service.settings import Settings
 from tests.service.conftest import Conversation, ask
 
@@ -171,3 +176,66 @@ def test_the_documented_example_is_a_ring_with_its_real_answer(classifier: Class
     assert np.array(RING).shape == (28, 28)
     assert {pixel for row in RING for pixel in row} == {0, 255}
     assert example(classifier)["predictions"][0]["class_id"] == example(classifier)["class_id"]
+
+
+# Pictures that take long
+
+
+@pytest.fixture
+def photo() -> bytes:
+    file = io.BytesIO()
+    Image.linear_gradient("L").save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def turn(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[bytes]]:
+    """Hold the decoder up until the event; list what it was given."""
+    event, decoded = threading.Event(), list[bytes]()
+
+    def decode(data: bytes, _: str) -> Decoded:
+        decoded.append(data)
+        event.wait(10)
+        return Decoded(np.zeros((28, 28), np.uint8), "dataset")
+
+    monkeypatch.setattr("service.predict.decode", decode)
+    return event, decoded
+
+
+async def test_of_the_waiting_only_those_still_wanted_are_decoded(
+    photo: bytes, turn: tuple[threading.Event, list[bytes]]
+) -> None:
+    event, decoded = turn
+    pictures = Pictures()
+    tasks = [asyncio.create_task(pictures.decode(photo + bytes([i]), "auto")) for i in range(3)]
+    await asyncio.sleep(0.01)
+    tasks[1].cancel()
+    await asyncio.sleep(0.01)
+    event.set()
+    await asyncio.gather(tasks[0], tasks[2])
+    assert decoded == [photo + b"\0", photo + b"\2"]
+
+
+async def test_files_that_wait_are_bounded_but_one_may_always_come(
+    photo: bytes,
+    turn: tuple[threading.Event, list[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    event, _ = turn
+    monkeypatch.setattr("service.predict.MAX_WAITING_BYTES", len(photo) - 1)
+    pictures = Pictures()
+    first = asyncio.create_task(pictures.decode(photo, "auto"))
+    await asyncio.sleep(0.01)
+    with pytest.raises(Overloaded):
+        await pictures.decode(photo, "auto")
+    event.set()
+    await first
+    await pictures.decode(photo, "auto")
+
+
+async def test_what_is_taken_as_it_is_needs_no_thread() -> None:
+    file = io.BytesIO()
+    Image.new("L", (28, 28)).save(file, "PNG")
+    before = threading.active_count()
+    assert (await Pictures().decode(file.getvalue(), "auto")).preprocessing == "none"
+    assert threading.active_count() == before

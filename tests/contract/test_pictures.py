@@ -1,0 +1,91 @@
+"""Photographs on a real server: whoever sends large ones holds up nobody else."""
+
+import io
+import socket
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.contract.conftest import Serve
+
+BYTES = {"Content-Type": "application/octet-stream"}
+PICTURE = {"Content-Type": "image/png"}
+
+
+@pytest.fixture(scope="module")
+def large() -> bytes:
+    """Save a PNG that takes long for its bytes: smooth, with a camera's noise."""
+    random = np.random.default_rng(0)
+    pixels = np.linspace(90, 160, 1600)[None, :, None] + random.normal(0, 2, (1600, 1600, 3))
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(20) as pool:
+        yield pool
+
+
+def send(url: str, picture: bytes) -> httpx.Response:
+    return httpx.post(f"{url}/predict", content=picture, headers=PICTURE, timeout=60)
+
+
+def ask(client: httpx.Client) -> float:
+    """Classify one small image; return the seconds it took."""
+    begin = perf_counter()
+    client.post("/predict", content=bytes(784), headers=BYTES).raise_for_status()
+    return perf_counter() - begin
+
+
+def test_small_requests_stay_quick_while_photographs_are_decoded(
+    serve: Serve, large: bytes, pool: ThreadPoolExecutor
+) -> None:
+    with serve() as (url, _), httpx.Client(base_url=url) as client:
+        send(url, large)
+        begin = perf_counter()
+        send(url, large)
+        alone = perf_counter() - begin
+        answers = [pool.submit(send, url, large) for _ in range(8)]
+        seconds = []
+        while not all(answer.done() for answer in answers):
+            seconds.append(ask(client))
+        assert {answer.result().status_code for answer in answers} == {200}
+    assert len(seconds) > 5 * len(answers)  # on the event loop, it would be about one each
+    assert np.median(seconds) < alone / 4
+
+
+def test_photographs_that_waited_too_long_are_told_so(
+    serve: Serve, large: bytes, pool: ThreadPoolExecutor
+) -> None:
+    with serve(request_timeout_seconds=0.5) as (url, _), httpx.Client(base_url=url) as client:
+        answers: list[Future[httpx.Response]] = [pool.submit(send, url, large) for _ in range(20)]
+        results = [answer.result() for answer in answers]
+        late = [result for result in results if result.status_code == 504]
+        assert late
+        assert {result.status_code for result in results} <= {
+            200,
+            408,
+            504,
+        }  # 408: even to be read took too long
+        assert all(result.json()["code"] == "deadline_exceeded" for result in late)
+        assert ask(client) < 0.5
+        metrics = client.get("/metrics").text
+        assert f'bnlenet_rejected_total{{reason="deadline_exceeded"}} {len(late)}.0' in metrics
+
+
+def test_senders_who_leave_stop_nothing(serve: Serve, large: bytes) -> None:
+    with serve() as (url, _), httpx.Client(base_url=url) as client:
+        host, port = url.removeprefix("http://").split(":")
+        head = f"POST /predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\n"
+        for _ in range(4):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(f"{head}Content-Length: {len(large)}\r\n\r\n".encode() + large)
+        assert send(url, large).status_code == 200
+        assert ask(client) < 1
