@@ -142,7 +142,10 @@ def convert(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
     """
     opaque = np.asarray(image.getchannel("A")) > 127
     if opaque.any() and opaque.mean() < 0.99:
-        return _fit(255 - _gray(image), opaque), ()
+        negated = 255 - _gray(image)
+        if negated[opaque].max() < 4:  # all white: of what there is to see, the shape
+            negated[:] = 255
+        return _fit(negated, opaque), ()
     on_white = Image.new("RGBA", image.size, "white")
     on_white.alpha_composite(image)
     gray = _gray(on_white)

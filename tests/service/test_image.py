@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from service.errors import InvalidInput, PayloadTooLarge, ServiceError, UnsupportedMediaType
 from service.image import FORMATS, Decoded, decode, open_picture
@@ -201,6 +201,15 @@ def test_what_is_under_transparency_does_not_matter(under: str) -> None:
     assert decoded.notes == ()
 
 
+@pytest.mark.parametrize("colour", ["white", "#807060", "black"])
+def test_of_a_cut_out_in_one_shade_the_shape_is_seen(colour: str) -> None:
+    image = plain(colour)
+    image.putalpha(stencil())
+    decoded = decode(encode(image))
+    assert overlap(decoded) > 0.95
+    assert (decoded.pixels[outline(decoded)] > 127).mean() > 0.8
+
+
 def test_transparency_may_be_everywhere_or_nowhere() -> None:
     expected = decode(encode(worn(plain())))
     opaque = worn(plain()).convert("RGBA")
@@ -277,6 +286,78 @@ def test_of_an_animation_the_first_frame_counts(format_: str) -> None:
     decoded = decode(data)
     assert decoded.notes == ("Only the first frame was looked at.",)
     assert overlap(decoded) > 0.95
+
+
+def png(samples: NDArray[np.uint8], depth: int, colour: int, transparent: bytes) -> bytes:
+    """Write the kinds of PNG that Pillow does not; samples are rows of bytes as in the file."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + check
+
+    header = struct.pack(">IIBBBBB", 200, 240, depth, colour, 0, 0, 0)
+    rows = zlib.compress(np.pad(samples.reshape(240, -1), ((0, 0), (1, 0))).tobytes())
+    chunks = chunk(b"IHDR", header) + chunk(b"tRNS", transparent) + chunk(b"IDAT", rows)
+    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["gray of 4 bits", "gray", "gray of 16 bits", "colour of 16 bits"])
+def test_a_transparent_colour_is_the_background_whatever_the_depth(kind: str) -> None:
+    """What is around the transparent trousers is seen, which by colour alone nothing would tell."""
+    inside = np.asarray(stencil()) < 128
+    if kind == "gray of 4 bits":
+        nibbles = np.where(inside, 3, 9).astype(np.uint8)
+        data = png(16 * nibbles[:, ::2] + nibbles[:, 1::2], 4, 0, b"\0\x09")
+    elif kind == "gray":
+        data = png(np.where(inside, 50, 90).astype(np.uint8), 8, 0, b"\0\x5a")
+    else:
+        deep = np.where(inside, 0x3210, 0x5678).astype(">u2")
+        deep = np.repeat(deep, 3, axis=1) if kind == "colour of 16 bits" else deep
+        data = png(deep.view(np.uint8), 16, 2 if "colour" in kind else 0, b"\x56\x78" * 3)
+        data = data if "colour" in kind else png(deep.view(np.uint8), 16, 0, b"\x56\x78")
+    decoded = decode(data)
+    opaque = plain("black")
+    opaque.putalpha(ImageChops.invert(stencil()))
+    difference = decoded.pixels.astype(int) - decode(encode(opaque)).pixels
+    assert np.abs(difference).mean() < 1
+
+
+@pytest.mark.parametrize("format_", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of the damage
+def test_damaged_exif_is_no_reason_to_refuse_a_picture(format_: str) -> None:
+    data = encode(GRAY, format_, quality=95, exif=b"Exif\0\0MM\0*rubbish")
+    assert overlap(decode(data)) > 0.9
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P"])
+def test_28_by_28_without_colours_is_taken_as_it_is_in_any_mode(
+    fashion_mnist: FashionMNIST, mode: str
+) -> None:
+    image = fashion_mnist.test.images[0]
+    data = encode(Image.fromarray(image).convert(mode))
+    np.testing.assert_array_equal(decode(data).pixels, image)
+    assert decode(data).preprocessing == "none"
+    assert decode(data, "dataset").preprocessing == "dataset"
+
+
+def test_28_by_28_in_colours_or_with_transparency_is_converted() -> None:
+    image = worn(plain()).resize((28, 28))
+    assert decode(encode(image)).preprocessing == "dataset"
+    gray = image.convert("LA")
+    gray.putalpha(stencil().resize((28, 28)))
+    assert decode(encode(gray)).preprocessing == "dataset"
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 200), (200, 1), (8192, 1), (1, 8192), (8, 8192), (8192, 100), (3, 3)]
+)
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_any_shape_becomes_28_by_28(size: tuple[int, int], mode: str) -> None:
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], bands), np.uint8)
+    image = Image.fromarray(noise.squeeze(2) if bands == 1 else noise)
+    for format_ in ("PNG", "WEBP") if mode == "RGBA" else ("PNG", "JPEG", "WEBP"):
+        assert decode(encode(image, format_)).pixels.shape == (28, 28)
 
 
 # When no garment can be told
