@@ -15,6 +15,12 @@ Probabilities = NDArray[np.float32]
 Classifier = Callable[[NDArray[np.uint8]], Probabilities]
 """From uint8 images [n, 28, 28] to probabilities [n, 10]."""
 
+INTERFACE = [
+    ("pixels", "tensor(uint8)", [1, 28, 28]),
+    ("probabilities", "tensor(float)", [10]),
+]
+"""Name, type and shape, without the batch, of the one input and the one output of a model file."""
+
 
 class EvaluationError(Exception):
     """The model file cannot be evaluated; the message is one sentence that says why."""
@@ -106,7 +112,8 @@ def onnx_classifier(path: Path) -> Classifier:
     """Return the exported file as a classifier, run by ONNX Runtime on the CPU.
 
     Raises:
-        EvaluationError: there is no such file, or it is no such model.
+        EvaluationError: there is no such file, or it is no such model; of the classifier: a
+            probability is not finite.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # this model is too small for more; see docs/performance.md
@@ -117,11 +124,18 @@ def onnx_classifier(path: Path) -> Classifier:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common type of their own
         raise EvaluationError(f"ONNX Runtime cannot load {path}: is it an ONNX model?") from error
-    if [i.name for i in session.get_inputs()] != ["pixels"]:
-        raise EvaluationError(f"{path} is not one of ours: its input is not called `pixels`.")
+    ends = (*session.get_inputs(), *session.get_outputs())
+    if [(end.name, end.type, end.shape[1:]) for end in ends] != INTERFACE:
+        raise EvaluationError(
+            f"{path} is not one of ours: it does not take `pixels`, uint8 [batch, 1, 28, 28], "
+            "and give `probabilities`, float32 [batch, 10]."
+        )
 
     def classify(images: NDArray[np.uint8]) -> Probabilities:
         parts = [images[i : i + 500, None] for i in range(0, len(images), 500)]
-        return np.concatenate([session.run(None, {"pixels": part})[0] for part in parts])
+        found = np.concatenate([session.run(None, {"pixels": part})[0] for part in parts])
+        if not np.isfinite(found).all():
+            raise EvaluationError(f"{path} gives probabilities that are no finite numbers.")
+        return found
 
     return classify

@@ -1,7 +1,9 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from training.dataset import FashionMNIST, Split
 from training.evaluation import (
@@ -79,3 +81,51 @@ def test_files_that_are_no_model_are_told(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("hello")
     with pytest.raises(EvaluationError, match=r"cannot load .*is it an ONNX model"):
         onnx_classifier(tmp_path / "text.onnx")
+
+
+def model_file(
+    folder: Path, kind: int, shape: list[str | int | None], node: onnx.NodeProto
+) -> Path:
+    """Write a model of one node from `pixels` to `probabilities`, float32 [batch, 10]."""
+    graph = helper.make_graph(
+        [node],
+        "foreign",
+        [helper.make_tensor_value_info("pixels", kind, shape)],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", 10])],
+    )
+    opset = [helper.make_opsetid("", 20)]
+    path = folder / "foreign.onnx"
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=opset), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(TensorProto.FLOAT, ["batch", 1, 28, 28]), (TensorProto.UINT8, ["batch", 3, 32, 32])],
+)
+def test_models_for_other_images_are_told(
+    kind: int, shape: list[str | int | None], tmp_path: Path
+) -> None:
+    ten = helper.make_tensor("ten", TensorProto.FLOAT, [1, 10], [0.1] * 10)
+    node = helper.make_node("Constant", [], ["probabilities"], value=ten)
+    with pytest.raises(EvaluationError, match=r"not one of ours: it does not take `pixels`, uint8"):
+        onnx_classifier(model_file(tmp_path, kind, shape, node))
+
+
+def test_models_without_our_probabilities_are_told(tmp_path: Path) -> None:
+    node = helper.make_node("Cast", ["pixels"], ["probabilities"], to=TensorProto.FLOAT)
+    path = model_file(tmp_path, TensorProto.UINT8, ["batch", 1, 28, 28], node)
+    model = onnx.load(path)
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("other", TensorProto.FLOAT, None))
+    model.graph.node[0].output[0] = "other"
+    onnx.save(model, path)
+    with pytest.raises(EvaluationError, match="and give `probabilities`, float32"):
+        onnx_classifier(path)
+
+
+def test_probabilities_that_are_no_numbers_are_told(tmp_path: Path) -> None:
+    ten = helper.make_tensor("ten", TensorProto.FLOAT, [1, 10], [float("nan")] * 10)
+    node = helper.make_node("Constant", [], ["probabilities"], value=ten)
+    path = model_file(tmp_path, TensorProto.UINT8, ["batch", 1, 28, 28], node)
+    with pytest.raises(EvaluationError, match="no finite numbers"):
+        onnx_classifier(path)(np.zeros((1, 28, 28), np.uint8))
