@@ -103,8 +103,9 @@ def remote(url: str, settings: Settings, preprocessing: Preprocessing, top_k: in
 def _refusal(response: HTTPError) -> ServiceError:
     try:
         body = json.load(response)
-        return ServiceError(body["error"], code=body["code"])
-    except (ValueError, KeyError, TypeError):  # of a proxy in between
+        sentence = body["error"].replace("The body", "The file")  # which is what the user knows
+        return ServiceError(sentence, code=body["code"])
+    except (ValueError, KeyError, TypeError, AttributeError):  # of a proxy in between
         return ServiceError(f"The answer was {response.code} {response.reason}.", code="refused")
 
 
@@ -154,6 +155,8 @@ def _classify(file: str, ask: Ask) -> Outcome:
             raise ServiceError(
                 f"The file has more than {MAX_BYTES:,} bytes.", code="payload_too_large"
             )
+        if not data:
+            raise ServiceError("The file is empty.", code="unreadable_file")
         return Outcome(shown, ask(data))
     except OSError as exc:
         sentence = f"The file cannot be read: {exc.strerror or exc}."

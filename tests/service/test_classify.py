@@ -179,6 +179,14 @@ class TestFailures:
         errors = lines(classify("--json", photos[0].parent, "/dev/zero"))
         assert [e["code"] for e in errors] == ["unreadable_file", "payload_too_large"]
 
+    def test_speak_of_the_file(self, bad: dict[str, Path], tmp_path: Path) -> None:
+        (tmp_path / "empty.png").touch()
+        files = (tmp_path, tmp_path / "empty.png", *bad.values())
+        sentences = [error["error"] for error in lines(classify("--json", *files))]
+        assert sentences[:2] == ["The file cannot be read: Is a directory.", "The file is empty."]
+        assert not any("body" in sentence for sentence in sentences)
+        assert lines(classify("--json", "-"))[0]["error"] == "The file is empty."
+
     def test_of_the_model_are_told_once(
         self, photos: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -211,6 +219,16 @@ class TestRunningService:
         assert lines(result)[0]["code"] == "unauthorized"
         monkeypatch.setenv("BNLENET_API_KEY", KEY)
         assert lines(classify("--url", service, "--json", text)) == lines(classify("--json", text))
+
+    def test_may_take_less_than_a_file_has(
+        self, service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("BNLENET_API_KEY", KEY)
+        large = tmp_path / "large.png"
+        large.write_bytes(bytes(11 * 2**20))
+        (error,) = lines(classify("--url", service, "--json", large))
+        assert error["code"] == "payload_too_large"
+        assert error["error"].startswith("The file is too large")
 
     def test_that_does_not_answer_is_named(self, photos: list[Path]) -> None:
         result = classify("--url", "http://127.0.0.1:1", *photos[:2])
