@@ -139,9 +139,15 @@ NormLayer: TypeAlias = BatchNorm | nn.BatchNorm1d | nn.BatchNorm2d
 
 
 def affine(layer: NormLayer) -> tuple[Tensor, Tensor]:
-    """Return the layer's learnt scale and shift, gamma and beta [C]: the tensors themselves."""
+    """Return the layer's learnt scale and shift, gamma and beta [C]: the tensors themselves.
+
+    Raises:
+        ValueError: it is torch's, made without them.
+    """
     if isinstance(layer, BatchNorm):
         return layer.gamma, layer.beta
+    if not layer.affine:
+        raise ValueError("this batch norm has no gamma and beta (affine=False)")
     return layer.weight, layer.bias
 
 

@@ -48,13 +48,19 @@ def fold_batch_norm(model: nn.Sequential) -> nn.Sequential:
 
     Raises:
         ValueError: the model is in training mode, where batch norm is no fixed affine map, or a
-            batch norm does not directly follow a convolution or linear layer.
+            batch norm does not directly follow a convolution or linear layer, or lies deeper than
+            the model's own layers.
     """
     if any(layer.training for layer in model.modules()):
         raise ValueError("cannot fold a model in training mode: call eval() first")
     folded: OrderedDict[str, nn.Module] = OrderedDict()
-    for name, layer in model.named_children():
+    # Not named_children(), which passes over a layer that is used a second time.
+    for name, layer in zip(dict(model._modules), model, strict=True):
         if not isinstance(layer, NormLayer):
+            if any(isinstance(deeper, NormLayer) for deeper in layer.modules()):
+                raise ValueError(
+                    f"cannot fold what is inside {name}: make it the model's own layer"
+                )
             folded[name] = copy.deepcopy(layer)
             continue
         previous = next(reversed(folded.values()), None)

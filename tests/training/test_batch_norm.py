@@ -194,3 +194,8 @@ def test_the_function_takes_two_or_four_dimensions_only() -> None:
 def test_a_torch_layer_without_statistics_is_refused() -> None:
     with pytest.raises(ValueError, match="keeps no statistics"):
         statistics(nn.BatchNorm1d(5, track_running_stats=False))
+
+
+def test_a_torch_layer_without_scale_and_shift_is_refused() -> None:
+    with pytest.raises(ValueError, match="no gamma and beta"):
+        affine(nn.BatchNorm1d(5, affine=False))

@@ -141,3 +141,31 @@ def test_one_layer_left_in_training_mode_is_refused() -> None:
 def test_batch_norm_after_anything_but_an_affine_layer_is_refused(layers: list[nn.Module]) -> None:
     with pytest.raises(ValueError, match=f"cannot fold {len(layers) - 1}:"):
         fold_batch_norm(nn.Sequential(*layers).eval())
+
+
+def test_a_layer_used_twice_stays_twice() -> None:
+    sigmoid = nn.Sigmoid()
+    layers = [nn.Linear(4, 3), nn.BatchNorm1d(3), sigmoid, nn.Linear(3, 3), nn.BatchNorm1d(3)]
+    model = nn.Sequential(*layers, sigmoid).double().eval()
+    x = torch.rand(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(fold_batch_norm(model)(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_batch_norm_inside_a_layer_is_not_left_in_silence() -> None:
+    inner = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match="cannot fold what is inside 0"):
+        fold_batch_norm(nn.Sequential(inner).eval())
+
+
+def test_channels_without_scale_or_variance_stay_finite() -> None:
+    """A gamma of zero leaves beta alone; epsilon bounds what a constant channel is divided by."""
+    model = fitted()
+    for layer in norm_layers(model).values():
+        with torch.no_grad():
+            affine(layer)[0][0] = 0
+        statistics(layer)[1][:2] = 0
+    folded = fold_batch_norm(model)
+    assert not folded.get_parameter("conv1.weight")[0].any()
+    assert torch.equal(folded.get_parameter("conv1.bias")[0], affine(model.norm1)[1][0])
+    x = torch.rand(5, 1, 28, 28, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), model(x), rtol=0, atol=1e-10)
