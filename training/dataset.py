@@ -204,7 +204,7 @@ def _fill(folder: Path, mirrors: Sequence[str]) -> None:
     ) as progress:
         for name, digest in DIGESTS.items():
             path = folder / name
-            if not path.exists() or _sha256(path) != digest:
+            if not path.is_file() or _sha256(path) != digest:
                 _download(path, mirrors, progress)
 
 

@@ -312,6 +312,14 @@ def test_a_damaged_file_in_the_cache_is_fetched_anew(
     assert mirrors[0].asked == [(TEST_IMAGES, None)]
 
 
+def test_a_folder_in_place_of_a_file_in_the_cache_is_told(
+    mirrors: list[Mirror], cache: Path
+) -> None:
+    (cache / TEST_IMAGES).mkdir(parents=True)
+    with pytest.raises(DatasetError, match=rf"{TEST_IMAGES} could not be downloaded .*directory"):
+        fetch(mirrors)
+
+
 def test_a_broken_download_goes_on_from_the_next_mirror(
     mirrors: list[Mirror], files: Files, cache: Path
 ) -> None:
