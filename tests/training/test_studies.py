@@ -73,6 +73,21 @@ def test_measurements_under_other_conditions_are_not_mixed(tmp_path: Path) -> No
     assert Records(tmp_path / "a.jsonl", CONDITIONS).lines == [{"seed": 0}]
 
 
+@pytest.mark.parametrize("text", ["", "{", '{"epochs": 3}\n{"seed"'])
+def test_damaged_measurements_are_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(RunError, match=r"a\.jsonl is damaged .*: delete it"):
+        Records(tmp_path / "a.jsonl", CONDITIONS)
+
+
+def test_a_place_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot write .* \(.+\): choose another --out"):
+        Records(tmp_path / "file" / "a.jsonl", CONDITIONS).add({"seed": 0})
+    with pytest.raises(RunError, match=r"cannot read .* \(.+\): choose another --out"):
+        Records(tmp_path, CONDITIONS)
+
+
 def test_the_spread_is_numpys() -> None:
     curves = np.random.default_rng(0).uniform(0.7, 0.9, (3, 8))
     ends = curves[:, -5:]

@@ -45,13 +45,21 @@ class Records:
         lines: the measurements so far.
 
     Raises:
-        RunError: the file was begun under other conditions.
+        RunError: the file was begun under other conditions, is damaged, or cannot be read or
+            written.
     """
 
     def __init__(self, file: Path, conditions: dict[str, Any] | None = None) -> None:
         self.file = file
-        text = file.read_text() if file.exists() else json.dumps(conditions)
-        self.conditions, *self.lines = [json.loads(line) for line in text.splitlines()]
+        try:
+            text = file.read_text() if file.exists() else json.dumps(conditions)
+            self.conditions, *self.lines = [json.loads(line) for line in text.splitlines()]
+        except OSError as error:
+            raise RunError(
+                f"cannot read {file} ({error.strerror}): choose another --out."
+            ) from error
+        except ValueError as error:  # no JSON, no text, or no line at all
+            raise RunError(f"{file} is damaged ({error}): delete it.") from error
         for name, value in (conditions or {}).items():
             if self.conditions.get(name) != value:
                 raise RunError(
@@ -62,8 +70,13 @@ class Records:
     def add(self, line: dict[str, Any]) -> None:
         """Write one more measurement; the file on disk is never half written."""
         self.lines.append(line)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_suffix(".part")
         whole = [self.conditions, *self.lines]
-        temporary.write_text("".join(json.dumps(each) + "\n" for each in whole))
-        temporary.replace(self.file)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text("".join(json.dumps(each) + "\n" for each in whole))
+            temporary.replace(self.file)
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.file} ({error.strerror}): choose another --out."
+            ) from error
