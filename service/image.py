@@ -22,11 +22,11 @@ WORKING_SIDE = 160  # where the garment is told from its background; 128 costs a
 STRIP_PIXELS = 2**17  # what is made of a large picture at a time: stays in the CPU's caches
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")  # not TIFF: damaged ones take long
 MAX_SIDE = 8192
-# Pixels, so that a photograph of the format takes about 50 ms and well under 50 MB (measured:
-# docs/operations.md). JPEG is decoded at an eighth of its size, if it is not progressive.
+# Pixels, so that photographs of the format take about 50 ms and nothing takes 50 MB (measured:
+# docs/operations.md). JPEG is decoded at a fraction of its size, if it is not progressive.
 MAX_PIXELS = {
-    "JPEG": 4096 * 3072,
-    "MPO": 4096 * 3072,
+    "JPEG": 6144 * 4096,
+    "MPO": 6144 * 4096,
     "progressive JPEG": 2048 * 2048,
     "WEBP": 1600 * 1600,
     "GIF": 1600 * 1600,
