@@ -129,7 +129,7 @@ class Renderer:
 class Pictures:
     """Decodes pictures, those that take long in a thread of their own, one after the other.
 
-    So they hold up neither small requests nor, all cores being taken, the event loop.
+    So they do not hold up the event loop, and small requests are answered meanwhile.
     """
 
     def __init__(self) -> None:
@@ -328,7 +328,8 @@ PARAMETERS = [
         "name": "preprocessing",
         "in": "query",
         "description": "For pictures: `dataset` converts them as the data set was made, `none`"
-        " takes only 28x28 8-bit grayscale, `auto` takes that as it is and converts the rest.",
+        " takes only 28x28 8-bit grayscale, `auto` takes 28x28 without colours as it is and"
+        " converts the rest.",
         "schema": {"type": "string", "enum": sorted(PREPROCESSING), "default": "auto"},
     },
     {
