@@ -26,9 +26,10 @@ from training import report
 from training.dataset import CLASS_NAMES, DatasetError, FashionMNIST, load
 from training.evaluation import Evaluation, EvaluationError, evaluate, onnx_classifier
 from training.export import ExportError, Provenance, export
-from training.fit import Epoch, FitError, Fitting, fit_side_by_side
+from training.fit import Epoch, FitError, Fitted, Fitting, fit_side_by_side
+from training.model import BNLeNet
 from training.recipes import RECIPES
-from training.run import Config, Run, RunError
+from training.run import Config, Run, RunError, Teacher
 from training.studies import batch_size, statistics
 from training.studies.records import Records, conditions
 
@@ -122,7 +123,11 @@ def fit_command(
     data_dir: Path | None,
     **_: Any,
 ) -> None:
-    """Fit one model into a run folder; with --seeds, several into one each."""
+    """Fit one model into a run folder; with --seeds, several into one each.
+
+    The recipe best learns from four models of recipe teacher: unless they are there from another
+    seed's fit, they are fitted first, into run folders best-teacher-0 to -3 beside its own.
+    """
     if seeds and (resume or ctx.get_parameter_source("seed") is ParameterSource.COMMANDLINE):
         raise click.UsageError("--seeds starts new runs: leave out --seed and --resume.")
     folder = out or Path("runs") / (recipe if seeds else f"{recipe}-{seed}")
@@ -135,32 +140,20 @@ def fit_command(
         folders = {folder.with_name(f"{folder.name}-{each}"): each for each in seeds}
     else:
         folders = {folder: config.seed}
+    if not stored:
+        for path in folders:
+            Run(path).must_be_new()
+        taught_by = _fitted_teachers(data, config, folder, quiet or as_json)
+        config = replace(config, teachers=taught_by)
+    teachers = [_teacher(each) for each in config.teachers]
     runs = [
         Run(path) if stored else Run.create(path, replace(config, seed=each))
         for path, each in folders.items()
     ]
-    torch.set_num_threads(config.threads)
-    try:
-        with _display(config, quiet or as_json) as watch:
-            fitted = fit_side_by_side(
-                data,
-                config.recipe,
-                list(folders.values()),
-                device=config.device,
-                batch_norm=config.batch_norm,
-                holdout=config.holdout,
-                runs=runs,
-                **watch,
-            )
-    except KeyboardInterrupt:
-        kept = min(len(run.metrics()) for run in runs)
-        click.echo(
-            f"Interrupted after {kept} of {config.recipe.epochs} epochs, all kept.", err=True
-        )
-        for path in folders:
-            command = f"python -m training fit --resume --out {shlex.quote(str(path))}"
-            click.echo(f"Continue with: {command}", err=True)
-        ctx.exit(130)
+    commands = [
+        f"python -m training fit --resume --out {shlex.quote(str(path))}" for path in folders
+    ]
+    fitted = _fit(data, config, runs, teachers, quiet or as_json, f"with: {'; '.join(commands)}")
     for run in runs:
         report.draw_run(run)
     if as_json:
@@ -218,6 +211,87 @@ def _config(ctx: click.Context, data: FashionMNIST, stored: Config | None) -> Co
                 f"not {wanted[name]}: resume it with its own settings."
             )
     return stored
+
+
+def _fit(
+    data: FashionMNIST,
+    config: Config,
+    runs: list[Run],
+    teachers: list[BNLeNet],
+    quiet: bool,
+    how_to_continue: str,
+) -> list[Fitted]:
+    """Fit into run folders, one a seed; when interrupted, say how to continue, and exit."""
+    torch.set_num_threads(config.threads)
+    try:
+        with _display(config, quiet) as watch:
+            return fit_side_by_side(
+                data,
+                config.recipe,
+                [run.config().seed for run in runs],
+                device=config.device,
+                batch_norm=config.batch_norm,
+                holdout=config.holdout,
+                teachers=teachers,
+                runs=runs,
+                **watch,
+            )
+    except KeyboardInterrupt:
+        kept = min(len(run.metrics()) for run in runs)
+        click.echo(
+            f"Interrupted after {kept} of {config.recipe.epochs} epochs, all kept.\n"
+            f"Continue {how_to_continue}",
+            err=True,
+        )
+        raise click.exceptions.Exit(130) from None
+
+
+def _fitted_teachers(
+    data: FashionMNIST, student: Config, folder: Path, quiet: bool
+) -> tuple[Teacher, ...]:
+    """Fit the models that a recipe learns from, where they are not there yet.
+
+    Raises:
+        RunError: where one belongs there is another run.
+    """
+    recipe, found = student.recipe, []
+    for number in range(recipe.teachers):
+        config = replace(
+            student,
+            recipe=replace(RECIPES["teacher"], **{n: getattr(recipe, n) for n in OVERRIDES}),
+            seed=number,
+            holdout=max(student.holdout, recipe.teacher_holdout),
+        )
+        run = Run(folder.with_name(f"{recipe.name}-teacher-{number}"))
+        if not (run.folder / "config.json").exists():
+            Run.create(run.folder, config)
+        here = run.config()
+        if (
+            replace(config, device=here.device, threads=here.threads, versions=here.versions)
+            != here
+        ):
+            raise RunError(
+                f"{run.folder} is no teacher for this: move it away, or choose an --out elsewhere."
+            )
+        if not run.complete:
+            if not quiet:
+                click.echo(f"Teacher {number + 1} of {recipe.teachers}: {run.folder}", err=True)
+            _fit(data, config, [run], [], quiet, "by giving the same command again.")
+            report.draw_run(run)
+        found.append(run.as_teacher())
+    return tuple(found)
+
+
+def _teacher(teacher: Teacher) -> BNLeNet:
+    """Return the model of a run to learn from.
+
+    Raises:
+        RunError: it is not what it was when the student's run was started.
+    """
+    run = Run(Path(teacher.folder))
+    if run.as_teacher().sha256 != teacher.sha256:
+        raise RunError(f"the teacher {run.folder} is not what it was when the run was started.")
+    return run.model(teacher.config.recipe.statistics)
 
 
 @contextmanager

@@ -18,19 +18,22 @@ from training.batch_norm import BatchNorm, NormLayer, affine, statistics
 from training.model import BNLeNet
 
 
-class TileProduct(torch.autograd.Function):
-    """Multiply every 6 x 6 tile, at stride 2, of `x` [I, H, H, n] by `weight` [K, I * 36].
+def tiles(x: Tensor) -> Tensor:
+    """Gather all 6 x 6 tiles, at stride 2, of `x` [I, H, H, n], a column each: [I * 36, h * h * n].
 
-    Output: [K, h * h * n], where h = (H - 4) / 2 is the side after convolution and pooling.
+    h = (H - 4) / 2 is the side after convolution and pooling.
     """
+    windows = x.unfold(1, 6, 2).unfold(2, 6, 2)  # [I, h, h, n, 6, 6]
+    return windows.permute(0, 4, 5, 1, 2, 3).reshape(len(x) * 36, -1)
+
+
+class TileProduct(torch.autograd.Function):
+    """Multiply the `tiles` of `x` [I, H, H, n] by `weight` [K, I * 36]: [K, h * h * n]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """Gather the tiles, one column each, and multiply."""
-        channels, side, _, n = x.shape
-        half = (side - 4) // 2
-        windows = x.unfold(1, 6, 2).unfold(2, 6, 2)  # [I, h, h, n, 6, 6]
-        columns = windows.permute(0, 4, 5, 1, 2, 3).reshape(channels * 36, half * half * n)
+        """Gather and multiply."""
+        columns = tiles(x)
         ctx.save_for_backward(columns, weight)
         ctx.input_shape = x.shape
         return weight @ columns

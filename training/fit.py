@@ -23,6 +23,7 @@ from training.model import BNLeNet, initialise, norm_layers
 from training.muon import Muon
 from training.recipes import NO_AUGMENTATION, RECIPES, Recipe
 from training.run import MOMENTS, Run
+from training.teachers import Teachers
 
 __all__ = ["RECIPES", "Epoch", "FitError", "Fitted", "Recipe", "Score", "evaluate", "fit"]
 
@@ -101,9 +102,11 @@ class Fitting:
         labels: Tensor,
         seeds: Sequence[int] = (0,),
         batch_norm: Literal["scratch", "torch"] = "torch",
+        teachers: Sequence[BNLeNet] = (),
     ) -> None:
         self.recipe, self.images, self.labels, self.seeds = recipe, images, labels, seeds
         device = images.device
+        self.teachers = Teachers(teachers, device)
         self.generators = [torch.Generator(device) for _ in seeds]
         self.networks = [BNLeNet(batch_norm) for _ in seeds]
         for network, seed in zip(self.networks, seeds, strict=True):
@@ -117,12 +120,10 @@ class Fitting:
         self.averages = [copy.deepcopy(n).eval().requires_grad_(False) for n in self.networks]
         self.model, self.average = self.networks[0], self.averages[0]
         self.forward: Callable[[Tensor], Tensor] = self.model
-        self.predict: Callable[[Tensor], Tensor] = self.average
         if len(seeds) > 1:
             self.model = side_by_side.stack(self.networks)
             self.average = side_by_side.stack(self.averages)
             self.forward = partial(side_by_side.forward, self.model)
-            self.predict = partial(side_by_side.forward, self.average)
         elif device.type == "cpu" and batch_norm == "torch":
             # The same numbers by another memory layout, twice as fast on a CPU core.
             self.forward = partial(batch_last.forward, self.model)
@@ -133,7 +134,6 @@ class Fitting:
         others = [recipe.other_learning_rate * recipe.rate(step / steps) for step in range(steps)]
         shares = [max(1 / reach, 1 / (step + 1)) for step in range(steps)]
         self.schedule = torch.tensor([rates, others, shares], device=device)
-        self.teacher_start = int(recipe.teacher_start * steps)
         self.done = torch.zeros(1, dtype=torch.int64, device=device)
         self.learning_rates = torch.zeros(2, device=device)
         # Sums since the epoch began, a place for each seed; of steps, those before any divergence.
@@ -197,7 +197,7 @@ class Fitting:
         """The models that the fit is for, one a seed."""
         return self.averages if self.recipe.averaging else self.networks
 
-    def step(self, rows: Tensor, teacher: bool = False) -> None:
+    def step(self, rows: Tensor) -> None:
         """Take one step on the images of these indices, int64 [n]; of S seeds, [S, n].
 
         This one function is the training: the CPU calls it, a CUDA graph replays it.
@@ -212,11 +212,9 @@ class Fitting:
 
         logits = self.forward(images)
         loss = self._losses(logits, labels, recipe.label_smoothing)
-        if teacher:
-            with torch.no_grad():
-                views = [self.predict(view).softmax(1) for view in (images, images.flip(3))]
-            soft = self._losses(logits, (views[0] + views[1]) / 2)
-            loss = torch.lerp(loss, soft, recipe.teacher)
+        if recipe.distillation:
+            soft = self._losses(logits, self.teachers(images))
+            loss = torch.lerp(loss, soft, recipe.distillation)
         for parameter in self.model.parameters():
             parameter.grad = None
         torch.autograd.backward([loss], [torch.ones_like(loss)])  # their sum's
@@ -255,36 +253,32 @@ class Captured:
 
     def __init__(self, fitting: Fitting) -> None:
         self.fitting = fitting
-        self.graphs: dict[tuple[int, bool], tuple[Tensor, torch.cuda.CUDAGraph]] = {}
+        self.graphs: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
         order = torch.arange(len(fitting.labels)).repeat(len(fitting.seeds), 1)
         for rows in torch.split(order, fitting.recipe.batch_size, dim=1):
-            if (rows.shape[1], False) not in self.graphs:
-                static = rows.contiguous().to(fitting.labels)
-                self.graphs[rows.shape[1], False] = self._capture(static, False)
+            if rows.shape[1] not in self.graphs:
+                self.graphs[rows.shape[1]] = self._capture(rows.contiguous().to(fitting.labels))
 
-    def __call__(self, rows: Tensor, teacher: bool = False) -> None:
-        """Do what `Fitting.step` does; a step of a new shape is captured first."""
-        key = (rows.shape[-1], teacher)
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(rows.clone(), teacher)
-        static, graph = self.graphs[key]
+    def __call__(self, rows: Tensor) -> None:
+        """Do what `Fitting.step` does."""
+        static, graph = self.graphs[rows.shape[-1]]
         static.copy_(rows)
         graph.replay()
 
-    def _capture(self, rows: Tensor, teacher: bool) -> tuple[Tensor, torch.cuda.CUDAGraph]:
+    def _capture(self, rows: Tensor) -> tuple[Tensor, torch.cuda.CUDAGraph]:
         with unchanged(self.fitting):
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch forgot
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # the libraries choose their algorithms here
                 for _ in range(3):
-                    self.fitting.step(rows, teacher)
+                    self.fitting.step(rows)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             if self.fitting.recipe.augmentation != NO_AUGMENTATION:  # else nothing is drawn
                 for generator in self.fitting.generators:
                     graph.register_generator_state(generator)
             with torch.cuda.graph(graph):
-                self.fitting.step(rows, teacher)
+                self.fitting.step(rows)
         return rows, graph
 
 
@@ -312,6 +306,7 @@ def fit(
     device: str = "cpu",
     batch_norm: Literal["scratch", "torch"] = "torch",
     holdout: int = 0,
+    teachers: Sequence[BNLeNet] = (),
     run: Run | None = None,
     on_batch: Callable[[Fitting, int, int], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
@@ -326,13 +321,15 @@ def fit(
         batch_norm: whose layer normalises.
         holdout: how many of the last training images are kept for validation; then the test set
             is not touched.
+        teachers: as many fitted models, in prediction mode, as the recipe learns from.
         run: the folder to write to; a fit that it holds already is continued.
         on_batch: called after every step with the epoch and the number of images seen in it, on
             the CPU only: on a GPU looking would mean waiting.
         on_epoch: called after every epoch, when the run folder is up to date.
 
     Raises:
-        FitError: an impossible batch size or hold-out, or the loss is no longer finite.
+        FitError: an impossible batch size or hold-out, another number of teachers, or the
+            loss is no longer finite.
         RunError: the run folder cannot be resumed.
     """
     (fitted,) = fit_side_by_side(
@@ -342,6 +339,7 @@ def fit(
         device=device,
         batch_norm=batch_norm,
         holdout=holdout,
+        teachers=teachers,
         runs=[run] if run else [],
         on_batch=on_batch,
         on_epoch=(lambda lines: on_epoch(lines[0])) if on_epoch else None,
@@ -357,6 +355,7 @@ def fit_side_by_side(
     device: str = "cpu",
     batch_norm: Literal["scratch", "torch"] = "torch",
     holdout: int = 0,
+    teachers: Sequence[BNLeNet] = (),
     runs: Sequence[Run] = (),
     on_batch: Callable[[Fitting, int, int], None] | None = None,
     on_epoch: Callable[[list[Epoch]], None] | None = None,
@@ -368,6 +367,8 @@ def fit_side_by_side(
     """
     began = time.perf_counter()
     check(recipe, len(data.train.labels), holdout)
+    if len(teachers) != recipe.teachers:
+        raise FitError(f"the recipe learns from {recipe.teachers} teachers, not {len(teachers)}.")
     if len(seeds) > 1 and batch_norm == "scratch":
         raise FitError("several seeds at once need torch's batch norm: leave --batch-norm out.")
     kept = len(data.train.labels) - holdout
@@ -375,12 +376,11 @@ def fit_side_by_side(
     judged = on_device(
         Split(data.train.images[kept:], data.train.labels[kept:]) if holdout else data.test, device
     )
-    fitting = Fitting(recipe, images, labels, seeds, batch_norm)
+    fitting = Fitting(recipe, images, labels, seeds, batch_norm, teachers)
     history: list[list[Epoch]] = [[] for _ in seeds]
     for place, run in enumerate(runs):
         history[place] = [Epoch(**line) for line in run.load_state(fitting.tensors(place))]
     step = Captured(fitting) if images.is_cuda else fitting.step
-    done = int(fitting.done)
     ready = time.perf_counter()
 
     for epoch in range(len(history[0]) + 1, recipe.epochs + 1):
@@ -396,8 +396,8 @@ def fit_side_by_side(
         fitting.model.train()
         seen = 0
         for rows in torch.split(order, recipe.batch_size, dim=1):
-            step(rows, teacher=recipe.teacher > 0 and done >= fitting.teacher_start)
-            done, seen = done + 1, seen + rows.shape[1]
+            step(rows)
+            seen += rows.shape[1]
             if not images.is_cuda:
                 stop_if_diverged(fitting, epoch)
                 if on_batch:

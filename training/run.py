@@ -8,6 +8,7 @@ state.safetensors        all that a resumed fit needs; gone when the fit is comp
 results.json             written last: accuracy with each kind of statistics
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -44,6 +45,7 @@ class Config:
         threads: how many threads torch computes with.
         dataset_sha256: `FashionMNIST.sha256`.
         versions: of python, torch and numpy.
+        teachers: the runs that it learnt from, where the recipe does.
     """
 
     recipe: Recipe
@@ -54,19 +56,43 @@ class Config:
     threads: int
     dataset_sha256: str
     versions: dict[str, str]
+    teachers: tuple["Teacher", ...] = ()
 
     @classmethod
-    def from_json(cls, text: str) -> "Config":
-        """Read what `asdict` and `json.dumps` made.
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Config":
+        """Undo `asdict`, also after a round trip through JSON.
 
         Raises:
-            TypeError, KeyError, ValueError: it is no such text.
+            TypeError, KeyError, ValueError: these are no such fields.
         """
-        fields = json.loads(text)
-        recipe = fields["recipe"] | {
-            "augmentation": Augmentation(**fields["recipe"]["augmentation"])
-        }
-        return cls(**fields | {"recipe": Recipe(**recipe)})
+        recipe = fields["recipe"]
+        augmentation = Augmentation(**recipe["augmentation"])
+        teachers = [
+            Teacher(teacher["folder"], teacher["sha256"], cls.from_fields(teacher["config"]))
+            for teacher in fields.get("teachers", ())
+        ]
+        return cls(
+            **{
+                **fields,
+                "recipe": Recipe(**recipe | {"augmentation": augmentation}),
+                "teachers": tuple(teachers),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A run that another learnt from.
+
+    Attributes:
+        folder: where it was then.
+        sha256: of its checkpoint.
+        config: how it was fitted.
+    """
+
+    folder: str
+    sha256: str
+    config: Config
 
 
 class Run:
@@ -83,16 +109,28 @@ class Run:
             RunError: the folder exists and is not empty, or cannot be made.
         """
         run = cls(folder)
+        run.must_be_new()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                raise RunError(
-                    f"{folder} already exists: continue it with --resume, or choose another --out."
-                )
             run.write_json("config.json", asdict(config))
         except OSError as error:
             raise RunError(f"cannot write the run folder {folder}: {error.strerror}.") from error
         return run
+
+    def must_be_new(self) -> None:
+        """Refuse a folder that holds anything.
+
+        Raises:
+            RunError: it does, or is no folder that can be looked into.
+        """
+        try:
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise RunError(
+                    f"{self.folder} already exists: continue it with --resume, or choose another "
+                    "--out."
+                )
+        except OSError as error:
+            raise RunError(f"cannot read the folder {self.folder}: {error.strerror}.") from error
 
     def config(self) -> Config:
         """Read config.json.
@@ -101,7 +139,7 @@ class Run:
             RunError: this is no run folder.
         """
         try:
-            return Config.from_json((self.folder / "config.json").read_text())
+            return Config.from_fields(json.loads((self.folder / "config.json").read_text()))
         except FileNotFoundError as error:
             raise RunError(f"{self.folder} is no run folder: it has no config.json.") from error
         except (TypeError, KeyError, ValueError) as error:
@@ -156,6 +194,16 @@ class Run:
                 f"the checkpoint in {self.folder} lacks {error.args[0]}: continue it with --resume."
             ) from error
         return model
+
+    def as_teacher(self) -> Teacher:
+        """Describe this run as one to learn from.
+
+        Raises:
+            RunError: it is not complete, or damaged.
+        """
+        self.results()
+        digest = hashlib.sha256((self.folder / "checkpoint.safetensors").read_bytes())
+        return Teacher(str(self.folder), digest.hexdigest(), self.config())
 
     def save_epoch(
         self,

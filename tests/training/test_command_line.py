@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import shlex
@@ -9,10 +10,12 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from torch import Tensor
 
 import training.__main__ as command_line
 from training.dataset import DatasetError, FashionMNIST
 from training.fit import Fitting
+from training.recipes import RECIPES, Recipe
 from training.run import Run
 
 FIT = ("fit", "--epochs", "2", "--device", "cpu")
@@ -178,10 +181,86 @@ def test_resuming_on_another_data_set_is_refused(
     assert "dataset sha256" in fail("fit", "--resume", "--out", tmp_path / "a")
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch, teacher: Recipe, best: Recipe) -> None:
+    """Make the recipes short, of two epochs and two teachers."""
+    taught = replace(best, epochs=2, teacher_holdout=300)
+    monkeypatch.setitem(RECIPES, "teacher", replace(teacher, epochs=2))
+    monkeypatch.setitem(RECIPES, "best", taught)
+
+
+@pytest.mark.usefixtures("short")
+def test_teachers_are_fitted_once_and_before_all_others(tmp_path: Path) -> None:
+    result = succeed("fit", "--recipe", "best", "--out", tmp_path / "a")
+    assert re.findall(r"Teacher (\d) of 2: .*best-teacher-\d", result.stderr) == ["1", "2"]
+    teachers = [Run(tmp_path / f"best-teacher-{number}") for number in (0, 1)]
+    assert [(t.config().seed, t.config().holdout) for t in teachers] == [(0, 300), (1, 300)]
+    assert {t.config().recipe.name for t in teachers} == {"teacher"}
+    before = [(t.folder / "checkpoint.safetensors").read_bytes() for t in teachers]
+    result = succeed("fit", "--recipe", "best", "--seeds", "0-1", "--out", tmp_path / "b")
+    assert "Teacher" not in result.stderr
+    assert before == [(t.folder / "checkpoint.safetensors").read_bytes() for t in teachers]
+    taught = Run(tmp_path / "b-1").config().teachers
+    assert [t.sha256 for t in taught] == [hashlib.sha256(data).hexdigest() for data in before]
+    assert Run(tmp_path / "a").config().teachers == taught
+
+    card = tmp_path / "model" / "MODEL_CARD.md"
+    succeed("export", tmp_path / "a", "--out", tmp_path / "model" / "m.onnx")
+    assert "fit --recipe best --seed 0" in card.read_text()
+    assert "| teachers | 2 |" in card.read_text()
+
+
+@pytest.mark.usefixtures("short")
+def test_a_teacher_of_other_settings_is_refused_before_anything_is_fitted(tmp_path: Path) -> None:
+    fit = ("fit", "--recipe", "best", "--quiet")
+    succeed(*fit, "--out", tmp_path / "a")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    sentence = "best-teacher-0 is no teacher for this"
+    assert sentence in fail(*fit, "--epochs", 3, "--out", tmp_path / "b")
+    # Its teachers must not have seen what it is to be judged on.
+    assert sentence in fail(*fit, "--holdout", 400, "--out", tmp_path / "b")
+    assert "already exists" in fail(*fit, "--out", tmp_path / "a")
+    assert names == sorted(path.name for path in tmp_path.iterdir())
+    (tmp_path / "a" / "results.json").unlink()
+    checkpoint = tmp_path / "best-teacher-1" / "checkpoint.safetensors"
+    checkpoint.write_bytes((tmp_path / "best-teacher-0" / checkpoint.name).read_bytes())
+    resumed = fail("fit", "--resume", "--out", tmp_path / "a")
+    assert "best-teacher-1 is not what it was when the run was started" in resumed
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("stopped", [12, 25])  # in the first teacher's fit, in the student's
+def test_ctrl_c_at_any_stage_leaves_what_goes_on_to_the_same_bits(
+    stopped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "best", replace(RECIPES["best"], teachers=1))
+    step, taken = Fitting.step, 0
+
+    def interrupted(self: Fitting, rows: Tensor) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == stopped:
+            raise KeyboardInterrupt
+        step(self, rows)
+
+    arguments = ("fit", "--recipe", "best", "--out")
+    succeed(*arguments, tmp_path / "whole" / "a", "--quiet")
+    monkeypatch.setattr(Fitting, "step", interrupted)
+    result = run(*arguments, tmp_path / "a")
+    assert result.exit_code == 130
+    monkeypatch.setattr(Fitting, "step", step)
+    if "by giving the same command again" in result.stderr:
+        succeed(*arguments, tmp_path / "a")
+    else:
+        succeed(*shlex.split(result.stderr.split("python -m training ")[1]))
+    files = [folder / "a" / "checkpoint.safetensors" for folder in (tmp_path / "whole", tmp_path)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--recipe", "none"), "'none' is not one of 'chapter', 'best'"),
+        (("--recipe", "none"), "'none' is not one of 'chapter', 'teacher', 'best'"),
         (("--batch-size", 1), "1 is not in the range x>=2"),
         (("--batch-size", 157), "leaves a last batch of one image"),
         (("--learning-rate", "1e38"), "no longer finite in epoch 1, step"),

@@ -5,9 +5,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from unittest.mock import MagicMock
@@ -88,16 +89,17 @@ def test_both_batch_norms_give_the_same_loss_curve(few: FashionMNIST, chapter: R
 
 @pytest.mark.parametrize("name", ["chapter", "best"])
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
-    few: FashionMNIST, name: str, request: pytest.FixtureRequest
+    few: FashionMNIST, name: str, teachers: list[BNLeNet], request: pytest.FixtureRequest
 ) -> None:
     recipe = request.getfixturevalue(name)
-    first, second, other = (fit(few, recipe, seed=seed).model for seed in (3, 3, 4))
+    models = teachers[: recipe.teachers]
+    first, second, other = (fit(few, recipe, seed=s, teachers=models).model for s in (3, 3, 4))
     assert weights(first) == weights(second)
     assert weights(first) != weights(other)
 
 
-def test_the_best_recipe_learns(few: FashionMNIST, best: Recipe) -> None:
-    longer = replace(best, epochs=12)
+def test_the_teachers_recipe_learns(few: FashionMNIST, teacher: Recipe) -> None:
+    longer = replace(teacher, epochs=12)
     fitted = fit(few, longer)
     assert fitted.scores["moving"].accuracy > 0.7
     assert set(fitted.scores) == {"moving", "population", "clean"}
@@ -105,22 +107,25 @@ def test_the_best_recipe_learns(few: FashionMNIST, best: Recipe) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_a_captured_step_would_read_and_write_the_same_memory_at_every_replay(
-    few: FashionMNIST, best: Recipe, optimizer: Literal["sgd", "adamw", "muon"]
+    few: FashionMNIST,
+    best: Recipe,
+    teachers: list[BNLeNet],
+    optimizer: Literal["sgd", "adamw", "muon"],
 ) -> None:
     """A CUDA graph replays addresses, so no tensor of the fit may move, whatever the optimiser."""
-    recipe = replace(best, optimizer=optimizer, teacher=0.5)
-    fitting = Fitting(recipe, *on_device(few.train, "cpu"))
+    recipe = replace(best, optimizer=optimizer)
+    fitting = Fitting(recipe, *on_device(few.train, "cpu"), teachers=teachers)
     before = {name: tensor.data_ptr() for name, tensor in fitting.tensors().items()}
     assert any(name.startswith("optimizer.") for name in before) == (optimizer != "sgd")
     for _ in range(3):
-        fitting.step(torch.arange(128), teacher=True)
+        fitting.step(torch.arange(128))
     assert {name: tensor.data_ptr() for name, tensor in fitting.tensors().items()} == before
     assert int(fitting.done) == 3
 
 
-def test_warming_up_for_a_capture_leaves_no_trace(few: FashionMNIST, best: Recipe) -> None:
+def test_warming_up_for_a_capture_leaves_no_trace(few: FashionMNIST, teacher: Recipe) -> None:
     images = on_device(few.train, "cpu")
-    warmed, plain = (Fitting(best, *images) for _ in range(2))
+    warmed, plain = (Fitting(teacher, *images) for _ in range(2))
     for fitting in (warmed, plain):
         fitting.generators[0].manual_seed(1)
         fitting.step(torch.arange(128))
@@ -141,17 +146,17 @@ class Recorded:
     step = Fitting.step
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Fitting, Tensor, bool]] = []
+        self.calls: list[tuple[Fitting, Tensor]] = []
         self.generators: list[torch.Generator] = []
 
     def register_generator_state(self, generator: torch.Generator) -> None:
         self.generators.append(generator)
 
     def replay(self) -> None:
-        for fitting, rows, teacher in self.calls:
+        for fitting, rows in self.calls:
             draws = fitting.recipe.augmentation != Augmentation()
             assert self.generators == (fitting.generators if draws else [])
-            Recorded.step(fitting, rows, teacher)
+            Recorded.step(fitting, rows)
 
 
 @contextmanager
@@ -161,11 +166,11 @@ def recording(graph: Recorded) -> Iterator[None]:
     Recorded.capturing = None
 
 
-def recorded_step(fitting: Fitting, rows: Tensor, teacher: bool = False) -> None:
+def recorded_step(fitting: Fitting, rows: Tensor) -> None:
     if Recorded.capturing:
-        Recorded.capturing.calls.append((fitting, rows, teacher))
+        Recorded.capturing.calls.append((fitting, rows))
     else:
-        Recorded.step(fitting, rows, teacher)
+        Recorded.step(fitting, rows)
 
 
 @pytest.mark.parametrize(("name", "seeds"), [("chapter", [0, 1]), ("best", [0])])
@@ -173,13 +178,14 @@ def test_replays_in_the_shape_of_cuda_graphs_train_as_eager_steps_do(
     few: FashionMNIST,
     name: str,
     seeds: list[int],
+    teachers: list[BNLeNet],
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
-    """All of the fast path but the device: static batches, last batch, warm-up, lazy capture."""
-    recipe = replace(request.getfixturevalue(name), teacher=0.5)
+    """All of the fast path but the device: static batches, the last batch, warm-up."""
+    recipe = request.getfixturevalue(name)
     images = on_device(few.train, "cpu")
-    replayed, eager = (Fitting(recipe, *images, seeds) for _ in range(2))
+    replayed, eager = (Fitting(recipe, *images, seeds, teachers=teachers) for _ in range(2))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock)
@@ -187,7 +193,7 @@ def test_replays_in_the_shape_of_cuda_graphs_train_as_eager_steps_do(
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock)
     monkeypatch.setattr(Fitting, "step", recorded_step)
     captured = Captured(replayed)
-    assert set(captured.graphs) == {(128, False), (76, False)}
+    assert set(captured.graphs) == {128, 76}
     generator = torch.Generator().manual_seed(1)
     order = torch.split(
         torch.stack([torch.randperm(1100, generator=generator) for _ in seeds]), 128, dim=1
@@ -195,10 +201,8 @@ def test_replays_in_the_shape_of_cuda_graphs_train_as_eager_steps_do(
     for step, fitting in ((captured, replayed), (eager.step, eager)):
         for own in fitting.generators:
             own.manual_seed(2)
-        for teacher in (False, True):
-            for rows in order:
-                step(rows, teacher)
-    assert set(captured.graphs) == {(128, False), (76, False), (128, True), (76, True)}
+        for rows in order * 2:
+            step(rows)
     assert torch.equal(replayed.loss, eager.loss)
     for place in range(len(seeds)):
         pairs = zip(replayed.tensors(place).items(), eager.tensors(place).values(), strict=True)
@@ -206,9 +210,9 @@ def test_replays_in_the_shape_of_cuda_graphs_train_as_eager_steps_do(
             assert torch.equal(a, b), name
 
 
-def test_biases_before_batch_norm_rest_by_every_path(few: FashionMNIST, best: Recipe) -> None:
+def test_biases_before_batch_norm_rest_by_every_path(few: FashionMNIST, teacher: Recipe) -> None:
     """Their gradient is rounding alone, which AdamW would turn into steps of full length."""
-    recipe = replace(best, optimizer="adamw")
+    recipe = replace(teacher, optimizer="adamw")
     fast, plain = (Fitting(recipe, *on_device(few.train, "cpu")) for _ in range(2))
     plain.forward = plain.model  # as on a GPU
     before = copy.deepcopy(plain.model)
@@ -223,8 +227,8 @@ def test_biases_before_batch_norm_rest_by_every_path(few: FashionMNIST, best: Re
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_the_average_follows_weights_and_statistics(few: FashionMNIST, best: Recipe) -> None:
-    recipe = replace(best, averaging=1e-9)  # reaches back no further than the last step
+def test_the_average_follows_weights_and_statistics(few: FashionMNIST, teacher: Recipe) -> None:
+    recipe = replace(teacher, averaging=1e-9)  # reaches back no further than the last step
     fitting = Fitting(recipe, *on_device(few.train, "cpu"))
     for _ in range(3):
         fitting.step(torch.arange(128))
@@ -235,8 +239,10 @@ def test_the_average_follows_weights_and_statistics(few: FashionMNIST, best: Rec
         assert "num_batches" in name or torch.equal(average, last), name
 
 
-def test_the_average_begins_as_the_plain_mean_of_the_steps(few: FashionMNIST, best: Recipe) -> None:
-    recipe = replace(best, averaging=1.0)
+def test_the_average_begins_as_the_plain_mean_of_the_steps(
+    few: FashionMNIST, teacher: Recipe
+) -> None:
+    recipe = replace(teacher, averaging=1.0)
     fitting = Fitting(recipe, *on_device(few.train, "cpu"))
     seen = []
     for _ in range(3):
@@ -245,23 +251,39 @@ def test_the_average_begins_as_the_plain_mean_of_the_steps(few: FashionMNIST, be
     torch.testing.assert_close(fitting.average.linear2.weight, torch.stack(seen).mean(0))
 
 
-def test_the_teacher_is_the_averages_mean_over_image_and_mirror(
-    few: FashionMNIST, best: Recipe
+def test_a_label_is_mixed_with_the_teachers_mean_prediction(
+    few: FashionMNIST, best: Recipe, teachers: list[BNLeNet]
 ) -> None:
-    recipe = replace(best, teacher=0.3, averaging=1e-9, augmentation=Augmentation())
+    recipe = replace(best, distillation=0.3, label_smoothing=0.05, augmentation=Augmentation())
     images, labels = on_device(few.train, "cpu")
-    fitting = Fitting(recipe, images, labels)
-    for _ in range(10):  # so that the average has an opinion
-        fitting.step(torch.arange(128, 256))
-    fitting.loss.zero_()
+    fitting = Fitting(recipe, images, labels, teachers=teachers)
     x, y = images[:128] / 255, labels[:128]
     with torch.no_grad():
-        soft = (fitting.average(x).softmax(1) + fitting.average(x.flip(3)).softmax(1)) / 2
+        soft = sum(copy.deepcopy(model).double()(x.double()).softmax(1) for model in teachers) / 2
         hard = 0.95 * F.one_hot(y, 10) + 0.05 / 10
         target = 0.7 * hard + 0.3 * soft
         expected = -(target * copy.deepcopy(fitting.model)(x).log_softmax(1)).sum(1).mean()
-    fitting.step(torch.arange(128), teacher=True)
+    fitting.step(torch.arange(128))
     assert fitting.loss.item() / 128 == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_teachers_see_the_very_images_that_the_student_sees(
+    few: FashionMNIST, best: Recipe, teachers: list[BNLeNet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitting = Fitting(
+        replace(best, distillation=1.0), *on_device(few.train, "cpu"), [0], teachers=teachers
+    )
+    seen = []
+
+    def watched(ask: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        seen.append(images.clone())
+        return ask(images)
+
+    for name in ("forward", "teachers"):
+        monkeypatch.setattr(fitting, name, partial(watched, getattr(fitting, name)))
+    fitting.step(torch.arange(128))
+    assert torch.equal(*seen)
+    assert not torch.equal(seen[0], fitting.images[:128] / 255)
 
 
 def test_held_out_images_are_not_trained_on(few: FashionMNIST, chapter: Recipe) -> None:
@@ -276,7 +298,7 @@ def test_held_out_images_are_not_trained_on(few: FashionMNIST, chapter: Recipe) 
 
 
 def test_what_cannot_be_trained_is_refused_before_it_starts(
-    few: FashionMNIST, chapter: Recipe
+    few: FashionMNIST, chapter: Recipe, best: Recipe
 ) -> None:
     with pytest.raises(FitError, match="a batch size of 157 leaves a last batch of one image"):
         fit(few, replace(chapter, batch_size=157))
@@ -285,6 +307,8 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(
         fit(few, replace(chapter, batch_size=1))
     with pytest.raises(FitError, match="0 to 1,098: not 1,100"):
         fit(few, chapter, holdout=1100)
+    with pytest.raises(FitError, match="learns from 2 teachers, not 0"):
+        fit(few, best)
 
 
 def test_a_loss_that_becomes_nan_stops_the_fit_and_keeps_the_last_checkpoint(
@@ -318,20 +342,25 @@ def test_a_learning_rate_far_too_high_is_told(few: FashionMNIST, chapter: Recipe
 
 @pytest.mark.parametrize("name", ["chapter", "best"])
 def test_a_fit_interrupted_within_an_epoch_resumes_bit_for_bit(
-    few: FashionMNIST, name: str, tmp_path: Path, request: pytest.FixtureRequest
+    few: FashionMNIST,
+    name: str,
+    teachers: list[BNLeNet],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     recipe = request.getfixturevalue(name)
+    models = teachers[: recipe.teachers]
     whole, broken = (new_run(tmp_path / folder, recipe) for folder in ("whole", "broken"))
-    fit(few, recipe, run=whole)
+    fit(few, recipe, teachers=models, run=whole)
 
     def interrupt(_: Fitting, epoch: int, seen: int) -> None:
         if epoch == 3 and seen > 500:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(few, recipe, run=broken, on_batch=interrupt)
+        fit(few, recipe, teachers=models, run=broken, on_batch=interrupt)
     assert len(broken.metrics()) == 2
-    fit(few, recipe, run=broken)
+    fit(few, recipe, teachers=models, run=broken)
     checkpoints = [(run.folder / "checkpoint.safetensors").read_bytes() for run in (whole, broken)]
     assert checkpoints[0] == checkpoints[1]
     losses = [[(line["epoch"], line["loss"]) for line in run.metrics()] for run in (whole, broken)]
@@ -341,9 +370,8 @@ def test_a_fit_interrupted_within_an_epoch_resumes_bit_for_bit(
 KILLED = """
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
-from unittest.mock import MagicMock
 import torch
 from training.dataset import FashionMNIST, Split, load
 from training.fit import fit
@@ -357,8 +385,10 @@ fit(FashionMNIST(train, test, data.sha256), run.config().recipe, run=run)
 """
 
 
-def test_a_killed_fit_resumes_bit_for_bit(few: FashionMNIST, best: Recipe, tmp_path: Path) -> None:
-    recipe = replace(best, epochs=15)
+def test_a_killed_fit_resumes_bit_for_bit(
+    few: FashionMNIST, teacher: Recipe, tmp_path: Path
+) -> None:
+    recipe = replace(teacher, epochs=15)
     whole, killed = (new_run(tmp_path / folder, recipe) for folder in ("whole", "killed"))
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(killed.folder)])
     try:
