@@ -72,6 +72,13 @@ class Settings(BaseSettings):
         default="text", description="The form of log lines."
     )
 
+    @field_validator("api_key")
+    @classmethod
+    def _can_be_sent(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and key.get_secret_value() != key.get_secret_value().strip():
+            raise ValueError("it begins or ends with white space, which no request can carry")
+        return key
+
     @field_validator("cors_origins", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
