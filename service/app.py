@@ -51,6 +51,7 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
         redoc_url=None,
         redirect_slashes=False,
     )
+    framework.state.rejected = metrics.rejected
     gate = Gate(framework, OPEN_PATHS, settings, metrics)
     on_cpu = model.provider == "CPUExecutionProvider"
     infer = (Inference if on_cpu else ThreadedInference)(
@@ -100,8 +101,10 @@ async def _answer_error(request: Request, exc: Exception) -> Response:
             )
         case HTTPException():
             error = BadRequest("The request cannot be served; see /docs for what can.")
-        case _:  # logged by the gate, to which the framework raises it again
+        case _:  # logged and counted by the gate, to which the framework raises it again
             error = ServiceError("The server failed; if it goes on, report the request id.")
+    if error.status != ServiceError.status:
+        request.app.state.rejected(error.code)
     answer = error_answer(error, request.scope["exchange"].request_id)
     headers = {name.decode(): value.decode() for name, value in answer.headers}
     return Response(answer.body, answer.status, headers)

@@ -59,7 +59,11 @@ async def test_refusals_are_counted_by_their_code(make_app: Callable[..., Gate])
     app = make_app()
     await ask(app, bytes(783))
     await ask(app, b"{", headers={"Content-Type": "application/json"})
+    await get(app, "/nothing")
+    await get(app, "/v2/models/another")
     text = (await get(app, "/metrics")).body.decode()
+    assert '\nbnlenet_rejected_total{reason="not_found"} 1.0\n' in text
+    assert '\nbnlenet_rejected_total{reason="unknown_model"} 1.0\n' in text
     assert '\nbnlenet_rejected_total{reason="invalid_input"} 1.0\n' in text
     assert '\nbnlenet_rejected_total{reason="malformed_json"} 1.0\n' in text
 
