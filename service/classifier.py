@@ -138,10 +138,19 @@ class Classifier:
             raise ModelError(
                 f"The metadata of the model file {path} is damaged: {REMEDY}."
             ) from exc
-        if len(set(classes)) != OUTPUT[2][0] or not all(isinstance(name, str) for name in classes):
+        strings = all(isinstance(name, str) for name in classes)
+        if not strings or not len(set(classes)) == len(classes) == OUTPUT[2][0]:
             raise ModelError(f"The model file {path} does not name ten classes: {REMEDY}.")
-        classifier = cls(session, info)
-        self_test.run(classifier, path)
+        try:
+            classifier = cls(session, info)
+            error = self_test.error(classifier)
+        except Exception as exc:  # as in _open_session
+            raise ModelError(f"The model file {path} cannot be run: {REMEDY}.") from exc
+        if not error <= self_test.tolerance:  # also when it is NaN
+            raise ModelError(
+                f"The model file {path} fails its self-test on {info.provider}: off by {error:.1e}"
+                f" where {self_test.tolerance:.0e} is allowed; export it again."
+            )
         return classifier
 
 
@@ -165,13 +174,8 @@ class _SelfTest:
             raise ValueError("a tolerance that proves nothing")
         return cls(pixels.reshape(len(probabilities), 1, 28, 28), probabilities, tolerance)
 
-    def run(self, classifier: Classifier, path: Path) -> None:
-        error = np.abs(classifier.probabilities(self.pixels) - self.probabilities).max()
-        if not error <= self.tolerance:  # also when it is NaN
-            raise ModelError(
-                f"The model file {path} fails its self-test on {classifier.info.provider}:"
-                f" off by {error:.1e} where {self.tolerance:.0e} is allowed; export it again."
-            )
+    def error(self, classifier: Classifier) -> float:
+        return float(np.abs(classifier.probabilities(self.pixels) - self.probabilities).max())
 
 
 def _in_buckets(run: Run) -> Run:

@@ -165,6 +165,14 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"classes": json.dumps([*CLASSES[:9], CLASSES[0]])},
         "does not name ten classes",
     ),
+    "eleven classes": (
+        {"classes": json.dumps([*CLASSES, CLASSES[0]])},
+        "does not name ten classes",
+    ),
+    "classes no strings": (
+        {"classes": json.dumps([[name] for name in CLASSES])},
+        "does not name ten classes",
+    ),
     "self-test no JSON": ({"self_test": "yes"}, "metadata"),
     "self-test without images": ({"self_test": json.dumps(SELF_TEST)}, "metadata"),
     "self-test without tolerance": ({"self_test": "{}"}, "lacks the metadata entry"),
@@ -181,6 +189,19 @@ def test_a_file_that_breaks_the_contract_is_refused(
 ) -> None:
     changes, expected = BROKEN[name]
     refuse(broken_artefact(**changes), expected)
+
+
+def test_a_graph_that_cannot_be_run_is_refused(broken_artefact: Callable[..., Path]) -> None:
+    """It says that it takes any batch, but inside it is made for one image."""
+    path = broken_artefact()
+    model = onnx.load(path)
+    (flatten,) = (node for node in model.graph.node if node.op_type == "Flatten")
+    flatten.op_type = "Reshape"
+    flatten.input.append("shape")
+    shape = onnx.numpy_helper.from_array(np.array([1, 256], np.int64), "shape")
+    model.graph.initializer.append(shape)
+    onnx.save(model, path)
+    refuse(path, "cannot be run")
 
 
 def test_a_self_test_that_gives_nan_is_refused(broken_artefact: Callable[..., Path]) -> None:
