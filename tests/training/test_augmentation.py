@@ -83,6 +83,19 @@ def test_rotation_and_scale_are_those_of_a_turned_and_scaled_dot() -> None:
     assert 1.08 < radius.max() < 1.12
 
 
+def test_turned_images_are_mirrored_and_shifted_too() -> None:
+    """All in one resampling, with next to no turn: a blob 6 pixels right of the centre."""
+    y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    blob = torch.exp(-((x - 19.5) ** 2 + (y - 13.5) ** 2) / 4).expand(1000, 1, 28, 28)
+    view = Augmentation(flip=True, shift=2, rotation=1e-6)(blob, seeded())[:, 0]
+    mass = view.sum((1, 2))
+    right, down = ((view * place).sum((1, 2)) / mass - 13.5 for place in (x, y))
+    assert 0.45 < (right < 0).float().mean() < 0.55
+    for moved in (right.abs() - 6, down):
+        assert 1.9 < moved.max() < 2.05
+        assert -2.05 < moved.min() < -1.9
+
+
 def test_brightness_contrast_and_gamma_follow_their_formulas() -> None:
     grey = torch.full((1000, 1, 28, 28), 0.5)
     grey[:, :, :14] = 0.25
