@@ -52,6 +52,7 @@ CLIENT_GONE = 499  # nginx's status for the log; nobody receives it
 CROSS_ORIGIN_HEADERS = (
     b"Authorization, Content-Type, Content-Encoding, Inference-Header-Content-Length, X-Request-ID"
 )
+CROSS_ORIGIN_EXPOSED = b"Inference-Header-Content-Length, Retry-After, X-Request-ID"
 BODIES_IN_MEMORY = 8  # of the largest size, while they come in
 SLOW_AFTER_SECONDS = 2.0
 SWEEP_SECONDS = 0.1
@@ -184,9 +185,10 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                exchange.closing = exchange.unread()
                 message["headers"] = [*message["headers"], *self._tail(exchange)]
-                if exchange.unread():
-                    message["headers"].append(CLOSE)
+            elif exchange.closing:
+                message["more_body"] = True  # the end comes after the rest of the request
             await send(message)
 
         try:
@@ -247,7 +249,7 @@ class Gate:
         if origin is not None and (any_origin or origin in self._origins):
             allowed = b"*" if any_origin else origin
             headers.append((b"access-control-allow-origin", allowed))
-            headers.append((b"access-control-expose-headers", b"X-Request-ID"))
+            headers.append((b"access-control-expose-headers", CROSS_ORIGIN_EXPOSED))
         return headers
 
     def _is_preflight(self, exchange: Exchange) -> bool:

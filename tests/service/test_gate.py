@@ -220,6 +220,9 @@ class TestCrossOrigin:
             answer = await ask(app, headers=headers)
             assert answer.headers["access-control-allow-origin"] == ORIGIN
             assert answer.headers["vary"] == "Origin"
+            # Without it, a page cannot tell where an answer's binary tensors begin.
+            exposed = answer.headers["access-control-expose-headers"]
+            assert "Inference-Header-Content-Length" in exposed
             assert "access-control-allow-credentials" not in answer.headers
 
     async def test_a_preflight_carries_no_key(self, make_app: MakeApp) -> None:
@@ -287,13 +290,22 @@ async def test_answers_while_draining_close_their_connections(make_app: MakeApp)
     assert (await ask(app, b"", method="GET", target="/livez")).status == 200
 
 
+@pytest.mark.parametrize(
+    ("method", "target", "code"),
+    [
+        ("POST", "/predict", b"payload_too_large"),
+        ("POST", "/nothing", b"not_found"),
+        ("PUT", "/predict", b"method_not_allowed"),
+        ("POST", "/v2/models/another/infer", b"unknown_model"),
+    ],
+)
 async def test_a_large_refused_upload_lingers_before_it_closes(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, method: str, target: str, code: bytes
 ) -> None:
     monkeypatch.setattr(gate_module, "LINGER_SECONDS", 0.1)
     app = make_app()
-    upload = Conversation(app, send_headers={**BYTES, "Content-Length": "1000000000"})
-    await until(lambda: b"payload_too_large" in upload.body)
+    upload = Conversation(app, method, target, {**BYTES, "Content-Length": "1000000000"})
+    await until(lambda: code in upload.body)
     assert upload.headers["connection"] == "close"
     assert not upload.closed
     assert app.in_flight == 0
