@@ -111,7 +111,7 @@ def _serve(inherited: socket.socket | None, supervisor: int | None = None) -> No
     from service import logs  # noqa: PLC0415
     from service.classifier import ModelError  # noqa: PLC0415
     from service.server import StartError, bind, run  # noqa: PLC0415
-    from service.workers import START_FAILED, supervise  # noqa: PLC0415
+    from service.workers import START_FAILED, SupervisorError, supervise  # noqa: PLC0415
 
     logs.configure(settings)
     try:
@@ -119,7 +119,7 @@ def _serve(inherited: socket.socket | None, supervisor: int | None = None) -> No
         if inherited is None and settings.workers > 1:
             sys.exit(supervise(settings.workers, listener))
         run(settings, listener, supervisor)
-    except (ModelError, StartError) as exc:
+    except (ModelError, StartError, SupervisorError) as exc:
         _fail(str(exc), START_FAILED)
 
 

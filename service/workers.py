@@ -20,14 +20,28 @@ RESTART_AFTER_SECONDS = 1.0
 logger = logging.getLogger("service")
 
 
+class SupervisorError(Exception):
+    """No workers can be started; the message is one sentence that says why."""
+
+
 def supervise(count: int, listener: socket.socket) -> int:
     """Run workers until a signal ends them, and return the exit status.
 
     Args:
         count: how many.
         listener: a bound socket; the workers share it.
+
+    Raises:
+        SupervisorError: there is nowhere to keep their metrics.
     """
-    with tempfile.TemporaryDirectory(prefix="bnlenet-metrics-") as directory:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="bnlenet-metrics-")
+    except OSError as exc:
+        raise SupervisorError(
+            f"There is nowhere to keep the workers' metrics ({exc.strerror}): set TMPDIR to a"
+            " directory that can be written, or BNLENET_WORKERS to 1."
+        ) from exc
+    with folder as directory:
         return asyncio.run(Supervisor(listener, directory).run(count))
 
 

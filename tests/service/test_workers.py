@@ -3,7 +3,9 @@
 import os
 import re
 import signal
+import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.workers import SupervisorError, supervise
 from tests.contract.conftest import serving
 
 BYTES = {"content-type": "application/octet-stream"}
@@ -91,6 +94,14 @@ def test_workers_do_not_outlive_a_killed_supervisor(
     while any(alive(child) for child in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_without_a_writable_directory_it_ends_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with socket.socket() as unused, pytest.raises(SupervisorError, match="set TMPDIR"):
+        supervise(2, unused)
 
 
 def alive(pid: int) -> bool:
