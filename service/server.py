@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.app import create_app
@@ -51,12 +52,23 @@ def bind(settings: Settings) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
-    except OSError as exc:
-        raise StartError(
-            f"Cannot listen on {address} ({exc.strerror}): free the port, or set BNLENET_HOST and"
-            " BNLENET_PORT to another."
-        ) from exc
+    except (OSError, UnicodeError) as exc:  # a name with an empty label is no Unicode to Python
+        raise _cannot_listen(address, exc) from exc
     return listener
+
+
+def url(listener: socket.socket) -> str:
+    """Return where a bound socket listens."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _cannot_listen(address: str, exc: Exception) -> StartError:
+    reason = getattr(exc, "strerror", None) or "no such host"
+    return StartError(
+        f"Cannot listen on {address} ({reason}): free the port, or set BNLENET_HOST and"
+        " BNLENET_PORT to another."
+    )
 
 
 def run(settings: Settings, listener: socket.socket, supervisor: int | None = None) -> None:
@@ -69,8 +81,13 @@ def run(settings: Settings, listener: socket.socket, supervisor: int | None = No
 
     Raises:
         ModelError: the model cannot be served.
+        StartError: another process took the port while the model was loaded.
     """
     app = create_app(settings, Classifier.load(settings.model_path, settings.device))
+    try:
+        listener.listen()  # here, where its failure can still be told in a sentence
+    except OSError as exc:
+        raise _cannot_listen(url(listener), exc) from exc
     gc.collect()
     gc.freeze()  # what lives as long as the process need not be looked through again and again
     with contextlib.suppress(ValueError, OSError):  # as many connections as we are allowed
@@ -108,11 +125,10 @@ class Server(uvicorn.Server):
         self._supervisor = supervisor
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start listening, and say where."""
+        """Start answering, and say where."""
         await super().startup(sockets)
         for listener in sockets or []:
-            host, port = listener.getsockname()[:2]
-            logger.info("ready", extra={"fields": {"url": f"http://{host}:{port}"}})
+            logger.info("ready", extra={"fields": {"url": url(listener)}})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         """Drain at the first SIGTERM; stop at once at SIGINT or a second signal."""
@@ -155,22 +171,55 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came; refuse a head that goes on for too long."""
+        """Parse what came; refuse a head, or fields after a body, that go on for too long."""
+        size = len(data)
+        before = len(self.cycle.body) if self._in_body else None
         if self._awaits_head():
             if self._head_bytes == 0:
                 self._waiting_since = self.loop.time()
                 self._patience = HEAD_SECONDS
-            self._head_bytes += len(data)
-        super().data_received(data)
-        if not self._awaits_head():
+            self._head_bytes += size
+        while data:
+            try:
+                super().data_received(data)
+                break
+            except HttpParserUpgrade as offer:
+                data = self._without_offer() + data[offer.args[0] :]
+        if self._in_body and len(self.cycle.body) == before and not self.cycle.response_started:
+            self._head_bytes += size
+        elif not self._awaits_head():
             self._head_bytes = 0
-        elif self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(HeadersTooLarge(TOO_LARGE))
+
+    def _should_upgrade(self) -> bool:
+        """Hold back a request that offers another protocol; `CONNECT` is no offer."""
+        return self.parser.get_method() != b"CONNECT"
+
+    def handle_websocket_upgrade(self) -> None:
+        """Let `data_received` see the offer, whichever protocol it is of."""
+        raise  # noqa: PLE0704 - called while the parser's exception is handled
+
+    def _without_offer(self) -> bytes:
+        """Return the head just parsed without its offer, for a new parser.
+
+        Java's client sends its first request so, and we may ignore it (RFC 9110, section 7.8). But
+        the parser takes all that comes after such a head, its body too, for the other protocol.
+        """
+        version = self.parser.get_http_version().encode()
+        head = [self.scope["method"].encode(), b" ", self.url, b" HTTP/", version, b"\r\n"]
+        for name, value in self.scope["headers"]:
+            if name != b"upgrade":
+                head += [name, b": ", value, b"\r\n"]
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+        return b"".join([*head, b"\r\n"])
 
     def on_headers_complete(self) -> None:
         """Take what follows for a body."""
-        self._in_body = True
         super().on_headers_complete()
+        self._in_body = True
+        self.headers = []  # those after a body must not change what was decided by its head
 
     def on_message_complete(self) -> None:
         """Take what follows for another head."""

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -87,6 +87,23 @@ class TestStart:
     def test_a_host_that_is_not_ours_is_one_sentence(self, artefact: Path) -> None:
         status, said = refuse_to_start(model_path=str(artefact), host="192.0.2.1")
         assert (status, said.count("\n")) == (1, 1)
+
+    def test_a_host_that_is_no_name_is_one_sentence(self) -> None:
+        with pytest.raises(server.StartError, match=r"Cannot listen on a\.\.b:0"):
+            server.bind(Settings(host="a..b", port=0))
+
+    def test_a_port_taken_while_the_model_was_loaded_is_one_sentence(self, artefact: Path) -> None:
+        settings = Settings(port=0, model_path=artefact)
+        with server.bind(settings) as listener, socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(listener.getsockname())
+            other.listen()
+            with pytest.raises(server.StartError, match=r"\(Address already in use\)"):
+                server.run(settings, listener)
+
+    def test_an_ipv6_address_is_told_as_a_url(self) -> None:
+        with socket.socket(socket.AF_INET6) as unbound:
+            assert server.url(unbound) == "http://[::]:0"
 
     def test_it_is_small_and_soon_ready(self, start: Callable[..., Any]) -> None:
         """Measured in CPU time: wall time tells more about the machine's other work."""
@@ -227,6 +244,39 @@ class TestRudeClients:
                 time.sleep(0.001)
             connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             assert b"HTTP/1.1 200 OK\r\n" in answers.read()
+
+    def test_fields_after_a_body_are_bounded_and_change_nothing(
+        self, start: Callable[..., Any]
+    ) -> None:
+        address, _ = start()
+        chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n310\r\n" + bytes(784) + b"\r\n0\r\n"
+        with connect(address) as connection:
+            connection.sendall(chunked + b"X-Request-ID: late\r\nContent-Encoding: br\r\n\r\n")
+            answer = connection.recv(10_000)
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert b"late" not in answer
+        with connect(address) as connection:
+            connection.sendall(chunked)
+            with suppress(ConnectionError):  # it closes before all is sent
+                for _ in range(1000):
+                    connection.sendall(b"X-Field: " + b"a" * 1000 + b"\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 431 ")
+
+    def test_offers_of_other_protocols_are_declined(self, start: Callable[..., Any]) -> None:
+        """Java's client offers HTTP/2 so, with a body, in one packet or several."""
+        address, _ = start()
+        offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+        post = HEAD + offer + b"Content-Length: 784\r\n\r\n"
+        get = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+        last = get.replace(b"upgrade\r\n", b"upgrade, close\r\n")
+        with connect(address) as connection, connection.makefile("rb") as answers:
+            for piece in (post + bytes(784) + get + post, bytes(400), bytes(384) + last):
+                connection.sendall(piece)
+                time.sleep(0.1)
+            assert re.findall(rb"HTTP/1.1 \d+", answers.read()) == [b"HTTP/1.1 200"] * 4
+        with connect(address) as connection:
+            connection.sendall(b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
 
     def test_pipelined_requests_are_answered_in_order(self, start: Callable[..., Any]) -> None:
         address, _ = start()
