@@ -102,7 +102,7 @@ class Gate:
         self._timeout = settings.request_timeout_seconds
         self._key: bytes | None = None
         if settings.api_key is not None:
-            self._key = f"Bearer {settings.api_key.get_secret_value()}".encode()
+            self._key = settings.api_key.get_secret_value().encode()
         self._open_paths = frozenset(path for path in open_paths if path[-1] != "*")
         self._open_prefixes = tuple(path[:-1] for path in open_paths if path[-1] == "*")
         self._origins = frozenset(origin.encode() for origin in settings.cors_origins)
@@ -273,8 +273,8 @@ class Gate:
         path = exchange.scope["path"]
         if path in self._open_paths or path.startswith(self._open_prefixes):
             return
-        given = exchange.headers.get(b"authorization", b"")
-        if not hmac.compare_digest(given, self._key):
+        scheme, _, given = exchange.headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.lstrip(), self._key):
             raise Unauthorized(
                 "Send the API key as `Authorization: Bearer KEY`.",
                 headers={"WWW-Authenticate": 'Bearer realm="bn-lenet"'},

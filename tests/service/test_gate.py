@@ -174,6 +174,8 @@ class TestKey:
             ({"Authorization": "Bearer wrong"}, 401),
             ({"Authorization": "Bearer opensesame2"}, 401),
             ({"Authorization": "Bearer ä"}, 401),
+            ({"Authorization": "Basic opensesame"}, 401),
+            ({"Authorization": "bearer  opensesame"}, 200),  # RFC 9110, section 11.4
             (KEY, 200),
         ],
     )
