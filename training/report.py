@@ -81,9 +81,9 @@ def draw_norms(model: BNLeNet, out: Path) -> None:
 
 
 def save_figure(figure: Figure, out: Path) -> None:
-    """Write a figure as PNG; the same figure gives the same bytes."""
+    """Write a figure as PNG, whatever the file is called; the same figure gives the same bytes."""
     # So without the creating software's version.
-    figure.savefig(out, dpi=110, metadata={"Software": None})
+    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
 
 
 def model_card(

@@ -41,6 +41,13 @@ def test_pictures_are_drawn_the_same_each_time(runs: list[Run]) -> None:
     assert all(colours(runs[0].folder / name) > 20 for name in names)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.svg", "a"])
+def test_a_picture_is_a_png_whatever_its_name(name: str, tmp_path: Path) -> None:
+    report.draw_confusion([[1] * 10] * 10, tmp_path / name)
+    with Image.open(tmp_path / name) as image:
+        assert image.format == "PNG"
+
+
 def test_the_card_says_what_was_measured(runs: list[Run]) -> None:
     evaluation = Evaluation(
         images=10_000,
