@@ -98,6 +98,14 @@ def test_momentum_multiplies_the_old_value() -> None:
     assert variance.item() == 0.75 * 20 + 0.25 * 1
 
 
+def test_moving_statistics_keep_nothing_of_a_batchs_graph() -> None:
+    x = torch.tensor([[1.0], [3.0]], requires_grad=True)
+    one, zero = torch.ones(1), torch.zeros(1)
+    output, *moved = batch_norm(x, one, zero, zero, one, training=True)
+    assert output.requires_grad
+    assert [tensor.requires_grad for tensor in moved] == [False, False]
+
+
 def test_epsilon_is_inside_the_root() -> None:
     """By hand: variance 3 and epsilon 1 make the root 2, so (5 - 1) / 2 * 10 + 7 = 27."""
     output, *_ = batch_norm(
