@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 import re
 import shlex
@@ -26,12 +27,12 @@ from training import report
 from training.dataset import CLASS_NAMES, DatasetError, FashionMNIST, load
 from training.evaluation import Evaluation, EvaluationError, evaluate, onnx_classifier
 from training.export import ExportError, Provenance, export
-from training.fit import Epoch, FitError, Fitted, Fitting, fit_side_by_side
-from training.model import BNLeNet
+from training.fit import Epoch, FitError, Fitted, Fitting, check, fit_side_by_side
 from training.recipes import RECIPES
 from training.run import Config, Run, RunError, Teacher
 from training.studies import batch_size, statistics
 from training.studies.records import Records, conditions
+from training.teachers import Teachers
 
 OVERRIDES = ("epochs", "batch_size", "learning_rate")
 SETTINGS = ("seed", "device", "batch_norm", "holdout", "threads")
@@ -48,6 +49,11 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except (DatasetError, EvaluationError, ExportError, FitError, RunError) as error:
             raise click.ClickException(str(error)) from error
+        except BrokenPipeError:
+            raise  # click ends quietly when nobody reads on
+        except OSError as error:  # a full disk, or a place that may not be written to
+            place = f": {error.filename}" if error.filename else ""
+            raise click.ClickException(f"{error.strerror}{place}.") from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,10 +70,16 @@ def _range(_: click.Context, __: click.Parameter, text: str | None) -> range:
     """Read "0-19"; without a text, there are none."""
     first, dash, last = (text or "1-0").partition("-")
     if not (
-        dash and first.isdigit() and last.isdigit() and (text is None or int(first) < int(last))
+        dash and first.isdecimal() and last.isdecimal() and (text is None or int(first) < int(last))
     ):
         raise click.BadParameter(f"{text!r} is not of the form 0-19.")
     return range(int(first), int(last) + 1)
+
+
+def _positive(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise click.BadParameter(f"{value} is not a number above zero.")
+    return value
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, on one line.")
@@ -80,7 +92,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 )
 @click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
 @click.option("--batch-size", type=click.IntRange(2), help="Instead of the recipe's.")
-@click.option("--learning-rate", type=float, help="Instead of the recipe's.")
+@click.option("--learning-rate", type=float, callback=_positive, help="Instead of the recipe's.")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
 @click.option(
     "--seeds",
@@ -125,8 +137,8 @@ def fit_command(
 ) -> None:
     """Fit one model into a run folder; with --seeds, several into one each.
 
-    The recipe best learns from four models of recipe teacher: unless they are there from another
-    seed's fit, they are fitted first, into run folders best-teacher-0 to -3 beside its own.
+    The recipe best learns from three models of recipe teacher: unless they are there from another
+    seed's fit, they are fitted first, into run folders best-teacher-0 to -2 beside its own.
     """
     if seeds and (resume or ctx.get_parameter_source("seed") is ParameterSource.COMMANDLINE):
         raise click.UsageError("--seeds starts new runs: leave out --seed and --resume.")
@@ -140,12 +152,13 @@ def fit_command(
         folders = {folder.with_name(f"{folder.name}-{each}"): each for each in seeds}
     else:
         folders = {folder: config.seed}
+    check(config.recipe, len(data.train.labels), config.holdout, len(folders), config.batch_norm)
     if not stored:
         for path in folders:
             Run(path).must_be_new()
         taught_by = _fitted_teachers(data, config, folder, quiet or as_json)
         config = replace(config, teachers=taught_by)
-    teachers = [_teacher(each) for each in config.teachers]
+    teachers = _teachers(config) if config.teachers else None
     runs = [
         Run(path) if stored else Run.create(path, replace(config, seed=each))
         for path, each in folders.items()
@@ -178,13 +191,11 @@ def _config(ctx: click.Context, data: FashionMNIST, stored: Config | None) -> Co
 
     Raises:
         RunError: an option that was given, or the data set, differs from the resumed run's.
-        FitError: no CUDA device, where one was asked for.
+        FitError: no CUDA device, where one is asked for.
     """
     options = {name: value for name, value in ctx.params.items() if value is not None}
     if options["device"] == "auto":
         options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if options["device"] == "cuda" and not torch.cuda.is_available():
-        raise FitError("torch finds no CUDA device here: use --device cpu, or auto.")
     asked = {name: options[name] for name in options if name in SETTINGS}
     changes = {name: options[name] for name in options if name in OVERRIDES}
     config = Config(
@@ -194,6 +205,8 @@ def _config(ctx: click.Context, data: FashionMNIST, stored: Config | None) -> Co
         | {package: version(package) for package in ("torch", "numpy")},
         **asked,
     )
+    if (stored or config).device == "cuda" and not torch.cuda.is_available():
+        raise FitError("torch finds no CUDA device here: use --device cpu, or auto.")
     if stored is None:
         return config
     wanted, own = (
@@ -217,7 +230,7 @@ def _fit(
     data: FashionMNIST,
     config: Config,
     runs: list[Run],
-    teachers: list[BNLeNet],
+    teachers: Teachers | None,
     quiet: bool,
     how_to_continue: str,
 ) -> list[Fitted]:
@@ -260,7 +273,6 @@ def _fitted_teachers(
             student,
             recipe=replace(RECIPES["teacher"], **{n: getattr(recipe, n) for n in OVERRIDES}),
             seed=number,
-            holdout=max(student.holdout, recipe.teacher_holdout),
         )
         run = Run(folder.with_name(f"{recipe.name}-teacher-{number}"))
         if not (run.folder / "config.json").exists():
@@ -276,22 +288,30 @@ def _fitted_teachers(
         if not run.complete:
             if not quiet:
                 click.echo(f"Teacher {number + 1} of {recipe.teachers}: {run.folder}", err=True)
-            _fit(data, config, [run], [], quiet, "by giving the same command again.")
+            _fit(data, here, [run], None, quiet, "by giving the same command again.")
             report.draw_run(run)
         found.append(run.as_teacher())
     return tuple(found)
 
 
-def _teacher(teacher: Teacher) -> BNLeNet:
-    """Return the model of a run to learn from.
+def _teachers(student: Config) -> Teachers:
+    """Return the models of the runs to learn from.
 
     Raises:
-        RunError: it is not what it was when the student's run was started.
+        RunError: one is not what it was when the student's run was started.
     """
-    run = Run(Path(teacher.folder))
-    if run.as_teacher().sha256 != teacher.sha256:
-        raise RunError(f"the teacher {run.folder} is not what it was when the run was started.")
-    return run.model(teacher.config.recipe.statistics)
+    runs = [Run(Path(teacher.folder)) for teacher in student.teachers]
+    for run, teacher in zip(runs, student.teachers, strict=True):
+        if run.as_teacher().sha256 != teacher.sha256:
+            raise RunError(
+                f"the teacher {run.folder} is not what it was when the run was started: bring it "
+                "back, or start again in another folder."
+            )
+    recipes = [teacher.config.recipe for teacher in student.teachers]
+    return Teachers(
+        [run.model(recipe.statistics) for run, recipe in zip(runs, recipes, strict=True)],
+        [recipe.label_smoothing for recipe in recipes],
+    )
 
 
 @contextmanager
@@ -357,7 +377,7 @@ def _display(config: Config, quiet: bool) -> Iterator[dict[str, Callable[..., No
     type=click.Choice(["moving", "population"]),
     help="Which statistics the file carries.  [default: the recipe's]",
 )
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Not the recipe's.")
+@click.option("--temperature", type=float, callback=_positive, help="Not the recipe's.")
 @click.option(
     "--held-out",
     type=FOLDER,
@@ -389,6 +409,13 @@ def export_command(
         other.results()  # all must be complete before anything is written
         if other.config().recipe != config.recipe:
             raise RunError(f"{other.folder} was fitted by another recipe than {run}.")
+    if len({other.config().seed for other in others}) < len(others):
+        raise RunError("two of the runs have the same seed: name every seed's once.")
+    for other in others:
+        if other.config().holdout:
+            raise RunError(
+                f"{other.folder} was not fitted on all images and tested: it held some out."
+            )
     if validation and not validation.config().holdout:
         raise RunError(f"{held_out} held no images out: fit it with --holdout.")
     statistics = statistics or config.recipe.statistics
@@ -542,6 +569,7 @@ def study_batch_size(run: Path, out: Path, data_dir: Path | None) -> None:
     """Let batch norm predict with batch statistics, and see what the answers of RUN become."""
     torch.set_num_threads(1)
     test, fitted = load(data_dir).test, Run(run)
+    model = fitted.model(fitted.config().recipe.statistics)
     given = conditions(
         checkpoint=_sha256(run / "checkpoint.safetensors"), test_images=len(test.labels)
     )
@@ -551,7 +579,7 @@ def study_batch_size(run: Path, out: Path, data_dir: Path | None) -> None:
         figures = f"accuracy {line['accuracy'][0]:.4f}  changed {line['changed'][0]:.4f}"
         click.echo(f"company {line['company']}  batch size {line['size']}  {figures}", err=True)
 
-    batch_size.measure(fitted.model(fitted.config().recipe.statistics), test, records, on_line)
+    batch_size.measure(model, test, records, on_line)
     (out / "batch-size.md").write_text(batch_size.page(records))
     batch_size.draw(records, out / "batch-size.png")
     click.echo(out / "batch-size.md")

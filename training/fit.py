@@ -102,11 +102,11 @@ class Fitting:
         labels: Tensor,
         seeds: Sequence[int] = (0,),
         batch_norm: Literal["scratch", "torch"] = "torch",
-        teachers: Sequence[BNLeNet] = (),
+        teachers: Teachers | None = None,
     ) -> None:
         self.recipe, self.images, self.labels, self.seeds = recipe, images, labels, seeds
         device = images.device
-        self.teachers = Teachers(teachers, device)
+        self.teachers = teachers and teachers.to(device)
         self.generators = [torch.Generator(device) for _ in seeds]
         self.networks = [BNLeNet(batch_norm) for _ in seeds]
         for network, seed in zip(self.networks, seeds, strict=True):
@@ -203,7 +203,8 @@ class Fitting:
         This one function is the training: the CPU calls it, a CUDA graph replays it.
         """
         recipe, n, rows = self.recipe, rows.shape[-1], rows.flatten()
-        now = self.schedule.index_select(1, self.done)[:, 0]
+        # At most the last: a capture warms up by steps that may be beyond the end.
+        now = self.schedule.index_select(1, self.done.clamp(max=self.schedule.shape[1] - 1))[:, 0]
         self.learning_rates.copy_(now[:2])
         labels = self.labels.index_select(0, rows)
         images = self.images.index_select(0, rows).float().div_(255)
@@ -212,7 +213,7 @@ class Fitting:
 
         logits = self.forward(images)
         loss = self._losses(logits, labels, recipe.label_smoothing)
-        if recipe.distillation:
+        if self.teachers:
             soft = self._losses(logits, self.teachers(images))
             loss = torch.lerp(loss, soft, recipe.distillation)
         for parameter in self.model.parameters():
@@ -306,7 +307,7 @@ def fit(
     device: str = "cpu",
     batch_norm: Literal["scratch", "torch"] = "torch",
     holdout: int = 0,
-    teachers: Sequence[BNLeNet] = (),
+    teachers: Teachers | None = None,
     run: Run | None = None,
     on_batch: Callable[[Fitting, int, int], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
@@ -321,7 +322,7 @@ def fit(
         batch_norm: whose layer normalises.
         holdout: how many of the last training images are kept for validation; then the test set
             is not touched.
-        teachers: as many fitted models, in prediction mode, as the recipe learns from.
+        teachers: as many as the recipe learns from.
         run: the folder to write to; a fit that it holds already is continued.
         on_batch: called after every step with the epoch and the number of images seen in it, on
             the CPU only: on a GPU looking would mean waiting.
@@ -355,7 +356,7 @@ def fit_side_by_side(
     device: str = "cpu",
     batch_norm: Literal["scratch", "torch"] = "torch",
     holdout: int = 0,
-    teachers: Sequence[BNLeNet] = (),
+    teachers: Teachers | None = None,
     runs: Sequence[Run] = (),
     on_batch: Callable[[Fitting, int, int], None] | None = None,
     on_epoch: Callable[[list[Epoch]], None] | None = None,
@@ -366,11 +367,10 @@ def fit_side_by_side(
     when interrupted, each is continued by itself.
     """
     began = time.perf_counter()
-    check(recipe, len(data.train.labels), holdout)
-    if len(teachers) != recipe.teachers:
-        raise FitError(f"the recipe learns from {recipe.teachers} teachers, not {len(teachers)}.")
-    if len(seeds) > 1 and batch_norm == "scratch":
-        raise FitError("several seeds at once need torch's batch norm: leave --batch-norm out.")
+    check(recipe, len(data.train.labels), holdout, len(seeds), batch_norm)
+    given = len(teachers) if teachers else 0
+    if given != recipe.teachers:
+        raise FitError(f"the recipe learns from {recipe.teachers} teachers, not {given}.")
     kept = len(data.train.labels) - holdout
     images, labels = on_device(Split(data.train.images[:kept], data.train.labels[:kept]), device)
     judged = on_device(
@@ -402,7 +402,7 @@ def fit_side_by_side(
                 stop_if_diverged(fitting, epoch)
                 if on_batch:
                     on_batch(fitting, epoch, seen)
-        stop_if_diverged(fitting, epoch)
+        stop_if_diverged(fitting, epoch, weights=True)
         fitted = time.perf_counter() - start  # the device has caught up: its answer is here
         for place, network in enumerate(fitting.results):
             history[place].append(
@@ -482,13 +482,17 @@ def _conclude(
     return result
 
 
-def check(recipe: Recipe, images: int, holdout: int) -> None:
+def check(
+    recipe: Recipe, images: int, holdout: int = 0, seeds: int = 1, batch_norm: str = "torch"
+) -> None:
     """Refuse what cannot be trained.
 
     Raises:
-        FitError: nothing would be left to train on, or some batch would hold a single image, whose
-            variance in a linear layer is zero.
+        FitError: nothing would be left to train on, some batch would hold a single image, whose
+            variance in a linear layer is zero, or several seeds would share our own batch norm.
     """
+    if seeds > 1 and batch_norm == "scratch":
+        raise FitError("several seeds at once need torch's batch norm: leave --batch-norm out.")
     if not 0 <= holdout < images - 1:
         raise FitError(
             f"--holdout must leave images to train on, 0 to {images - 2:,}: not {holdout:,}."
@@ -502,17 +506,19 @@ def check(recipe: Recipe, images: int, holdout: int) -> None:
         )
 
 
-def stop_if_diverged(fitting: Fitting, epoch: int) -> None:
-    """Wait for the device, and stop the fit if the loss was not finite.
+def stop_if_diverged(fitting: Fitting, epoch: int, weights: bool = False) -> None:
+    """Wait for the device, and stop the fit if a loss, or a weight that it led to, is not finite.
 
     Raises:
         FitError: it was not.
     """
-    if not fitting.loss.isfinite().all():
+    checked = [fitting.loss, *(fitting.model.parameters() if weights else ())]
+    if not all(tensor.isfinite().all() for tensor in checked):
         steps = fitting.schedule.shape[1] // fitting.recipe.epochs
         raise FitError(
-            f"the loss is no longer finite in epoch {epoch}, "
-            f"step {int(fitting.finite_steps.min()) + 1} of {steps}: lower the learning rate. "
+            f"the loss is no longer finite in epoch {epoch}, step "
+            f"{min(int(fitting.finite_steps.min()) + 1, steps)} of {steps}: lower the learning "
+            "rate. "
             + (
                 f"The checkpoint of epoch {epoch - 1} is kept."
                 if epoch > 1
@@ -589,7 +595,7 @@ def population_statistics(
             total = total.to(x) + x.sum((0, 2))
             squares = squares.to(x) + x.square().sum((0, 2))
         mean = total / count
-        found[name] = (mean, squares / count - mean.square())
+        found[name] = (mean, (squares / count - mean.square()).clamp_min(0))
         set_statistics(layer, *found[name])
     return found
 

@@ -151,19 +151,35 @@ class Run:
         return (self.folder / "results.json").exists()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl, one entry an epoch; empty before the first."""
+        """Read metrics.jsonl, one entry an epoch; empty before the first.
+
+        Raises:
+            RunError: it is damaged.
+        """
         file = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        try:
+            return [json.loads(line) for line in file.read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise RunError(f"{file} is damaged ({error}).") from error
 
     def results(self) -> dict[str, Any]:
         """Read results.json.
 
         Raises:
-            RunError: the fit is not complete.
+            RunError: the fit is not complete, or they are damaged.
         """
+        self.config()  # says so when this is no run folder at all
+        file = self.folder / "results.json"
         if not self.complete:
             raise RunError(f"{self.folder} is not complete: continue it with fit --resume.")
-        results: dict[str, Any] = json.loads((self.folder / "results.json").read_text())
+        try:
+            results: dict[str, Any] = json.loads(file.read_text())
+            if missing := {"scores", "confusion", "temperature", "seconds"} - results.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        except (ValueError, AttributeError) as error:
+            raise RunError(f"{file} is damaged ({error}).") from error
         return results
 
     def checkpoint(self) -> dict[str, Tensor]:
@@ -180,8 +196,9 @@ class Run:
         Raises:
             RunError: there is no checkpoint yet, it is damaged, or it has not these statistics.
         """
+        batch_norm = self.config().batch_norm
         tensors = self.checkpoint()
-        model = BNLeNet(self.config().batch_norm).eval().requires_grad_(False)
+        model = BNLeNet(batch_norm).eval().requires_grad_(False)
         names = model.state_dict().keys()
         try:
             model.load_state_dict({name: tensors[name] for name in names})
@@ -193,6 +210,8 @@ class Run:
             raise RunError(
                 f"the checkpoint in {self.folder} lacks {error.args[0]}: continue it with --resume."
             ) from error
+        except RuntimeError as error:  # of another shape
+            raise RunError(f"the checkpoint in {self.folder} is of another model.") from error
         return model
 
     def as_teacher(self) -> Teacher:
@@ -202,6 +221,7 @@ class Run:
             RunError: it is not complete, or damaged.
         """
         self.results()
+        self.checkpoint()
         digest = hashlib.sha256((self.folder / "checkpoint.safetensors").read_bytes())
         return Teacher(str(self.folder), digest.hexdigest(), self.config())
 
@@ -232,12 +252,15 @@ class Run:
             return []
         tensors = self._tensors(file.name)
         with safe_open(file, "pt") as opened:
-            epochs = int(opened.metadata()["epochs"])
-        if tensors.keys() != into.keys():
+            epochs = int((opened.metadata() or {}).get("epochs", 0))
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in into.items()}:
             raise RunError(f"{file} belongs to another model: start again in another folder.")
+        metrics = self.metrics()
+        if not 1 <= epochs <= len(metrics):
+            raise RunError(f"{self.folder} lacks metrics of its epochs: start again elsewhere.")
         for name, tensor in into.items():
             tensor.copy_(tensors[name])
-        return self.metrics()[:epochs]
+        return metrics[:epochs]
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write results.json and drop the state."""

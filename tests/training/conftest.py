@@ -9,6 +9,7 @@ from training.dataset import FashionMNIST, Split
 from training.fit import fit
 from training.model import BNLeNet
 from training.recipes import RECIPES, Recipe
+from training.teachers import Teachers
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,12 @@ def best(teacher: Recipe) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def teachers(few: FashionMNIST) -> list[BNLeNet]:
+def models(few: FashionMNIST) -> list[BNLeNet]:
     """Return two models that have learnt a little."""
     recipe = replace(RECIPES["chapter"], epochs=2)
     return [fit(few, recipe, seed=seed).model for seed in (8, 9)]
+
+
+@pytest.fixture
+def teachers(models: list[BNLeNet]) -> Teachers:
+    return Teachers(models, [0.0, 0.05])

@@ -157,6 +157,7 @@ def test_several_seeds_get_a_run_folder_each(tmp_path: Path) -> None:
     assert (runs[1].folder / "curves.png").exists()
     assert "many-4 already exists" in fail(*FIT, "--seeds", "4-5", "--out", out)
     assert "leave out --seed and" in fail(*FIT, "--seeds", "0-1", "--seed", 1, "--out", out)
+    assert "'²-5' is not of the form 0-19" in fail(*FIT, "--seeds", "²-5", "--out", out)
     assert "'3-3' is not of the form 0-19" in fail(*FIT, "--seeds", "3-3", "--out", out)
 
 
@@ -184,7 +185,7 @@ def test_resuming_on_another_data_set_is_refused(
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch, teacher: Recipe, best: Recipe) -> None:
     """Make the recipes short, of two epochs and two teachers."""
-    taught = replace(best, epochs=2, teacher_holdout=300)
+    taught = replace(best, epochs=2)
     monkeypatch.setitem(RECIPES, "teacher", replace(teacher, epochs=2))
     monkeypatch.setitem(RECIPES, "best", taught)
 
@@ -194,7 +195,7 @@ def test_teachers_are_fitted_once_and_before_all_others(tmp_path: Path) -> None:
     result = succeed("fit", "--recipe", "best", "--out", tmp_path / "a")
     assert re.findall(r"Teacher (\d) of 2: .*best-teacher-\d", result.stderr) == ["1", "2"]
     teachers = [Run(tmp_path / f"best-teacher-{number}") for number in (0, 1)]
-    assert [(t.config().seed, t.config().holdout) for t in teachers] == [(0, 300), (1, 300)]
+    assert [t.config().seed for t in teachers] == [0, 1]
     assert {t.config().recipe.name for t in teachers} == {"teacher"}
     before = [(t.folder / "checkpoint.safetensors").read_bytes() for t in teachers]
     result = succeed("fit", "--recipe", "best", "--seeds", "0-1", "--out", tmp_path / "b")
@@ -217,7 +218,7 @@ def test_a_teacher_of_other_settings_is_refused_before_anything_is_fitted(tmp_pa
     names = sorted(path.name for path in tmp_path.iterdir())
     sentence = "best-teacher-0 is no teacher for this"
     assert sentence in fail(*fit, "--epochs", 3, "--out", tmp_path / "b")
-    # Its teachers must not have seen what it is to be judged on.
+    # Teachers must not have seen what their student is to be judged on.
     assert sentence in fail(*fit, "--holdout", 400, "--out", tmp_path / "b")
     assert "already exists" in fail(*fit, "--out", tmp_path / "a")
     assert names == sorted(path.name for path in tmp_path.iterdir())
@@ -263,6 +264,7 @@ def test_ctrl_c_at_any_stage_leaves_what_goes_on_to_the_same_bits(
         (("--recipe", "none"), "'none' is not one of 'chapter', 'teacher', 'best'"),
         (("--batch-size", 1), "1 is not in the range x>=2"),
         (("--batch-size", 157), "leaves a last batch of one image"),
+        (("--learning-rate", "nan"), "nan is not a number above zero"),
         (("--learning-rate", "1e38"), "no longer finite in epoch 1, step"),
         (("--holdout", 1100), "--holdout must leave images"),
         (("--resume",), "is no run folder"),

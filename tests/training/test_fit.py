@@ -38,6 +38,7 @@ from training.fit import (
 from training.model import BNLeNet, initialise, norm_layers
 from training.recipes import Recipe
 from training.run import Config, Run
+from training.teachers import Teachers
 
 
 def weights(model: BNLeNet) -> dict[str, bytes]:
@@ -89,11 +90,11 @@ def test_both_batch_norms_give_the_same_loss_curve(few: FashionMNIST, chapter: R
 
 @pytest.mark.parametrize("name", ["chapter", "best"])
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
-    few: FashionMNIST, name: str, teachers: list[BNLeNet], request: pytest.FixtureRequest
+    few: FashionMNIST, name: str, teachers: Teachers, request: pytest.FixtureRequest
 ) -> None:
     recipe = request.getfixturevalue(name)
-    models = teachers[: recipe.teachers]
-    first, second, other = (fit(few, recipe, seed=s, teachers=models).model for s in (3, 3, 4))
+    asked = teachers if recipe.teachers else None
+    first, second, other = (fit(few, recipe, seed=s, teachers=asked).model for s in (3, 3, 4))
     assert weights(first) == weights(second)
     assert weights(first) != weights(other)
 
@@ -109,7 +110,7 @@ def test_the_teachers_recipe_learns(few: FashionMNIST, teacher: Recipe) -> None:
 def test_a_captured_step_would_read_and_write_the_same_memory_at_every_replay(
     few: FashionMNIST,
     best: Recipe,
-    teachers: list[BNLeNet],
+    teachers: Teachers,
     optimizer: Literal["sgd", "adamw", "muon"],
 ) -> None:
     """A CUDA graph replays addresses, so no tensor of the fit may move, whatever the optimiser."""
@@ -121,6 +122,17 @@ def test_a_captured_step_would_read_and_write_the_same_memory_at_every_replay(
         fitting.step(torch.arange(128))
     assert {name: tensor.data_ptr() for name, tensor in fitting.tensors().items()} == before
     assert int(fitting.done) == 3
+
+
+def test_warming_up_after_the_last_step_reads_no_further_than_the_schedule(
+    few: FashionMNIST, teacher: Recipe
+) -> None:
+    """On a GPU an index beyond the table would end the process."""
+    fitting = Fitting(teacher, *on_device(few.train, "cpu"))
+    fitting.done.fill_(fitting.schedule.shape[1])
+    with unchanged(fitting):
+        fitting.step(torch.arange(128))
+        assert torch.equal(fitting.learning_rates, fitting.schedule[:2, -1])
 
 
 def test_warming_up_for_a_capture_leaves_no_trace(few: FashionMNIST, teacher: Recipe) -> None:
@@ -178,14 +190,17 @@ def test_replays_in_the_shape_of_cuda_graphs_train_as_eager_steps_do(
     few: FashionMNIST,
     name: str,
     seeds: list[int],
-    teachers: list[BNLeNet],
+    teachers: Teachers,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
     """All of the fast path but the device: static batches, the last batch, warm-up."""
     recipe = request.getfixturevalue(name)
     images = on_device(few.train, "cpu")
-    replayed, eager = (Fitting(recipe, *images, seeds, teachers=teachers) for _ in range(2))
+    replayed, eager = (
+        Fitting(recipe, *images, seeds, teachers=teachers if recipe.teachers else None)
+        for _ in range(2)
+    )
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock)
@@ -252,14 +267,15 @@ def test_the_average_begins_as_the_plain_mean_of_the_steps(
 
 
 def test_a_label_is_mixed_with_the_teachers_mean_prediction(
-    few: FashionMNIST, best: Recipe, teachers: list[BNLeNet]
+    few: FashionMNIST, best: Recipe, models: list[BNLeNet]
 ) -> None:
+    teachers = Teachers(models, [0.0, 0.0])
     recipe = replace(best, distillation=0.3, label_smoothing=0.05, augmentation=Augmentation())
     images, labels = on_device(few.train, "cpu")
     fitting = Fitting(recipe, images, labels, teachers=teachers)
     x, y = images[:128] / 255, labels[:128]
     with torch.no_grad():
-        soft = sum(copy.deepcopy(model).double()(x.double()).softmax(1) for model in teachers) / 2
+        soft = sum(copy.deepcopy(model).double()(x.double()).softmax(1) for model in models) / 2
         hard = 0.95 * F.one_hot(y, 10) + 0.05 / 10
         target = 0.7 * hard + 0.3 * soft
         expected = -(target * copy.deepcopy(fitting.model)(x).log_softmax(1)).sum(1).mean()
@@ -268,7 +284,7 @@ def test_a_label_is_mixed_with_the_teachers_mean_prediction(
 
 
 def test_teachers_see_the_very_images_that_the_student_sees(
-    few: FashionMNIST, best: Recipe, teachers: list[BNLeNet], monkeypatch: pytest.MonkeyPatch
+    few: FashionMNIST, best: Recipe, teachers: Teachers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitting = Fitting(
         replace(best, distillation=1.0), *on_device(few.train, "cpu"), [0], teachers=teachers
@@ -311,19 +327,22 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(
         fit(few, best)
 
 
+@pytest.mark.parametrize(("seen_before", "step"), [(3 * 128, 4), (1100, 9)])
 def test_a_loss_that_becomes_nan_stops_the_fit_and_keeps_the_last_checkpoint(
-    few: FashionMNIST, chapter: Recipe, tmp_path: Path
+    few: FashionMNIST, chapter: Recipe, tmp_path: Path, seen_before: int, step: int
 ) -> None:
     run = new_run(tmp_path / "run", chapter)
     before = {}
 
     def poison(fitting: Fitting, epoch: int, seen: int) -> None:
-        if (epoch, seen) == (2, 3 * 128):
+        if (epoch, seen) == (2, seen_before):
             before.update(run.checkpoint())
             with torch.no_grad():
                 fitting.model.linear3.bias.fill_(math.nan)
 
-    message = r"no longer finite in epoch 2, step 4 of 9: .* The checkpoint of epoch 1 is kept\."
+    message = (
+        rf"no longer finite in epoch 2, step {step} of 9: .* The checkpoint of epoch 1 is kept\."
+    )
     with pytest.raises(FitError, match=message):
         fit(few, chapter, run=run, on_batch=poison)
     after = run.checkpoint()
@@ -344,23 +363,23 @@ def test_a_learning_rate_far_too_high_is_told(few: FashionMNIST, chapter: Recipe
 def test_a_fit_interrupted_within_an_epoch_resumes_bit_for_bit(
     few: FashionMNIST,
     name: str,
-    teachers: list[BNLeNet],
+    teachers: Teachers,
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
     recipe = request.getfixturevalue(name)
-    models = teachers[: recipe.teachers]
+    asked = teachers if recipe.teachers else None
     whole, broken = (new_run(tmp_path / folder, recipe) for folder in ("whole", "broken"))
-    fit(few, recipe, teachers=models, run=whole)
+    fit(few, recipe, teachers=asked, run=whole)
 
     def interrupt(_: Fitting, epoch: int, seen: int) -> None:
         if epoch == 3 and seen > 500:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(few, recipe, teachers=models, run=broken, on_batch=interrupt)
+        fit(few, recipe, teachers=asked, run=broken, on_batch=interrupt)
     assert len(broken.metrics()) == 2
-    fit(few, recipe, teachers=models, run=broken)
+    fit(few, recipe, teachers=asked, run=broken)
     checkpoints = [(run.folder / "checkpoint.safetensors").read_bytes() for run in (whole, broken)]
     assert checkpoints[0] == checkpoints[1]
     losses = [[(line["epoch"], line["loss"]) for line in run.metrics()] for run in (whole, broken)]

@@ -133,10 +133,37 @@ def test_the_model_comes_back_with_the_statistics_asked_for(run: Run) -> None:
     assert torch.equal(variance, tensors["norm4.running_var"])
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"scores": {}}'])
+def test_damaged_results_are_told(run: Run, text: str) -> None:
+    (run.folder / "results.json").write_text(text)
+    with pytest.raises(RunError, match=r"results\.json is damaged"):
+        run.results()
+
+
+def test_a_state_that_does_not_fit_is_told(run: Run) -> None:
+    state = {"done": torch.tensor([7])}
+    run.save_epoch([{"epoch": 1}], checkpoint(), state)
+    with pytest.raises(RunError, match="belongs to another model"):
+        run.load_state({"done": torch.zeros(2, dtype=torch.int64)})
+    (run.folder / "metrics.jsonl").write_text("{")
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged"):
+        run.load_state(state)
+    (run.folder / "metrics.jsonl").unlink()
+    with pytest.raises(RunError, match="lacks metrics of its epochs"):
+        run.load_state(state)
+
+
+def test_a_checkpoint_of_another_model_is_told(run: Run) -> None:
+    run.save_checkpoint(checkpoint() | {"linear3.bias": torch.zeros(9)})
+    with pytest.raises(RunError, match="is of another model"):
+        run.model()
+
+
 def test_a_finished_run_keeps_no_state(run: Run) -> None:
     run.save_epoch([{"epoch": 1}], checkpoint(), {"done": torch.tensor([7])})
     assert not run.complete
-    run.finish({"temperature": 1.0})
+    results = {"scores": {}, "confusion": [], "temperature": 1.0, "seconds": {}}
+    run.finish(results)
     assert run.complete
-    assert run.results() == {"temperature": 1.0}
+    assert run.results() == results
     assert not (run.folder / "state.safetensors").exists()

@@ -10,6 +10,7 @@ from training.model import BNLeNet, initialise
 from training.recipes import Recipe
 from training.run import Config, Run
 from training.side_by_side import forward, stack
+from training.teachers import Teachers
 
 SEEDS = [3, 0]
 
@@ -58,16 +59,16 @@ def test_every_seed_fits_as_it_would_alone(
     few: FashionMNIST,
     name: str,
     optimizer: str,
-    teachers: list[BNLeNet],
+    teachers: Teachers,
     request: pytest.FixtureRequest,
 ) -> None:
     recipe = replace(request.getfixturevalue(name), epochs=2)
-    models = teachers[: recipe.teachers]
+    asked = teachers if recipe.teachers else None
     assert recipe.optimizer == optimizer
     for seed, joined in zip(
-        SEEDS, fit_side_by_side(few, recipe, SEEDS, teachers=models), strict=True
+        SEEDS, fit_side_by_side(few, recipe, SEEDS, teachers=asked), strict=True
     ):
-        alone = fit(few, recipe, seed=seed, teachers=models)
+        alone = fit(few, recipe, seed=seed, teachers=asked)
         for a, b in zip(joined.epochs, alone.epochs, strict=True):
             assert a.loss == pytest.approx(b.loss, rel=1e-5)
             assert a.train_accuracy == pytest.approx(b.train_accuracy, abs=2 / 1100)
