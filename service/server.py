@@ -161,19 +161,23 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._in_body = False
         self._head_bytes = 0
+        self._unsent = 0
         self._patience = HEAD_SECONDS
         self._waiting_since = self.loop.time()
         self._watch = self.loop.call_later(LOOK_EVERY_SECONDS, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop looking."""
+        """Stop looking, and let the request that is being answered know."""
         self._watch.cancel()
+        if self.pipeline:  # else uvicorn does so; it knows only the last that came
+            self._current.disconnected = True
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse what came; refuse a head, or fields after a body, that go on for too long."""
         size = len(data)
-        before = len(self.cycle.body) if self._in_body else None
+        cycle = self.cycle
+        before = len(cycle.body) if self._in_body else None
         if self._awaits_head():
             if self._head_bytes == 0:
                 self._waiting_since = self.loop.time()
@@ -185,7 +189,8 @@ class Connection(HttpToolsProtocol):
                 break
             except HttpParserUpgrade as offer:
                 data = self._without_offer() + data[offer.args[0] :]
-        if self._in_body and len(self.cycle.body) == before and not self.cycle.response_started:
+        same = self._in_body and cycle is self.cycle
+        if same and len(cycle.body) == before and not cycle.response_started:
             self._head_bytes += size
         elif not self._awaits_head():
             self._head_bytes = 0
@@ -246,18 +251,23 @@ class Connection(HttpToolsProtocol):
         return not self._in_body and self._answered()
 
     def _look(self) -> None:
-        """Close the connection if no request has come for too long."""
+        """Close the connection if no request has come, or no answer been taken, for too long."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and unsent == self._unsent:
+            self.transport.abort()  # closing would wait for a client that does not read
+            return
+        self._unsent = unsent
         waited = self.loop.time() - self._waiting_since
         if self._answered() and waited >= self._patience:
             self.transport.close()
-        else:
-            self._watch = self.loop.call_later(LOOK_EVERY_SECONDS, self._look)
+        self._watch = self.loop.call_later(LOOK_EVERY_SECONDS, self._look)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
         """Answer what is not HTTP."""
         self._refuse(BadRequest("The request is not valid HTTP.", code="invalid_http"))
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._current = cycle
         scope = cycle.scope
         if self._head_bytes > MAX_HEAD_BYTES and _head_size(scope) > MAX_HEAD_BYTES:
             app = _refuse_head

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,6 +42,21 @@ def start(tmp_path: Path, artefact: Path) -> Iterator[Callable[..., Any]]:
 def connect(address: str) -> socket.socket:
     parts = urlsplit(address)
     return socket.create_connection((parts.hostname, parts.port), timeout=10)
+
+
+@contextmanager
+def serving_here(app: Gate, listener: socket.socket) -> Iterator[server.Server]:
+    """Serve in this process, where a test can change the server's constants and look inside."""
+    running = server.Server(app, Settings())
+    thread = threading.Thread(target=running.run, args=([listener],))
+    thread.start()
+    try:
+        while not running.started:
+            time.sleep(0.01)
+        yield running
+    finally:
+        running.should_exit = True
+        thread.join(10)
 
 
 def refuse_to_start(**settings: str) -> tuple[int, str]:
@@ -139,33 +154,47 @@ class TestRudeClients:
         """Never used, stopped within a head, and idle after an answer: each has its time."""
         for name, seconds in [("HEAD", 0.3), ("KEEP_ALIVE", 4.0), ("LOOK_EVERY", 0.05)]:
             monkeypatch.setattr(server, f"{name}_SECONDS", seconds)
-        settings = Settings(port=0)
-        listener = server.bind(settings)
-        running = server.Server(make_app(), settings)
-        thread = threading.Thread(target=running.run, args=([listener],))
-        thread.start()
-        while not running.started:
-            time.sleep(0.01)
-        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        begin = time.monotonic()
-        lives = []
-        for sent in (
-            b"",
-            b"GET /livez HTTP/1.1\r\nHost:",
-            b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n",
-        ):
-            connection = connect(address)
-            connection.sendall(sent)
-            lives.append(connection)
-        ends = []
-        for connection in lives:
-            while connection.recv(1000):
-                pass
-            ends.append(time.monotonic() - begin)
-            connection.close()
-        running.should_exit = True
-        thread.join(10)
+        listener = server.bind(Settings(port=0))
+        address = server.url(listener)
+        with serving_here(make_app(), listener):
+            begin = time.monotonic()
+            lives = []
+            for sent in (
+                b"",
+                b"GET /livez HTTP/1.1\r\nHost:",
+                b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n",
+            ):
+                connection = connect(address)
+                connection.sendall(sent)
+                lives.append(connection)
+            ends = []
+            for connection in lives:
+                while connection.recv(1000):
+                    pass
+                ends.append(time.monotonic() - begin)
+                connection.close()
         assert 0.3 <= ends[0] <= ends[1] < 4 <= ends[2]
+
+    def test_a_client_that_takes_no_answer_is_left(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        make_app: Callable[..., Gate],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(server, "LOOK_EVERY_SECONDS", 0.5)
+        listener = server.bind(Settings(port=0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with serving_here(make_app(), listener) as running, connect(server.url(listener)) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+            deadline = time.monotonic() + 20
+            while running.server_state.total_requests == 0:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            while running.server_state.connections or running.server_state.tasks:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert running.server_state.total_requests < 1000
+        assert "Exception" not in caplog.text
 
     def test_slow_senders_cost_nobody_anything(self, start: Callable[..., Any]) -> None:
         """As many of them as places inside: after two seconds they have to make room."""
@@ -261,6 +290,19 @@ class TestRudeClients:
                 for _ in range(1000):
                     connection.sendall(b"X-Field: " + b"a" * 1000 + b"\r\n")
             assert connection.recv(100).startswith(b"HTTP/1.1 431 ")
+
+    def test_the_end_of_an_upload_is_no_head(self, start: Callable[..., Any]) -> None:
+        """The next request's head comes in the same piece, and its body later."""
+        address, _ = start()
+        with connect(address) as connection:
+            connection.sendall(HEAD + b"Content-Length: 80000\r\n\r\n" + bytes(40_000))
+            time.sleep(0.2)
+            connection.sendall(bytes(40_000) + HEAD + b"Content-Length: 784\r\n\r\n")
+            time.sleep(0.2)
+            connection.sendall(bytes(784))
+            connection.shutdown(socket.SHUT_WR)
+            answers = connection.makefile("rb").read()
+        assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"422", b"200"]
 
     def test_offers_of_other_protocols_are_declined(self, start: Callable[..., Any]) -> None:
         """Java's client offers HTTP/2 so, with a body, in one packet or several."""
