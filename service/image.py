@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, PngImagePlugin, UnidentifiedImageError
 
 from service.cutout import cut_out, eroded
 from service.errors import InvalidInput, PayloadTooLarge, UnsupportedMediaType
@@ -23,16 +23,21 @@ STRIP_PIXELS = 2**17  # what is made of a large picture at a time: stays in the 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")  # not TIFF: damaged ones take long
 MAX_SIDE = 8192
 # Pixels, so that photographs of the format take about 50 ms and nothing takes 50 MB (measured:
-# docs/operations.md). JPEG is decoded at a fraction of its size, if it is not progressive.
+# docs/operations.md). JPEG is decoded at a fraction of its size, if it comes row by row; if not,
+# as progressive ones, all its coefficients are kept.
 MAX_PIXELS = {
     "JPEG": 6144 * 4096,
-    "MPO": 6144 * 4096,
     "progressive JPEG": 2048 * 2048,
     "WEBP": 1600 * 1600,
     "GIF": 1600 * 1600,
     "BMP": 2048 * 2048,
     "AVIF": 1920 * 1088,
 }
+# Bytes, where these cost more than pixels do: twice what photographs of that size have, or more.
+MAX_BYTES = {"lossy WEBP": 1_500_000, "AVIF": 750_000, "progressive JPEG": 2_000_000}
+MAX_SCANS = 50  # of a progressive JPEG: usual are 10, and as many in a thumbnail; each is a pass
+MAX_READS = 20_000  # of a file, by Pillow's parsers: some 50 ms for a file of nothing but markers
+MAX_EXIF_BYTES = 65_536  # as in JPEG
 # A PNG's pixel takes the time of three bytes, and of each that it has when unpacked: 1500 x 1500
 # with colours and transparency, 1600 x 1600 without.
 MAX_PNG_COST = 1600 * 1600 * 6.2
@@ -45,6 +50,8 @@ UPRIGHT = {  # what undoes each value of EXIF's Orientation (tag 0x0112)
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker uses one core
+PngImagePlugin.MAX_TEXT_MEMORY = 2**22  # of compressed comments that nobody reads
 Preprocessing = Literal["auto", "none", "dataset"]
 Pixels = NDArray[np.uint8]
 
@@ -74,8 +81,8 @@ def decode(data: bytes, preprocessing: Preprocessing = "auto") -> Decoded:
 
     Raises:
         UnsupportedMediaType: the bytes are no picture of a known format.
-        PayloadTooLarge: the header declares more pixels than MAX_PIXELS, MAX_PNG_COST or MAX_SIDE
-            allow; nothing was decoded.
+        PayloadTooLarge: the header declares more than MAX_PIXELS, MAX_PNG_COST, MAX_SIDE, MAX_BYTES
+            or MAX_SCANS allow; nothing was decoded.
         InvalidInput: the picture is damaged, or "none" was asked and it is not 28x28 grayscale.
     """
     return read(open_picture(data), preprocessing)
@@ -87,11 +94,21 @@ def open_picture(data: bytes) -> Image.Image:
     if image.format == "PNG":
         _scale_transparency(image)
     width, height = image.size
-    most = _max_pixels(image)
+    kind = _kind(image, data)
+    most = _max_pixels(image, kind)
     if max(width, height) > MAX_SIDE or width * height > most:
         raise PayloadTooLarge(
             f"The picture is {width} x {height} pixels; of this kind, send at most {MAX_SIDE} on a"
             f" side and {most / 1e6:.1f} million in all."
+        )
+    if len(data) > MAX_BYTES.get(kind, len(data)):
+        raise PayloadTooLarge(
+            f"The picture has {len(data):,} bytes; of this kind ({kind}), send at most"
+            f" {MAX_BYTES[kind]:,}, or another format."
+        )
+    if kind == "progressive JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+        raise PayloadTooLarge(
+            f"The JPEG has more than {MAX_SCANS} scans; save it again with fewer."
         )
     return image
 
@@ -116,8 +133,9 @@ def read(image: Image.Image, preprocessing: Preprocessing) -> Decoded:
     try:
         if fits and preprocessing != "dataset":
             return Decoded(np.array(image), "none")
-        animated = image.format != "MPO" and getattr(image, "is_animated", False)
         small = _upright(_at_most(image, WORKING_SIDE), image)
+    except InvalidInput:
+        raise
     except Exception as exc:  # whatever a damaged file makes Pillow's decoders stumble on
         raise InvalidInput("The picture is damaged or cut short; send the whole file.") from exc
     if preprocessing == "auto" and small.size == (SIDE, SIDE) == (width, height):
@@ -125,7 +143,7 @@ def read(image: Image.Image, preprocessing: Preprocessing) -> Decoded:
         if (gray[..., 3] == 255).all() and (np.ptp(gray[..., :3], axis=2) == 0).all():
             return Decoded(gray[..., 0].copy(), "none")
     pixels, notes = convert(small)
-    if animated:
+    if _is_animated(image):
         notes += ("Only the first frame was looked at.",)
     return Decoded(pixels, "dataset", notes)
 
@@ -176,23 +194,70 @@ def convert(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
 
 def _open(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(_Bounded(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise UnsupportedMediaType(
             f"These bytes are not a picture that can be read; send {', '.join(FORMATS)}."
         ) from None
+    except InvalidInput:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise PayloadTooLarge("The picture has far too many pixels; send a smaller one.") from None
     except Exception as exc:  # whatever a damaged header makes Pillow's parsers stumble on
         raise InvalidInput("The picture's header is damaged; send the whole file.") from exc
 
 
-def _max_pixels(image: Image.Image) -> int:
+class _Bounded(io.BytesIO):
+    """A file that a parser may not read in too many pieces."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise InvalidInput("The picture's file is in too many pieces; save it again.")
+        return super().read(size)
+
+
+def _kind(image: Image.Image, data: bytes) -> str:
+    """Return the format, as in MAX_PIXELS and MAX_BYTES."""
+    if image.format in ("JPEG", "MPO"):
+        return "JPEG" if _is_in_rows(data) else "progressive JPEG"
+    if image.format == "WEBP" and b"VP8 " in data:
+        return "lossy WEBP"
+    if image.format == "BMP" and image.info["compression"] in (1, 2):  # decoded in Python, slowly
+        raise UnsupportedMediaType("This BMP is run-length encoded; save it without, or as PNG.")
+    return str(image.format)
+
+
+def _is_in_rows(data: bytes) -> bool:
+    """Tell whether a JPEG's first scan is Huffman-coded and has all components, block by block.
+
+    Only then can it be decoded row by row (ITU-T T.81, sections A.2 and B.2).
+    """
+    at, components = 2, 0
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xDA:
+            return data[at + 4] == components
+        if marker in (0xC0, 0xC1):
+            components = data[at + 9]
+        elif 0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return False
+        at += 1 if marker == 0xFF else 2 + length
+    return False
+
+
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except Exception:  # what follows a GIF's first frame is damaged, or in too many pieces
+        return False
+
+
+def _max_pixels(image: Image.Image, kind: str) -> int:
     if image.format != "PNG":
-        progressive = "progressive " if "progressive" in image.info else ""
-        return MAX_PIXELS[
-            progressive + "JPEG" if image.format == "MPO" else progressive + str(image.format)
-        ]
+        return MAX_PIXELS[kind.removeprefix("lossy ")]
     sample = 2 if _is_deep(image) else 1
     return int(MAX_PNG_COST / (3 + sample * len(image.getbands())))
 
@@ -252,7 +317,8 @@ def _rgba(strip: Image.Image) -> Image.Image:
 def _upright(small: Image.Image, original: Image.Image) -> Image.Image:
     """Turn the reduced picture as the original's EXIF wants it; convert to RGBA."""
     try:
-        turn = UPRIGHT.get(original.getexif().get(0x0112, 1))
+        sound = len(original.info.get("exif", b"")) <= MAX_EXIF_BYTES
+        turn = UPRIGHT.get(original.getexif().get(0x0112, 1)) if sound else None
     except Exception:  # damaged EXIF is no reason to refuse a sound picture
         turn = None
     small = small.convert("RGBA")

@@ -33,6 +33,7 @@ PATH = "/predict"
 SIDE = 28
 SIZE = SIDE * SIDE
 MAX_JSON_BYTES = 2**18  # ten times what 784 numbers take however they are laid out
+MAX_LOOK_BYTES = 2**14  # of a file whose header is read on the event loop
 MAX_WAITING_BYTES = 64 * 2**20  # of pictures' files that wait for the decoder's thread
 PREPROCESSING = frozenset(get_args(Preprocessing))
 RING = [
@@ -143,10 +144,11 @@ class Pictures:
             ServiceError: as `service.image.decode` does.
             Overloaded: too many files wait already.
         """
-        image = open_picture(data)
-        if is_small(image):
-            return read(image, preprocessing)
-        del image  # waiting decoders would hold much memory; opening one again takes microseconds
+        if len(data) <= MAX_LOOK_BYTES:
+            image = open_picture(data)
+            if is_small(image):
+                return read(image, preprocessing)
+            del image  # waiting decoders would hold memory; opening one again takes microseconds
         if self._waiting and self._waiting + len(data) > MAX_WAITING_BYTES:
             raise Overloaded(
                 "Too many pictures are waiting; try again in a second.",

@@ -145,6 +145,7 @@ def test_of_equally_probable_classes_the_lower_id_comes_first(classifier: Classi
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=10, max_size=10), st.integers(1, 10))
+@settings(deadline=None)
 def test_json_carries_every_float32_exactly(
     classifier: Classifier, values: list[float], top_k: int
 ) -> None:
