@@ -95,8 +95,7 @@ def classify(
 
 
 def _settings() -> "Settings":
-    # Imported here: a wrong option is told at once.
-    from service.settings import Settings, SettingsError  # noqa: PLC0415
+    from service.settings import Settings, SettingsError  # noqa: PLC0415 - a wrong option is told first
 
     try:
         return Settings.from_environment()
@@ -105,13 +104,12 @@ def _settings() -> "Settings":
 
 
 def _serve(inherited: socket.socket | None, supervisor: int | None = None) -> None:
-    # Imported here and below: other commands need none of it, and a wrong setting is told at once.
     settings = _settings()
 
-    from service import logs  # noqa: PLC0415
-    from service.classifier import ModelError  # noqa: PLC0415
-    from service.server import StartError, bind, run  # noqa: PLC0415
-    from service.workers import START_FAILED, SupervisorError, supervise  # noqa: PLC0415
+    from service import logs  # noqa: PLC0415 - a wrong setting is told before all this is loaded
+    from service.classifier import ModelError  # noqa: PLC0415 - as above
+    from service.server import StartError, bind, run  # noqa: PLC0415 - as above
+    from service.workers import START_FAILED, SupervisorError, supervise  # noqa: PLC0415 - as above
 
     logs.configure(settings)
     try:

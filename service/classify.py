@@ -51,9 +51,8 @@ def local(settings: Settings, preprocessing: Preprocessing, top_k: int) -> Ask:
     Raises:
         ModelError: the model cannot be loaded.
     """
-    # Imported here: asking a service needs neither ONNX Runtime nor the framework.
-    from service.classifier import Classifier  # noqa: PLC0415
-    from service.predict import Renderer  # noqa: PLC0415
+    from service.classifier import Classifier  # noqa: PLC0415 - `remote` needs no ONNX Runtime
+    from service.predict import Renderer  # noqa: PLC0415 - nor the framework
 
     classifier = Classifier.load(settings.model_path, settings.device)
     render = Renderer(classifier.info)

@@ -4,7 +4,7 @@ import asyncio
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
-from time import time
+from time import monotonic, time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -15,6 +15,8 @@ from service.classifier import ModelInfo
 
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own variable
 MICROSECOND = 1e-6
+MEMORY = "process_resident_memory_bytes"
+MEMORY_SECONDS = 1.0  # between two looks at a worker's memory
 BUCKETS = (
     *(n * MICROSECOND for n in (15, 30, 45, 60, 90, 125, 250, 500, 1e3, 2e3, 4e3, 8e3)),
     *(0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
@@ -107,6 +109,15 @@ class Metrics:
         self._directory = os.environ.get(MULTIPROCESS)
         if self._directory is None:
             ProcessCollector(registry=registry)
+        else:
+            self._process = ProcessCollector(registry=None)  # knows of this process alone
+            self._memory = Gauge(
+                MEMORY,
+                "Resident memory of all workers, each as of its latest request.",
+                multiprocess_mode="livesum",
+                registry=registry,
+            )
+            self._memory_read = 0.0
 
         def histogram(name: str, text: str, labels: Sequence[str] = ()) -> BulkHistogram:
             return BulkHistogram(name, text, labels, buckets=BUCKETS, registry=registry)
@@ -184,6 +195,11 @@ class Metrics:
     def flush(self) -> None:
         """Bring the metrics up to date; to be called on the event loop."""
         self._flush_due = False
+        if self._directory is not None and monotonic() - self._memory_read > MEMORY_SECONDS:
+            self._memory_read = monotonic()
+            for family in self._process.collect():
+                if family.name == MEMORY:
+                    self._memory.set(family.samples[0].value)
         self.decode.flush(self._decode_seconds)
         self.encode.flush(self._encode_seconds)
         runs = self.inference

@@ -55,10 +55,13 @@ def operations_router(model: ModelInfo, metrics: Metrics, gate: Gate) -> APIRout
         )
     )
 
+    # HEAD too: what many load balancers ask unless told otherwise.
+    @router.head("/livez", include_in_schema=False)
     @router.get("/livez", summary="Is the process alive?")
     async def livez() -> Live:
         return Live()
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", summary="May traffic come?")
     async def readyz() -> Ready:
         """Say ready when the model is loaded, agreed with its self-test, and no stop is near."""

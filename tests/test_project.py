@@ -226,6 +226,12 @@ class TestDeployment:
         }
         assert named | {each["name"] for each in container["env"]} <= known
 
+    def test_compose_passes_on_every_setting_that_is_not_the_containers_own(self) -> None:
+        own = {"host", "port", "model_path", "device"}
+        compose = yaml.safe_load(text_of("compose.yaml"))["services"]["bn-lenet"]
+        passed_on = {f"{PREFIX}{name.upper()}" for name in set(Settings.model_fields) - own}
+        assert set(compose["environment"]) == passed_on
+
     def test_nothing_is_killed_while_it_still_drains(self, kubernetes: dict[str, Any]) -> None:
         settings = Settings.model_construct()
         needed = settings.drain_seconds + settings.request_timeout_seconds

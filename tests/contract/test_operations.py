@@ -20,6 +20,13 @@ def test_health_and_readiness(client: httpx.Client) -> None:
     assert ready["model"]["provider"] in {"CPUExecutionProvider", "CUDAExecutionProvider"}
 
 
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+def test_load_balancers_may_ask_with_head(client: httpx.Client, path: str) -> None:
+    answer = client.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert client.get(path).status_code == 200  # the connection is still in step
+
+
 def test_metrics_are_counted_by_route_method_and_status(client: httpx.Client) -> None:
     def count(status: int) -> float:
         pattern = rf'^http_requests_total{{method="POST",route="/predict",status="{status}"}} (.*)$'

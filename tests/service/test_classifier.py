@@ -1,7 +1,9 @@
 """The classifier agrees with the mathematics in any batch, and refuses what is not its own."""
 
 import json
-import shutil
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,7 +215,16 @@ def test_a_self_test_that_gives_nan_is_refused(broken_artefact: Callable[..., Pa
     refuse(path, "fails its self-test")
 
 
-@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
 def test_cuda_is_refused_where_there_is_none(artefact: Path) -> None:
-    with pytest.raises(ModelError, match="BNLENET_DEVICE is cuda, but"):
-        Classifier.load(artefact, "cuda")
+    """In a process of its own, from which any GPU is hidden."""
+    settings = {"BNLENET_DEVICE": "cuda", "BNLENET_MODEL_PATH": str(artefact), "BNLENET_PORT": "0"}
+    result = subprocess.run(
+        [sys.executable, "-m", "service"],
+        env=os.environ | settings | {"CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "BNLENET_DEVICE is cuda, but ONNX Runtime got no CUDA device" in result.stderr

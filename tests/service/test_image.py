@@ -405,7 +405,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(1700, 1600), (8193, 1), (1, 8193), (65000, 65000)])
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's own limit
 def test_bombs_are_refused_by_their_header(size: tuple[int, int]) -> None:
     """The files end after the header: had they been decoded, they would be called damaged."""
     with pytest.raises(PayloadTooLarge):

@@ -39,6 +39,7 @@ async def test_a_draining_server_is_alive_but_not_ready(make_app: Callable[..., 
     refused = await get(app, "/readyz")
     assert refused.status == 503
     assert json.loads(refused.body)["code"] == "not_ready"
+    assert (await ask(app, b"", method="HEAD", target="/readyz")).status == 503
     assert (await ask(app)).status == 200
 
 

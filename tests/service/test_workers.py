@@ -51,6 +51,23 @@ def test_any_worker_tells_the_sum_of_all(server: tuple[str, subprocess.Popen[byt
     assert {predictions(address) for _ in range(10)} == {40}
 
 
+def test_the_memory_of_all_workers_is_told(server: tuple[str, subprocess.Popen[bytes]]) -> None:
+    """As the alert on memory needs it; compared with what the kernel says of each."""
+    address, process = server
+    deadline = time.monotonic() + 20
+    pattern = r"^process_resident_memory_bytes (.*)$"
+    while True:
+        predict(address)
+        found = re.search(pattern, httpx.get(f"{address}/metrics").text, re.MULTILINE)
+        statuses = [Path(f"/proc/{pid}/status").read_text() for pid in workers(process.pid)]
+        lines = [re.search(r"VmRSS:\s+(\d+) kB", status) for status in statuses]
+        kilobytes = sum(int(line[1]) for line in lines if line)
+        if found and float(found[1]) == pytest.approx(kilobytes * 1024, rel=0.1):
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_worker_that_dies_is_replaced_and_its_counts_are_kept(
     server: tuple[str, subprocess.Popen[bytes]],
 ) -> None:
