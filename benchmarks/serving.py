@@ -292,6 +292,7 @@ class Findings:
     p99_of_p50_16: float
     rate_256_of_16: float
     model_step_of_tight_loop_1: float
+    model_step_of_tight_loop_16: float
     start_seconds: float
     megabytes: float
 
@@ -317,6 +318,7 @@ class Findings:
             p99_of_p50_16=median(sample.p99 / sample.p50 for sample in rows[BYTES].samples[16]),
             rate_256_of_16=ratio(BYTES, BYTES, 256, 16),
             model_step_of_tight_loop_1=step["1"]["alone"] / step["1"]["tight_loop"],
+            model_step_of_tight_loop_16=step["16"]["an_image"] / step["16"]["tight_loop"],
             start_seconds=median(starts),
             megabytes=megabytes,
         )
@@ -329,6 +331,7 @@ GOALS = {
     "p99_of_p50_16": ("p99 / p50, 784 bytes, 16 connections", "<=", 4.0),
     "rate_256_of_16": ("256 / 16 connections, 784 bytes", ">=", 0.9),
     "model_step_of_tight_loop_1": ("model step / tight loop, 1 connection", "<=", 1.3),
+    "model_step_of_tight_loop_16": ("model step an image / tight loop, 16 connections", "<=", 1.3),
     "start_seconds": ("seconds from start to ready", "<=", 1.0),
     "megabytes": ("resident megabytes after the load", "<=", 150.0),
 }

@@ -51,8 +51,8 @@ BATCH_SIZES = (128, 512)
 CHAPTER = RECIPES["chapter"]
 LONG = replace(CHAPTER, epochs=20)
 """As long as its test accuracy may take to jump to 0.87 for the first time."""
-SHORT = replace(RECIPES["teacher"], epochs=10, batch_size=256)
-"""The best recipe's teachers', about as short as reaches 0.90."""
+SHORT = replace(RECIPES["best"], epochs=10, batch_size=256)
+"""The best recipe, about as short as reaches 0.90."""
 SEEDS = 20
 
 

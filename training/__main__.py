@@ -29,10 +29,9 @@ from training.evaluation import Evaluation, EvaluationError, evaluate, onnx_clas
 from training.export import ExportError, Provenance, export
 from training.fit import Epoch, FitError, Fitted, Fitting, check, fit_side_by_side
 from training.recipes import RECIPES
-from training.run import Config, Run, RunError, Teacher
+from training.run import Config, Run, RunError
 from training.studies import batch_size, statistics
 from training.studies.records import Records, conditions
-from training.teachers import Teachers
 
 OVERRIDES = ("epochs", "batch_size", "learning_rate")
 SETTINGS = ("seed", "device", "batch_norm", "holdout", "threads")
@@ -135,11 +134,7 @@ def fit_command(
     data_dir: Path | None,
     **_: Any,
 ) -> None:
-    """Fit one model into a run folder; with --seeds, several into one each.
-
-    The recipe best learns from three models of recipe teacher: unless they are there from another
-    seed's fit, they are fitted first, into run folders best-teacher-0 to -2 beside its own.
-    """
+    """Fit one model into a run folder; with --seeds, several into one each."""
     if seeds and (resume or ctx.get_parameter_source("seed") is ParameterSource.COMMANDLINE):
         raise click.UsageError("--seeds starts new runs: leave out --seed and --resume.")
     folder = out or Path("runs") / (recipe if seeds else f"{recipe}-{seed}")
@@ -156,17 +151,11 @@ def fit_command(
     if not stored:
         for path in folders:
             Run(path).must_be_new()
-        taught_by = _fitted_teachers(data, config, folder, quiet or as_json)
-        config = replace(config, teachers=taught_by)
-    teachers = _teachers(config) if config.teachers else None
     runs = [
         Run(path) if stored else Run.create(path, replace(config, seed=each))
         for path, each in folders.items()
     ]
-    commands = [
-        f"python -m training fit --resume --out {shlex.quote(str(path))}" for path in folders
-    ]
-    fitted = _fit(data, config, runs, teachers, quiet or as_json, f"with: {'; '.join(commands)}")
+    fitted = _fit(data, config, runs, quiet or as_json)
     for run in runs:
         report.draw_run(run)
     if as_json:
@@ -223,6 +212,9 @@ def _config(ctx: click.Context, data: FashionMNIST, stored: Config | None) -> Co
                 f"the run was started with {name.replace('_', ' ')} {own[name]}, "
                 f"not {wanted[name]}: resume it with its own settings."
             )
+    if stored.versions != config.versions:
+        now = ", ".join(f"{name} {number}" for name, number in config.versions.items())
+        click.echo(f"Resumed with {now}, other versions than it was started with.", err=True)
     return stored
 
 
@@ -230,9 +222,7 @@ def _fit(
     data: FashionMNIST,
     config: Config,
     runs: list[Run],
-    teachers: Teachers | None,
     quiet: bool,
-    how_to_continue: str,
 ) -> list[Fitted]:
     """Fit into run folders, one a seed; when interrupted, say how to continue, and exit."""
     torch.set_num_threads(config.threads)
@@ -245,73 +235,20 @@ def _fit(
                 device=config.device,
                 batch_norm=config.batch_norm,
                 holdout=config.holdout,
-                teachers=teachers,
                 runs=runs,
                 **watch,
             )
     except KeyboardInterrupt:
         kept = min(len(run.metrics()) for run in runs)
+        commands = [
+            f"python -m training fit --resume --out {shlex.quote(str(run.folder))}" for run in runs
+        ]
         click.echo(
             f"Interrupted after {kept} of {config.recipe.epochs} epochs, all kept.\n"
-            f"Continue {how_to_continue}",
+            f"Continue with: {'; '.join(commands)}",
             err=True,
         )
         raise click.exceptions.Exit(130) from None
-
-
-def _fitted_teachers(
-    data: FashionMNIST, student: Config, folder: Path, quiet: bool
-) -> tuple[Teacher, ...]:
-    """Fit the models that a recipe learns from, where they are not there yet.
-
-    Raises:
-        RunError: where one belongs there is another run.
-    """
-    recipe, found = student.recipe, []
-    for number in range(recipe.teachers):
-        config = replace(
-            student,
-            recipe=replace(RECIPES["teacher"], **{n: getattr(recipe, n) for n in OVERRIDES}),
-            seed=number,
-        )
-        run = Run(folder.with_name(f"{recipe.name}-teacher-{number}"))
-        if not (run.folder / "config.json").exists():
-            Run.create(run.folder, config)
-        here = run.config()
-        if (
-            replace(config, device=here.device, threads=here.threads, versions=here.versions)
-            != here
-        ):
-            raise RunError(
-                f"{run.folder} is no teacher for this: move it away, or choose an --out elsewhere."
-            )
-        if not run.complete:
-            if not quiet:
-                click.echo(f"Teacher {number + 1} of {recipe.teachers}: {run.folder}", err=True)
-            _fit(data, here, [run], None, quiet, "by giving the same command again.")
-            report.draw_run(run)
-        found.append(run.as_teacher())
-    return tuple(found)
-
-
-def _teachers(student: Config) -> Teachers:
-    """Return the models of the runs to learn from.
-
-    Raises:
-        RunError: one is not what it was when the student's run was started.
-    """
-    runs = [Run(Path(teacher.folder)) for teacher in student.teachers]
-    for run, teacher in zip(runs, student.teachers, strict=True):
-        if run.as_teacher().sha256 != teacher.sha256:
-            raise RunError(
-                f"the teacher {run.folder} is not what it was when the run was started: bring it "
-                "back, or start again in another folder."
-            )
-    recipes = [teacher.config.recipe for teacher in student.teachers]
-    return Teachers(
-        [run.model(recipe.statistics) for run, recipe in zip(runs, recipes, strict=True)],
-        [recipe.label_smoothing for recipe in recipes],
-    )
 
 
 @contextmanager

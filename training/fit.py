@@ -23,7 +23,6 @@ from training.model import BNLeNet, initialise, norm_layers
 from training.muon import Muon
 from training.recipes import NO_AUGMENTATION, RECIPES, Recipe
 from training.run import MOMENTS, Run
-from training.teachers import Teachers
 
 __all__ = ["RECIPES", "Epoch", "FitError", "Fitted", "Recipe", "Score", "evaluate", "fit"]
 
@@ -67,7 +66,7 @@ class Fitted:
 
     Attributes:
         model: in prediction mode, with the moving statistics.
-        population: statistics of the whole training set, augmented as in training.
+        population: statistics of the whole training set, changed as in the last epochs.
         epochs: what happened.
         scores: on the images held out (the test set when none are), by the statistics used:
             "moving"; "population"; and "clean", the training set's without augmentation, when the
@@ -102,11 +101,10 @@ class Fitting:
         labels: Tensor,
         seeds: Sequence[int] = (0,),
         batch_norm: Literal["scratch", "torch"] = "torch",
-        teachers: Teachers | None = None,
     ) -> None:
         self.recipe, self.images, self.labels, self.seeds = recipe, images, labels, seeds
+        self.augmentation = recipe.augmentation_in(1)  # the loop keeps it up to date
         device = images.device
-        self.teachers = teachers and teachers.to(device)
         self.generators = [torch.Generator(device) for _ in seeds]
         self.networks = [BNLeNet(batch_norm) for _ in seeds]
         for network, seed in zip(self.networks, seeds, strict=True):
@@ -209,13 +207,10 @@ class Fitting:
         labels = self.labels.index_select(0, rows)
         images = self.images.index_select(0, rows).float().div_(255)
         parts = zip(torch.split(images, n), self.generators, strict=True)
-        images = torch.cat([recipe.augmentation(part, generator) for part, generator in parts])
+        images = torch.cat([self.augmentation(part, generator) for part, generator in parts])
 
         logits = self.forward(images)
-        loss = self._losses(logits, labels, recipe.label_smoothing)
-        if self.teachers:
-            soft = self._losses(logits, self.teachers(images))
-            loss = torch.lerp(loss, soft, recipe.distillation)
+        loss = self._losses(logits, labels)
         for parameter in self.model.parameters():
             parameter.grad = None
         torch.autograd.backward([loss], [torch.ones_like(loss)])  # their sum's
@@ -233,11 +228,11 @@ class Fitting:
             self.finite_steps += self.loss - self.loss == 0  # not of infinity, not of NaN
             self.done += 1
 
-    def _losses(self, logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return each seed's mean cross-entropy, [S]."""
         if len(self.seeds) == 1:
-            return F.cross_entropy(logits, target, label_smoothing=smoothing)[None]
-        each = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
+            return F.cross_entropy(logits, labels)[None]
+        each = F.cross_entropy(logits, labels, reduction="none")
         return each.view(len(self.seeds), -1).mean(1)
 
     @staticmethod
@@ -247,22 +242,26 @@ class Fitting:
 
 
 class Captured:
-    """`Fitting.step` as CUDA graphs, one for each shape of step.
+    """`Fitting.step` as CUDA graphs, one for each shape of step and kind of augmentation.
 
     A net this small is bound by launching kernels; a replay launches all of a step's at once.
     """
 
     def __init__(self, fitting: Fitting) -> None:
         self.fitting = fitting
-        self.graphs: dict[int, tuple[Tensor, torch.cuda.CUDAGraph]] = {}
+        self.graphs: dict[tuple[int, Augmentation], tuple[Tensor, torch.cuda.CUDAGraph]] = {}
+        recipe = fitting.recipe
         order = torch.arange(len(fitting.labels)).repeat(len(fitting.seeds), 1)
-        for rows in torch.split(order, fitting.recipe.batch_size, dim=1):
-            if rows.shape[1] not in self.graphs:
-                self.graphs[rows.shape[1]] = self._capture(rows.contiguous().to(fitting.labels))
+        for epoch in (recipe.epochs, 1):  # the first last: where a fit begins
+            fitting.augmentation = recipe.augmentation_in(epoch)
+            for rows in torch.split(order, recipe.batch_size, dim=1):
+                key = rows.shape[1], fitting.augmentation
+                if key not in self.graphs:
+                    self.graphs[key] = self._capture(rows.contiguous().to(fitting.labels))
 
     def __call__(self, rows: Tensor) -> None:
         """Do what `Fitting.step` does."""
-        static, graph = self.graphs[rows.shape[-1]]
+        static, graph = self.graphs[rows.shape[-1], self.fitting.augmentation]
         static.copy_(rows)
         graph.replay()
 
@@ -275,7 +274,7 @@ class Captured:
                     self.fitting.step(rows)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            if self.fitting.recipe.augmentation != NO_AUGMENTATION:  # else nothing is drawn
+            if self.fitting.augmentation != NO_AUGMENTATION:  # else nothing is drawn
                 for generator in self.fitting.generators:
                     graph.register_generator_state(generator)
             with torch.cuda.graph(graph):
@@ -307,7 +306,6 @@ def fit(
     device: str = "cpu",
     batch_norm: Literal["scratch", "torch"] = "torch",
     holdout: int = 0,
-    teachers: Teachers | None = None,
     run: Run | None = None,
     on_batch: Callable[[Fitting, int, int], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
@@ -322,15 +320,13 @@ def fit(
         batch_norm: whose layer normalises.
         holdout: how many of the last training images are kept for validation; then the test set
             is not touched.
-        teachers: as many as the recipe learns from.
         run: the folder to write to; a fit that it holds already is continued.
         on_batch: called after every step with the epoch and the number of images seen in it, on
             the CPU only: on a GPU looking would mean waiting.
         on_epoch: called after every epoch, when the run folder is up to date.
 
     Raises:
-        FitError: an impossible batch size or hold-out, another number of teachers, or the
-            loss is no longer finite.
+        FitError: an impossible batch size or hold-out, or the loss is no longer finite.
         RunError: the run folder cannot be resumed.
     """
     (fitted,) = fit_side_by_side(
@@ -340,7 +336,6 @@ def fit(
         device=device,
         batch_norm=batch_norm,
         holdout=holdout,
-        teachers=teachers,
         runs=[run] if run else [],
         on_batch=on_batch,
         on_epoch=(lambda lines: on_epoch(lines[0])) if on_epoch else None,
@@ -356,7 +351,6 @@ def fit_side_by_side(
     device: str = "cpu",
     batch_norm: Literal["scratch", "torch"] = "torch",
     holdout: int = 0,
-    teachers: Teachers | None = None,
     runs: Sequence[Run] = (),
     on_batch: Callable[[Fitting, int, int], None] | None = None,
     on_epoch: Callable[[list[Epoch]], None] | None = None,
@@ -368,15 +362,12 @@ def fit_side_by_side(
     """
     began = time.perf_counter()
     check(recipe, len(data.train.labels), holdout, len(seeds), batch_norm)
-    given = len(teachers) if teachers else 0
-    if given != recipe.teachers:
-        raise FitError(f"the recipe learns from {recipe.teachers} teachers, not {given}.")
     kept = len(data.train.labels) - holdout
     images, labels = on_device(Split(data.train.images[:kept], data.train.labels[:kept]), device)
     judged = on_device(
         Split(data.train.images[kept:], data.train.labels[kept:]) if holdout else data.test, device
     )
-    fitting = Fitting(recipe, images, labels, seeds, batch_norm, teachers)
+    fitting = Fitting(recipe, images, labels, seeds, batch_norm)
     history: list[list[Epoch]] = [[] for _ in seeds]
     for place, run in enumerate(runs):
         history[place] = [Epoch(**line) for line in run.load_state(fitting.tensors(place))]
@@ -394,6 +385,7 @@ def fit_side_by_side(
         for sums in (fitting.loss, fitting.correct, fitting.finite_steps):
             sums.zero_()
         fitting.model.train()
+        fitting.augmentation = recipe.augmentation_in(epoch)
         seen = 0
         for rows in torch.split(order, recipe.batch_size, dim=1):
             step(rows)
@@ -449,9 +441,10 @@ def _conclude(
     """Take the statistics of the whole data set, judge by each kind, complete the run folder."""
     finished = time.perf_counter()
     model = copy.deepcopy(network).eval().requires_grad_(False)
-    population = population_statistics(model, images, recipe.augmentation, seed)
+    augmentation = recipe.augmentation_in(recipe.epochs)  # what the weights met last
+    population = population_statistics(model, images, augmentation, seed)
     models = {"moving": model, "population": with_statistics(model, population)}
-    if recipe.augmentation != NO_AUGMENTATION:
+    if augmentation != NO_AUGMENTATION:
         models["clean"] = with_statistics(model, population_statistics(model, images))
     answers = predict(models[recipe.statistics], judged[0]).argmax(1)
     result = Fitted(

@@ -110,10 +110,10 @@ def model_card(
     config = run.config()
     recipe, (worst_name, worst) = config.recipe, evaluation.robust_worst
     settings = {n: v for n, v in asdict(recipe).items() if n not in SAID_ELSEWHERE and v}
-    if recipe.augmentation == NO_AUGMENTATION:
-        del settings["augmentation"]
-    else:
-        settings |= {n: v for n, v in settings.pop("augmentation").items() if v}
+    for key, where in (("augmentation", ""), ("finish_augmentation", " in the finish")):
+        if settings.pop(key) and getattr(recipe, key) != NO_AUGMENTATION:
+            changes = asdict(getattr(recipe, key)).items()
+            settings |= {f"{n}{where}": v for n, v in changes if v}
     shares = zip(CLASS_NAMES, evaluation.precision, evaluation.recall, strict=True)
     return f"""# Model card: BN-LeNet, {exported.path.name}
 

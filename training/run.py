@@ -8,7 +8,6 @@ state.safetensors        all that a resumed fit needs; gone when the fit is comp
 results.json             written last: accuracy with each kind of statistics
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -45,7 +44,6 @@ class Config:
         threads: how many threads torch computes with.
         dataset_sha256: `FashionMNIST.sha256`.
         versions: of python, torch and numpy.
-        teachers: the runs that it learnt from, where the recipe does.
     """
 
     recipe: Recipe
@@ -56,7 +54,6 @@ class Config:
     threads: int
     dataset_sha256: str
     versions: dict[str, str]
-    teachers: tuple["Teacher", ...] = ()
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Config":
@@ -66,33 +63,10 @@ class Config:
             TypeError, KeyError, ValueError: these are no such fields.
         """
         recipe = fields["recipe"]
-        augmentation = Augmentation(**recipe["augmentation"])
-        teachers = [
-            Teacher(teacher["folder"], teacher["sha256"], cls.from_fields(teacher["config"]))
-            for teacher in fields.get("teachers", ())
-        ]
-        return cls(
-            **{
-                **fields,
-                "recipe": Recipe(**recipe | {"augmentation": augmentation}),
-                "teachers": tuple(teachers),
-            }
-        )
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A run that another learnt from.
-
-    Attributes:
-        folder: where it was then.
-        sha256: of its checkpoint.
-        config: how it was fitted.
-    """
-
-    folder: str
-    sha256: str
-    config: Config
+        augmentations = {
+            name: Augmentation(**recipe[name]) for name in ("augmentation", "finish_augmentation")
+        }
+        return cls(**{**fields, "recipe": Recipe(**recipe | augmentations)})
 
 
 class Run:
@@ -213,17 +187,6 @@ class Run:
         except RuntimeError as error:  # of another shape
             raise RunError(f"the checkpoint in {self.folder} is of another model.") from error
         return model
-
-    def as_teacher(self) -> Teacher:
-        """Describe this run as one to learn from.
-
-        Raises:
-            RunError: it is not complete, or damaged.
-        """
-        self.results()
-        self.checkpoint()
-        digest = hashlib.sha256((self.folder / "checkpoint.safetensors").read_bytes())
-        return Teacher(str(self.folder), digest.hexdigest(), self.config())
 
     def save_epoch(
         self,

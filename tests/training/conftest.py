@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from training.dataset import FashionMNIST, Split
-from training.fit import fit
-from training.model import BNLeNet
 from training.recipes import RECIPES, Recipe
-from training.teachers import Teachers
 
 
 @pytest.fixture(autouse=True)
@@ -35,26 +32,6 @@ def chapter() -> Recipe:
 
 
 @pytest.fixture
-def teacher() -> Recipe:
-    """Return the teachers' recipe, so short that its schedule still has all its phases."""
-    return replace(RECIPES["teacher"], epochs=4, batch_size=128, averaging=0.2)
-
-
-@pytest.fixture
-def best(teacher: Recipe) -> Recipe:
-    """Return the best recipe, as short, with two teachers."""
-    recipe = RECIPES["best"]
-    names = ("epochs", "batch_size", "averaging")
-    return replace(recipe, teachers=2, **{name: getattr(teacher, name) for name in names})
-
-
-@pytest.fixture(scope="session")
-def models(few: FashionMNIST) -> list[BNLeNet]:
-    """Return two models that have learnt a little."""
-    recipe = replace(RECIPES["chapter"], epochs=2)
-    return [fit(few, recipe, seed=seed).model for seed in (8, 9)]
-
-
-@pytest.fixture
-def teachers(models: list[BNLeNet]) -> Teachers:
-    return Teachers(models, [0.0, 0.05])
+def best() -> Recipe:
+    """Return the best recipe, so short that its schedule still has all its phases."""
+    return replace(RECIPES["best"], epochs=4, finish=0.5, batch_size=128, averaging=0.2)

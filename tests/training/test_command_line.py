@@ -1,5 +1,5 @@
-import hashlib
 import json
+import platform
 import re
 import shlex
 from dataclasses import replace
@@ -10,7 +10,6 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from torch import Tensor
 
 import training.__main__ as command_line
 from training.dataset import DatasetError, FashionMNIST
@@ -145,6 +144,19 @@ def test_ctrl_c_leaves_a_run_that_says_how_to_go_on(
     assert files[0] == files[1]
 
 
+def test_resuming_with_other_versions_is_told(tmp_path: Path) -> None:
+    """The weights will not be those of an unbroken fit."""
+    succeed(*FIT, "--out", tmp_path / "a", "--quiet")
+    (tmp_path / "a" / "results.json").unlink()
+    assert "Resumed" not in succeed("fit", "--resume", "--out", tmp_path / "a").stderr
+    (tmp_path / "a" / "results.json").unlink()
+    settings = json.loads((tmp_path / "a" / "config.json").read_text())
+    settings["versions"]["torch"] = "1.0"
+    (tmp_path / "a" / "config.json").write_text(json.dumps(settings))
+    told = succeed("fit", "--resume", "--out", tmp_path / "a").stderr
+    assert f"Resumed with python {platform.python_version()}, torch {torch.__version__}" in told
+
+
 def test_several_seeds_get_a_run_folder_each(tmp_path: Path) -> None:
     out = tmp_path / "many"
     result = succeed(*FIT, "--seeds", "4-6", "--out", out)
@@ -182,86 +194,23 @@ def test_resuming_on_another_data_set_is_refused(
     assert "dataset sha256" in fail("fit", "--resume", "--out", tmp_path / "a")
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch, teacher: Recipe, best: Recipe) -> None:
-    """Make the recipes short, of two epochs and two teachers."""
-    taught = replace(best, epochs=2)
-    monkeypatch.setitem(RECIPES, "teacher", replace(teacher, epochs=2))
-    monkeypatch.setitem(RECIPES, "best", taught)
-
-
-@pytest.mark.usefixtures("short")
-def test_teachers_are_fitted_once_and_before_all_others(tmp_path: Path) -> None:
-    result = succeed("fit", "--recipe", "best", "--out", tmp_path / "a")
-    assert re.findall(r"Teacher (\d) of 2: .*best-teacher-\d", result.stderr) == ["1", "2"]
-    teachers = [Run(tmp_path / f"best-teacher-{number}") for number in (0, 1)]
-    assert [t.config().seed for t in teachers] == [0, 1]
-    assert {t.config().recipe.name for t in teachers} == {"teacher"}
-    before = [(t.folder / "checkpoint.safetensors").read_bytes() for t in teachers]
-    result = succeed("fit", "--recipe", "best", "--seeds", "0-1", "--out", tmp_path / "b")
-    assert "Teacher" not in result.stderr
-    assert before == [(t.folder / "checkpoint.safetensors").read_bytes() for t in teachers]
-    taught = Run(tmp_path / "b-1").config().teachers
-    assert [t.sha256 for t in taught] == [hashlib.sha256(data).hexdigest() for data in before]
-    assert Run(tmp_path / "a").config().teachers == taught
-
-    card = tmp_path / "model" / "MODEL_CARD.md"
-    succeed("export", tmp_path / "a", "--out", tmp_path / "model" / "m.onnx")
-    assert "fit --recipe best --seed 0" in card.read_text()
-    assert "| teachers | 2 |" in card.read_text()
-
-
-@pytest.mark.usefixtures("short")
-def test_a_teacher_of_other_settings_is_refused_before_anything_is_fitted(tmp_path: Path) -> None:
-    fit = ("fit", "--recipe", "best", "--quiet")
-    succeed(*fit, "--out", tmp_path / "a")
-    names = sorted(path.name for path in tmp_path.iterdir())
-    sentence = "best-teacher-0 is no teacher for this"
-    assert sentence in fail(*fit, "--epochs", 3, "--out", tmp_path / "b")
-    # Teachers must not have seen what their student is to be judged on.
-    assert sentence in fail(*fit, "--holdout", 400, "--out", tmp_path / "b")
-    assert "already exists" in fail(*fit, "--out", tmp_path / "a")
-    assert names == sorted(path.name for path in tmp_path.iterdir())
-    (tmp_path / "a" / "results.json").unlink()
-    checkpoint = tmp_path / "best-teacher-1" / "checkpoint.safetensors"
-    checkpoint.write_bytes((tmp_path / "best-teacher-0" / checkpoint.name).read_bytes())
-    resumed = fail("fit", "--resume", "--out", tmp_path / "a")
-    assert "best-teacher-1 is not what it was when the run was started" in resumed
-
-
-@pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("stopped", [12, 25])  # in the first teacher's fit, in the student's
-def test_ctrl_c_at_any_stage_leaves_what_goes_on_to_the_same_bits(
-    stopped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_card_tells_what_the_finish_changes(
+    best: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(RECIPES, "best", replace(RECIPES["best"], teachers=1))
-    step, taken = Fitting.step, 0
-
-    def interrupted(self: Fitting, rows: Tensor) -> None:
-        nonlocal taken
-        taken += 1
-        if taken == stopped:
-            raise KeyboardInterrupt
-        step(self, rows)
-
-    arguments = ("fit", "--recipe", "best", "--out")
-    succeed(*arguments, tmp_path / "whole" / "a", "--quiet")
-    monkeypatch.setattr(Fitting, "step", interrupted)
-    result = run(*arguments, tmp_path / "a")
-    assert result.exit_code == 130
-    monkeypatch.setattr(Fitting, "step", step)
-    if "by giving the same command again" in result.stderr:
-        succeed(*arguments, tmp_path / "a")
-    else:
-        succeed(*shlex.split(result.stderr.split("python -m training ")[1]))
-    files = [folder / "a" / "checkpoint.safetensors" for folder in (tmp_path / "whole", tmp_path)]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    monkeypatch.setitem(RECIPES, "best", best)
+    succeed("fit", "--recipe", "best", "--out", tmp_path / "a", "--quiet")
+    succeed("export", tmp_path / "a", "--out", tmp_path / "model" / "m.onnx")
+    card = (tmp_path / "model" / "MODEL_CARD.md").read_text()
+    for row in ("| rotation | 6.0 |", "| finish | 0.5 |", "| shift in the finish | 1.0 |"):
+        assert row in card
+    assert "rotation in the finish" not in card
+    assert "fit --recipe best --seed 0" in card
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--recipe", "none"), "'none' is not one of 'chapter', 'teacher', 'best'"),
+        (("--recipe", "none"), "'none' is not one of 'chapter', 'best'"),
         (("--batch-size", 1), "1 is not in the range x>=2"),
         (("--batch-size", 157), "leaves a last batch of one image"),
         (("--learning-rate", "nan"), "nan is not a number above zero"),

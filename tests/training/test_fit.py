@@ -5,10 +5,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 from unittest.mock import MagicMock
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
 from torch import Tensor, nn
 
+from training import batch_last
 from training.augmentation import Augmentation
 from training.batch_norm import statistics
 from training.dataset import FashionMNIST
@@ -38,7 +38,6 @@ from training.fit import (
 from training.model import BNLeNet, initialise, norm_layers
 from training.recipes import Recipe
 from training.run import Config, Run
-from training.teachers import Teachers
 
 
 def weights(model: BNLeNet) -> dict[str, bytes]:
@@ -90,17 +89,16 @@ def test_both_batch_norms_give_the_same_loss_curve(few: FashionMNIST, chapter: R
 
 @pytest.mark.parametrize("name", ["chapter", "best"])
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
-    few: FashionMNIST, name: str, teachers: Teachers, request: pytest.FixtureRequest
+    few: FashionMNIST, name: str, request: pytest.FixtureRequest
 ) -> None:
     recipe = request.getfixturevalue(name)
-    asked = teachers if recipe.teachers else None
-    first, second, other = (fit(few, recipe, seed=s, teachers=asked).model for s in (3, 3, 4))
+    first, second, other = (fit(few, recipe, seed=s).model for s in (3, 3, 4))
     assert weights(first) == weights(second)
     assert weights(first) != weights(other)
 
 
-def test_the_teachers_recipe_learns(few: FashionMNIST, teacher: Recipe) -> None:
-    longer = replace(teacher, epochs=12)
+def test_the_best_recipe_learns(few: FashionMNIST, best: Recipe) -> None:
+    longer = replace(best, epochs=12)
     fitted = fit(few, longer)
     assert fitted.scores["moving"].accuracy > 0.7
     assert set(fitted.scores) == {"moving", "population", "clean"}
@@ -110,12 +108,11 @@ def test_the_teachers_recipe_learns(few: FashionMNIST, teacher: Recipe) -> None:
 def test_a_captured_step_would_read_and_write_the_same_memory_at_every_replay(
     few: FashionMNIST,
     best: Recipe,
-    teachers: Teachers,
     optimizer: Literal["sgd", "adamw", "muon"],
 ) -> None:
     """A CUDA graph replays addresses, so no tensor of the fit may move, whatever the optimiser."""
     recipe = replace(best, optimizer=optimizer)
-    fitting = Fitting(recipe, *on_device(few.train, "cpu"), teachers=teachers)
+    fitting = Fitting(recipe, *on_device(few.train, "cpu"))
     before = {name: tensor.data_ptr() for name, tensor in fitting.tensors().items()}
     assert any(name.startswith("optimizer.") for name in before) == (optimizer != "sgd")
     for _ in range(3):
@@ -125,19 +122,19 @@ def test_a_captured_step_would_read_and_write_the_same_memory_at_every_replay(
 
 
 def test_warming_up_after_the_last_step_reads_no_further_than_the_schedule(
-    few: FashionMNIST, teacher: Recipe
+    few: FashionMNIST, best: Recipe
 ) -> None:
     """On a GPU an index beyond the table would end the process."""
-    fitting = Fitting(teacher, *on_device(few.train, "cpu"))
+    fitting = Fitting(best, *on_device(few.train, "cpu"))
     fitting.done.fill_(fitting.schedule.shape[1])
     with unchanged(fitting):
         fitting.step(torch.arange(128))
         assert torch.equal(fitting.learning_rates, fitting.schedule[:2, -1])
 
 
-def test_warming_up_for_a_capture_leaves_no_trace(few: FashionMNIST, teacher: Recipe) -> None:
+def test_warming_up_for_a_capture_leaves_no_trace(few: FashionMNIST, best: Recipe) -> None:
     images = on_device(few.train, "cpu")
-    warmed, plain = (Fitting(teacher, *images) for _ in range(2))
+    warmed, plain = (Fitting(best, *images) for _ in range(2))
     for fitting in (warmed, plain):
         fitting.generators[0].manual_seed(1)
         fitting.step(torch.arange(128))
@@ -158,17 +155,19 @@ class Recorded:
     step = Fitting.step
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Fitting, Tensor]] = []
+        self.calls: list[tuple[Fitting, Augmentation, Tensor]] = []
         self.generators: list[torch.Generator] = []
 
     def register_generator_state(self, generator: torch.Generator) -> None:
         self.generators.append(generator)
 
     def replay(self) -> None:
-        for fitting, rows in self.calls:
-            draws = fitting.recipe.augmentation != Augmentation()
+        for fitting, augmentation, rows in self.calls:
+            draws = augmentation != Augmentation()
             assert self.generators == (fitting.generators if draws else [])
+            wanted, fitting.augmentation = fitting.augmentation, augmentation  # as captured
             Recorded.step(fitting, rows)
+            fitting.augmentation = wanted
 
 
 @contextmanager
@@ -180,7 +179,7 @@ def recording(graph: Recorded) -> Iterator[None]:
 
 def recorded_step(fitting: Fitting, rows: Tensor) -> None:
     if Recorded.capturing:
-        Recorded.capturing.calls.append((fitting, rows))
+        Recorded.capturing.calls.append((fitting, fitting.augmentation, rows))
     else:
         Recorded.step(fitting, rows)
 
@@ -190,17 +189,13 @@ def test_replays_in_the_shape_of_cuda_graphs_train_as_eager_steps_do(
     few: FashionMNIST,
     name: str,
     seeds: list[int],
-    teachers: Teachers,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
-    """All of the fast path but the device: static batches, the last batch, warm-up."""
+    """All of the fast path but the device: static batches, the last batch, the finish, warm-up."""
     recipe = request.getfixturevalue(name)
     images = on_device(few.train, "cpu")
-    replayed, eager = (
-        Fitting(recipe, *images, seeds, teachers=teachers if recipe.teachers else None)
-        for _ in range(2)
-    )
+    replayed, eager = (Fitting(recipe, *images, seeds) for _ in range(2))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock)
@@ -208,7 +203,11 @@ def test_replays_in_the_shape_of_cuda_graphs_train_as_eager_steps_do(
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock)
     monkeypatch.setattr(Fitting, "step", recorded_step)
     captured = Captured(replayed)
-    assert set(captured.graphs) == {128, 76}
+    epochs = (1, recipe.epochs)
+    assert replayed.augmentation == recipe.augmentation
+    assert set(captured.graphs) == {
+        (n, recipe.augmentation_in(e)) for n in (128, 76) for e in epochs
+    }
     generator = torch.Generator().manual_seed(1)
     order = torch.split(
         torch.stack([torch.randperm(1100, generator=generator) for _ in seeds]), 128, dim=1
@@ -216,8 +215,10 @@ def test_replays_in_the_shape_of_cuda_graphs_train_as_eager_steps_do(
     for step, fitting in ((captured, replayed), (eager.step, eager)):
         for own in fitting.generators:
             own.manual_seed(2)
-        for rows in order * 2:
-            step(rows)
+        for epoch in epochs:
+            fitting.augmentation = recipe.augmentation_in(epoch)
+            for rows in order:
+                step(rows)
     assert torch.equal(replayed.loss, eager.loss)
     for place in range(len(seeds)):
         pairs = zip(replayed.tensors(place).items(), eager.tensors(place).values(), strict=True)
@@ -225,9 +226,47 @@ def test_replays_in_the_shape_of_cuda_graphs_train_as_eager_steps_do(
             assert torch.equal(a, b), name
 
 
-def test_biases_before_batch_norm_rest_by_every_path(few: FashionMNIST, teacher: Recipe) -> None:
+def test_the_last_epochs_change_the_images_less(few: FashionMNIST, best: Recipe) -> None:
+    """What each epoch sees is what its augmentation makes of its images with its own seed."""
+    recipe = replace(best, epochs=5, finish=0.4, batch_size=1100)
+    seen: list[Tensor] = []
+    forward = batch_last.forward
+
+    def spy(model: BNLeNet, images: Tensor) -> Tensor:
+        seen.append(images)
+        return forward(model, images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_last, "forward", spy)
+        fit(few, recipe, seed=1)
+    images = on_device(few.train, "cpu")[0].float() / 255
+    kinds = [recipe.augmentation] * 3 + [recipe.finish_augmentation] * 2
+    for epoch, (kind, batch) in enumerate(zip(kinds, seen, strict=True), start=1):
+        generator = torch.Generator().manual_seed((1 << 20) + epoch)
+        order = torch.randperm(1100, generator=generator)
+        assert torch.equal(batch, kind(images[order], generator)), epoch
+
+
+def test_population_statistics_are_of_images_as_the_last_epochs_change_them(
+    few: FashionMNIST, best: Recipe
+) -> None:
+    fitted = fit(few, best, seed=1)
+    images, _ = on_device(few.train, "cpu")
+    last, first = (
+        population_statistics(fitted.model, images, augmentation, seed=1)
+        for augmentation in (best.finish_augmentation, best.augmentation)
+    )
+    for name, (mean, variance) in fitted.population.items():
+        assert torch.equal(mean, last[name][0])
+        assert torch.equal(variance, last[name][1])
+        assert not torch.equal(mean, first[name][0])
+    unchanged_at_last = replace(best, finish_augmentation=Augmentation())
+    assert set(fit(few, unchanged_at_last).scores) == {"moving", "population"}
+
+
+def test_biases_before_batch_norm_rest_by_every_path(few: FashionMNIST, best: Recipe) -> None:
     """Their gradient is rounding alone, which AdamW would turn into steps of full length."""
-    recipe = replace(teacher, optimizer="adamw")
+    recipe = replace(best, optimizer="adamw")
     fast, plain = (Fitting(recipe, *on_device(few.train, "cpu")) for _ in range(2))
     plain.forward = plain.model  # as on a GPU
     before = copy.deepcopy(plain.model)
@@ -242,8 +281,8 @@ def test_biases_before_batch_norm_rest_by_every_path(few: FashionMNIST, teacher:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_the_average_follows_weights_and_statistics(few: FashionMNIST, teacher: Recipe) -> None:
-    recipe = replace(teacher, averaging=1e-9)  # reaches back no further than the last step
+def test_the_average_follows_weights_and_statistics(few: FashionMNIST, best: Recipe) -> None:
+    recipe = replace(best, averaging=1e-9)  # reaches back no further than the last step
     fitting = Fitting(recipe, *on_device(few.train, "cpu"))
     for _ in range(3):
         fitting.step(torch.arange(128))
@@ -254,52 +293,14 @@ def test_the_average_follows_weights_and_statistics(few: FashionMNIST, teacher: 
         assert "num_batches" in name or torch.equal(average, last), name
 
 
-def test_the_average_begins_as_the_plain_mean_of_the_steps(
-    few: FashionMNIST, teacher: Recipe
-) -> None:
-    recipe = replace(teacher, averaging=1.0)
+def test_the_average_begins_as_the_plain_mean_of_the_steps(few: FashionMNIST, best: Recipe) -> None:
+    recipe = replace(best, averaging=1.0)
     fitting = Fitting(recipe, *on_device(few.train, "cpu"))
     seen = []
     for _ in range(3):
         fitting.step(torch.arange(128))
         seen.append(fitting.model.linear2.weight.detach().clone())
     torch.testing.assert_close(fitting.average.linear2.weight, torch.stack(seen).mean(0))
-
-
-def test_a_label_is_mixed_with_the_teachers_mean_prediction(
-    few: FashionMNIST, best: Recipe, models: list[BNLeNet]
-) -> None:
-    teachers = Teachers(models, [0.0, 0.0])
-    recipe = replace(best, distillation=0.3, label_smoothing=0.05, augmentation=Augmentation())
-    images, labels = on_device(few.train, "cpu")
-    fitting = Fitting(recipe, images, labels, teachers=teachers)
-    x, y = images[:128] / 255, labels[:128]
-    with torch.no_grad():
-        soft = sum(copy.deepcopy(model).double()(x.double()).softmax(1) for model in models) / 2
-        hard = 0.95 * F.one_hot(y, 10) + 0.05 / 10
-        target = 0.7 * hard + 0.3 * soft
-        expected = -(target * copy.deepcopy(fitting.model)(x).log_softmax(1)).sum(1).mean()
-    fitting.step(torch.arange(128))
-    assert fitting.loss.item() / 128 == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_teachers_see_the_very_images_that_the_student_sees(
-    few: FashionMNIST, best: Recipe, teachers: Teachers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fitting = Fitting(
-        replace(best, distillation=1.0), *on_device(few.train, "cpu"), [0], teachers=teachers
-    )
-    seen = []
-
-    def watched(ask: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        seen.append(images.clone())
-        return ask(images)
-
-    for name in ("forward", "teachers"):
-        monkeypatch.setattr(fitting, name, partial(watched, getattr(fitting, name)))
-    fitting.step(torch.arange(128))
-    assert torch.equal(*seen)
-    assert not torch.equal(seen[0], fitting.images[:128] / 255)
 
 
 def test_held_out_images_are_not_trained_on(few: FashionMNIST, chapter: Recipe) -> None:
@@ -314,7 +315,7 @@ def test_held_out_images_are_not_trained_on(few: FashionMNIST, chapter: Recipe) 
 
 
 def test_what_cannot_be_trained_is_refused_before_it_starts(
-    few: FashionMNIST, chapter: Recipe, best: Recipe
+    few: FashionMNIST, chapter: Recipe
 ) -> None:
     with pytest.raises(FitError, match="a batch size of 157 leaves a last batch of one image"):
         fit(few, replace(chapter, batch_size=157))
@@ -323,8 +324,6 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(
         fit(few, replace(chapter, batch_size=1))
     with pytest.raises(FitError, match="0 to 1,098: not 1,100"):
         fit(few, chapter, holdout=1100)
-    with pytest.raises(FitError, match="learns from 2 teachers, not 0"):
-        fit(few, best)
 
 
 @pytest.mark.parametrize(("seen_before", "step"), [(3 * 128, 4), (1100, 9)])
@@ -363,23 +362,21 @@ def test_a_learning_rate_far_too_high_is_told(few: FashionMNIST, chapter: Recipe
 def test_a_fit_interrupted_within_an_epoch_resumes_bit_for_bit(
     few: FashionMNIST,
     name: str,
-    teachers: Teachers,
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
     recipe = request.getfixturevalue(name)
-    asked = teachers if recipe.teachers else None
     whole, broken = (new_run(tmp_path / folder, recipe) for folder in ("whole", "broken"))
-    fit(few, recipe, teachers=asked, run=whole)
+    fit(few, recipe, run=whole)
 
     def interrupt(_: Fitting, epoch: int, seen: int) -> None:
         if epoch == 3 and seen > 500:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(few, recipe, teachers=asked, run=broken, on_batch=interrupt)
+        fit(few, recipe, run=broken, on_batch=interrupt)
     assert len(broken.metrics()) == 2
-    fit(few, recipe, teachers=asked, run=broken)
+    fit(few, recipe, run=broken)
     checkpoints = [(run.folder / "checkpoint.safetensors").read_bytes() for run in (whole, broken)]
     assert checkpoints[0] == checkpoints[1]
     losses = [[(line["epoch"], line["loss"]) for line in run.metrics()] for run in (whole, broken)]
@@ -404,10 +401,8 @@ fit(FashionMNIST(train, test, data.sha256), run.config().recipe, run=run)
 """
 
 
-def test_a_killed_fit_resumes_bit_for_bit(
-    few: FashionMNIST, teacher: Recipe, tmp_path: Path
-) -> None:
-    recipe = replace(teacher, epochs=15)
+def test_a_killed_fit_resumes_bit_for_bit(few: FashionMNIST, best: Recipe, tmp_path: Path) -> None:
+    recipe = replace(best, epochs=15)
     whole, killed = (new_run(tmp_path / folder, recipe) for folder in ("whole", "killed"))
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(killed.folder)])
     try:

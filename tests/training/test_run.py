@@ -8,7 +8,7 @@ import torch
 from training.batch_norm import statistics
 from training.model import BNLeNet, initialise, norm_layers
 from training.recipes import RECIPES
-from training.run import MOMENTS, Config, Run, RunError, Teacher
+from training.run import MOMENTS, Config, Run, RunError
 
 
 @pytest.fixture
@@ -29,11 +29,6 @@ def checkpoint() -> dict[str, torch.Tensor]:
 
 def test_a_configuration_comes_back_as_it_was(run: Run, config: Config) -> None:
     assert run.config() == config
-
-
-def test_a_configuration_with_teachers_comes_back_as_it_was(config: Config, tmp_path: Path) -> None:
-    taught = replace(config, teachers=(Teacher("runs/a", "abc", config),))
-    assert Run.create(tmp_path / "b", taught).config() == taught
 
 
 def test_a_folder_with_something_in_it_is_not_used(run: Run, config: Config) -> None:

@@ -10,7 +10,6 @@ from training.model import BNLeNet, initialise
 from training.recipes import Recipe
 from training.run import Config, Run
 from training.side_by_side import forward, stack
-from training.teachers import Teachers
 
 SEEDS = [3, 0]
 
@@ -59,16 +58,12 @@ def test_every_seed_fits_as_it_would_alone(
     few: FashionMNIST,
     name: str,
     optimizer: str,
-    teachers: Teachers,
     request: pytest.FixtureRequest,
 ) -> None:
     recipe = replace(request.getfixturevalue(name), epochs=2)
-    asked = teachers if recipe.teachers else None
     assert recipe.optimizer == optimizer
-    for seed, joined in zip(
-        SEEDS, fit_side_by_side(few, recipe, SEEDS, teachers=asked), strict=True
-    ):
-        alone = fit(few, recipe, seed=seed, teachers=asked)
+    for seed, joined in zip(SEEDS, fit_side_by_side(few, recipe, SEEDS), strict=True):
+        alone = fit(few, recipe, seed=seed)
         for a, b in zip(joined.epochs, alone.epochs, strict=True):
             assert a.loss == pytest.approx(b.loss, rel=1e-5)
             assert a.train_accuracy == pytest.approx(b.train_accuracy, abs=2 / 1100)
@@ -82,11 +77,11 @@ def test_every_seed_fits_as_it_would_alone(
 
 
 def test_an_interrupted_seed_is_continued_alone(
-    few: FashionMNIST, teacher: Recipe, tmp_path: Path
+    few: FashionMNIST, best: Recipe, tmp_path: Path
 ) -> None:
     runs = []
     for seed in SEEDS:
-        config = Config(teacher, seed, "cpu", "torch", 0, 1, dataset_sha256="", versions={})
+        config = Config(best, seed, "cpu", "torch", 0, 1, dataset_sha256="", versions={})
         runs.append(Run.create(tmp_path / str(seed), config))
 
     def interrupt(_: Fitting, epoch: int, __: int) -> None:
@@ -94,10 +89,10 @@ def test_an_interrupted_seed_is_continued_alone(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit_side_by_side(few, teacher, SEEDS, runs=runs, on_batch=interrupt)
+        fit_side_by_side(few, best, SEEDS, runs=runs, on_batch=interrupt)
     assert [len(run.metrics()) for run in runs] == [2, 2]
-    continued = fit(few, teacher, seed=SEEDS[1], run=runs[1])
-    whole = fit(few, teacher, seed=SEEDS[1])
+    continued = fit(few, best, seed=SEEDS[1], run=runs[1])
+    whole = fit(few, best, seed=SEEDS[1])
     losses = [[epoch.loss for epoch in fitted.epochs] for fitted in (continued, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert runs[1].complete
