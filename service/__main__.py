@@ -3,6 +3,7 @@
 import socket
 import sys
 from typing import TYPE_CHECKING, Literal, NoReturn
+from urllib.parse import urlsplit
 
 import click
 
@@ -26,7 +27,7 @@ def main(context: click.Context) -> None:
 
 @main.command()
 def serve() -> None:
-    """Serve the model over HTTP; the environment variables BNLENET_* say how."""
+    """Serve the model over HTTP. The environment variables BNLENET_* say how."""
     _serve(None)
 
 
@@ -39,8 +40,15 @@ def worker(descriptor: int, supervisor: int) -> None:
 
 
 def _http_only(_: click.Context, __: click.Parameter, url: str | None) -> str | None:
-    if url is not None and not url.startswith(("http://", "https://")):
-        raise click.BadParameter("it must begin with http:// or https://")
+    if url is None:
+        return None
+    try:
+        parts = urlsplit(url)
+        sound = parts.hostname and parts.port != 0 and " " not in url
+    except ValueError as exc:  # of a port that is no number, or half an IPv6 address
+        raise click.BadParameter(f"it is no address: {exc}") from None
+    if not sound or parts.scheme not in ("http", "https"):
+        raise click.BadParameter("it must begin with http:// or https:// and a host's name")
     return url
 
 

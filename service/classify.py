@@ -2,9 +2,11 @@
 
 import json
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
+from io import TextIOWrapper
 from time import monotonic
 from typing import Any
 from urllib.error import HTTPError
@@ -35,7 +37,7 @@ class Outcome:
     """What came of one file.
 
     Attributes:
-        file: its name as given, fit to be printed.
+        file: its name as given.
         answer: as `POST /predict` gives it; None after an error.
         error: why there is no answer.
     """
@@ -75,26 +77,29 @@ def remote(url: str, settings: Settings, preprocessing: Preprocessing, top_k: in
         # The service goes by the content; the type only says that it is to be read as a picture.
         request = Request(target, data, {"Content-Type": "image/unknown"})  # noqa: S310 - checked where the option is read
         if settings.api_key is not None:
-            key = f"Bearer {settings.api_key.get_secret_value()}"
+            # Header fields are sent in Latin-1: these are the letters whose bytes are the key's UTF-8.
+            key = f"Bearer {settings.api_key.get_secret_value()}".encode().decode("latin-1")
             request.add_unredirected_header("Authorization", key)
         try:
             with urlopen(request, timeout=TIMEOUT_SECONDS) as response:  # noqa: S310 - as above
-                answer: dict[str, Any] = json.load(response)
-            if "predictions" not in answer:
-                raise ValueError
-            return answer
+                body = response.read()
         except HTTPError as exc:
             raise _refusal(exc) from None
-        except (OSError, HTTPException) as exc:
+        except (OSError, HTTPException, UnicodeError) as exc:  # the last: of a host like a..b
             reason = getattr(exc, "reason", exc)
             reason = getattr(reason, "strerror", None) or reason
             raise ServiceError(
                 f"The service at {url} cannot be reached: {reason}.", code="unreachable"
             ) from None
-        except (ValueError, TypeError):
+        try:
+            answer: dict[str, Any] = json.loads(body)
+            for each in answer["predictions"]:  # other services have the path, too
+                each["label"] + f"{each['probability']:.4f}"
+        except (ValueError, TypeError, KeyError):
             raise ServiceError(
                 f"What answers at {url} is not this service.", code="unreachable"
             ) from None
+        return answer
 
     return ask
 
@@ -123,30 +128,39 @@ def run(files: Sequence[str], ask: Ask, *, as_json: bool) -> bool:
     """
     table = None
     if sys.stdout.isatty() and not as_json:
-        table = Table("File", "Label", Column("Confidence", justify="right"), "")
+        # In a narrow terminal names break, for their ends tell them apart; the bar gives way.
+        table = Table(
+            Column("File", overflow="fold"),
+            Column("Label", no_wrap=True),
+            Column("Confidence", justify="right", no_wrap=True),
+            "",
+        )
         table.box, table.pad_edge = None, False
     with_progress = sys.stderr.isatty() and not (as_json and sys.stdout.isatty())
     outcomes: Iterable[Outcome] = (_classify(file, ask) for file in files)
     if with_progress:
         outcomes = _with_progress(outcomes, len(files))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a name or bar that it has no letters for
     failures = 0
-    for outcome in outcomes:
-        failures += outcome.error is not None
-        if as_json:
-            click.echo(_json(outcome))
-        elif outcome.error is not None:
-            click.echo(f"Error: {outcome.file}: {outcome.error.message}", err=True)
-        elif table is not None:
-            _add_rows(table, outcome)
-        else:
-            click.echo("\n".join("\t".join(row) for row in _rows(outcome)))
-    if table is not None and table.row_count:
-        Console().print(table)
+    try:
+        for outcome in outcomes:
+            failures += outcome.error is not None
+            if as_json:
+                click.echo(_json(outcome))
+            elif outcome.error is not None:
+                click.echo(f"Error: {_shown(outcome.file)}: {outcome.error.message}", err=True)
+            elif table is not None:
+                _add_rows(table, outcome)
+            else:
+                click.echo("\n".join("\t".join(row) for row in _rows(outcome)))
+    finally:  # when interrupted, too
+        if table is not None and table.row_count:
+            Console().print(table)
     return failures == 0
 
 
 def _classify(file: str, ask: Ask) -> Outcome:
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in file)
     try:
         with click.open_file(file, "rb") as stream:
             data = stream.read(MAX_BYTES + 1)
@@ -156,30 +170,38 @@ def _classify(file: str, ask: Ask) -> Outcome:
             )
         if not data:
             raise ServiceError("The file is empty.", code="unreadable_file")
-        return Outcome(shown, ask(data))
+        return Outcome(file, ask(data))
     except OSError as exc:
         sentence = f"The file cannot be read: {exc.strerror or exc}."
-        return Outcome(shown, error=ServiceError(sentence, code="unreadable_file"))
+        return Outcome(file, error=ServiceError(sentence, code="unreadable_file"))
     except ServiceError as error:
-        return Outcome(shown, error=error)
+        return Outcome(file, error=error)
 
 
 def _json(outcome: Outcome) -> str:
     content = outcome.answer
     if outcome.error is not None:
         content = {"error": outcome.error.message, "code": outcome.error.code}
-    return json.dumps({"file": outcome.file, **(content or {})}, ensure_ascii=False)
+    return json.dumps({"file": outcome.file, **(content or {})})  # ASCII: any name, to the letter
+
+
+def _shown(file: str) -> str:
+    """Return a file's name without what would steer a terminal or break a line."""
+    steering = {"Cc", "Cs", "Zl", "Zp"}
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in steering else c for c in file
+    )
 
 
 def _rows(outcome: Outcome) -> Iterator[tuple[str, str, str]]:
     for each in (outcome.answer or {})["predictions"]:
-        yield outcome.file, each["label"], f"{each['probability']:.4f}"
+        yield _shown(outcome.file), each["label"], f"{each['probability']:.4f}"
 
 
 def _add_rows(table: Table, outcome: Outcome) -> None:
     """Add the classes of one file; its name and the notes stand beside the first."""
     answer = outcome.answer or {}
-    cell = Text(outcome.file)
+    cell = Text(_shown(outcome.file))
     for note in answer.get("notes", ()):
         cell.append(f"\n{note}", style="dim")
     for each in answer["predictions"]:

@@ -24,6 +24,14 @@ from tests.service.conftest import CLASSES
 from training.dataset import FashionMNIST
 
 KEY = "opensesame"
+INTERRUPTED = """
+import signal
+import service.classify as module
+def local(*arguments, local=module.local):
+    once = iter([local(*arguments)])
+    return lambda data: next(once, lambda _: signal.raise_signal(signal.SIGINT))(data)
+module.local = local
+"""  # at the second picture
 PROGRAM = "from service.__main__ import main; main(prog_name='bn-lenet-service')"
 
 
@@ -131,6 +139,24 @@ class TestAnswers:
     def test_tell_the_preprocessing_that_was_asked(self, photos: list[Path]) -> None:
         (converted,) = lines(classify("--json", "--preprocessing", "dataset", photos[0]))
         assert converted["preprocessing"] == "dataset"
+
+    def test_name_the_file_as_it_is_named(self, photos: list[Path], tmp_path: Path) -> None:
+        names = [
+            "Screenshot 1.23\u202fPM.png",
+            "été 👩\u200d🎤.png",
+            "tab\t.png",
+            os.fsdecode(b"\xff.png"),
+        ]
+        paths = [tmp_path / name for name in names]
+        for path in paths:
+            path.write_bytes(photos[0].read_bytes())
+        assert [answer["file"] for answer in lines(classify("--json", *paths))] == [
+            *map(str, paths)
+        ]
+        shown = [row.split("\t")[0] for row in classify(*paths).stdout.splitlines()]
+        mark = "\N{REPLACEMENT CHARACTER}"  # for what would break the columns, or is no text
+        names[2:] = [f"tab{mark}.png", f"{mark}.png"]
+        assert shown == [str(tmp_path / name) for name in names]
 
 
 class TestFailures:
@@ -241,6 +267,8 @@ class TestRunningService:
         [
             (200, b"<html>", "is not this service."),
             (200, b"[]", "is not this service."),
+            (200, b'{"predictions": [[0.1, 0.9]]}', "is not this service."),
+            (200, b'{"predictions": [{"label": "cat"}]}', "is not this service."),
             (502, b"<html>", "The answer was 502 Bad Gateway."),
             (500, b'{"error": "Sorry."}', "The answer was 500 Internal Server Error."),
         ],
@@ -265,20 +293,43 @@ class TestRunningService:
         assert got_first[0]["Authorization"] == f"Bearer {KEY}"
         assert "Authorization" not in got_there[0]
 
-    def test_speaks_http(self, photos: list[Path]) -> None:
-        result = classify("--url", f"file://{photos[0]}", photos[0])
+    def test_may_have_a_key_of_any_letters(
+        self, artefact: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("BNLENET_API_KEY", "clé €")
+        settings = {"model_path": artefact, "api_key": "clé €"}
+        with serving(tmp_path / "log", **settings) as (url, _):
+            assert classify("--url", url, photos[0]).exit_code == 0
+
+    @pytest.mark.parametrize(
+        ("url", "sentence"),
+        [
+            ("file:///etc/hostname", "http:// or https://"),
+            ("http://", "a host's name"),
+            ("http://a b", "a host's name"),
+            ("http://[::1", "no address"),
+            ("http://127.0.0.1:http", "no address"),
+        ],
+    )
+    def test_is_at_an_address_of_http(self, photos: list[Path], url: str, sentence: str) -> None:
+        result = classify("--url", url, photos[0])
         assert result.exit_code == 2
-        assert "http:// or https://" in result.stderr
+        assert sentence in result.stderr
+
+    def test_of_no_possible_host_cannot_be_reached(self, photos: list[Path]) -> None:
+        result = classify("--url", "http://a..b", photos[0])
+        assert result.exit_code == 1
+        assert "http://a..b cannot be reached" in result.stderr
 
 
 def in_terminal(
-    arguments: Sequence[object], *, code: str = PROGRAM, stdout_too: bool = True
+    arguments: Sequence[object], *, code: str = PROGRAM, stdout_too: bool = True, **variables: str
 ) -> tuple[str, str]:
     """Run the command with a terminal; return what the terminal got, and the other stdout."""
     ours, terminal = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", code, "classify", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "TERM": "xterm"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "TERM": "xterm"} | variables,
         stdin=subprocess.DEVNULL,
         stdout=terminal if stdout_too else subprocess.PIPE,
         stderr=terminal,
@@ -317,6 +368,33 @@ class TestTerminal:
             assert abs(row.count("█") - 24 * answer["confidence"]) <= 1
         assert "\x1b]0;" not in printed
         assert "sly\N{REPLACEMENT CHARACTER}[red].png" in printed
+
+    def test_that_is_narrow_gets_all_but_some_of_the_bar(
+        self, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        name = "a-name-whose-end-tells-it-from-the-next.png"
+        (tmp_path / name).write_bytes(photos[0].read_bytes())
+        (answer,) = lines(classify("--json", photos[0]))
+        monkeypatch.chdir(tmp_path)
+        printed, _ = in_terminal([name], COLUMNS="40")
+        header, row, *rest = printed.splitlines()
+        assert "Confidence" in header
+        assert f"{answer['label']}  " in row
+        assert f"{answer['confidence']:.1%}" in row
+        assert "█" in row
+        assert "".join([row.split()[0], *(part.strip() for part in rest)]) == name
+
+    def test_without_letters_for_bars_gets_the_figures(self, photos: list[Path]) -> None:
+        (answer,) = lines(classify("--json", photos[0]))
+        printed, _ = in_terminal([photos[0]], PYTHONIOENCODING="ascii")
+        assert f"{answer['confidence']:.1%}" in printed
+
+    def test_sees_what_was_done_before_it_interrupted(self, photos: list[Path]) -> None:
+        (answer,) = lines(classify("--json", photos[0]))
+        printed, _ = in_terminal(photos[:2], code=f"{INTERRUPTED}{PROGRAM}")
+        assert f"{answer['confidence']:.1%}" in printed
+        assert printed.count("%") == 1
+        assert "Aborted!" in printed
 
     def test_sees_a_bar_while_it_takes_long(self, photos: list[Path]) -> None:
         hurried = f"import service.classify as c; c.PROGRESS_AFTER_SECONDS = 0; {PROGRAM}"
