@@ -77,7 +77,7 @@ def remote(url: str, settings: Settings, preprocessing: Preprocessing, top_k: in
         # The service goes by the content; the type only says that it is to be read as a picture.
         request = Request(target, data, {"Content-Type": "image/unknown"})  # noqa: S310 - checked where the option is read
         if settings.api_key is not None:
-            # Header fields are sent in Latin-1: these are the letters whose bytes are the key's UTF-8.
+            # Header fields are sent in Latin-1, the letters whose bytes are the key's UTF-8.
             key = f"Bearer {settings.api_key.get_secret_value()}".encode().decode("latin-1")
             request.add_unredirected_header("Authorization", key)
         try:
