@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from training import report
+from training.atomic import write_whole
 from training.dataset import CLASS_NAMES, DatasetError, FashionMNIST, load
 from training.evaluation import Evaluation, EvaluationError, evaluate, onnx_classifier
 from training.export import ExportError, Provenance, export
@@ -52,7 +53,7 @@ class Commands(click.Group):
             raise  # click ends quietly when nobody reads on
         except OSError as error:  # a full disk, or a place that may not be written to
             place = f": {error.filename}" if error.filename else ""
-            raise click.ClickException(f"{error.strerror}{place}.") from error
+            raise click.ClickException(f"{error.strerror or error}{place}.") from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -366,7 +367,7 @@ def export_command(
     exported = export(fitted.model(statistics), source, test, out, temperature=temperature)
     evaluation = evaluate(onnx_classifier(out), test)
     card = report.model_card(exported, source, temperature, fitted, others, evaluation, validation)
-    (out.parent / "MODEL_CARD.md").write_text(card)
+    write_whole(out.parent / "MODEL_CARD.md", card.encode())
     report.draw_confusion(evaluation.confusion, out.parent / "confusion.png")
     if as_json:
         click.echo(json.dumps(asdict(exported), default=str))
@@ -485,7 +486,7 @@ def study_statistics(
 
     for seed in seeds:
         statistics.measure(data, recipe, seed, records, on_line)
-    (out / "statistics.md").write_text(statistics.page(records, seeds))
+    write_whole(out / "statistics.md", statistics.page(records, seeds).encode())
     statistics.draw(records, seeds, out / "statistics.png")
     if as_json:
         curves = {k: statistics.accuracies(records.lines, seeds, k) for k in statistics.KINDS}
@@ -517,7 +518,7 @@ def study_batch_size(run: Path, out: Path, data_dir: Path | None) -> None:
         click.echo(f"company {line['company']}  batch size {line['size']}  {figures}", err=True)
 
     batch_size.measure(model, test, records, on_line)
-    (out / "batch-size.md").write_text(batch_size.page(records))
+    write_whole(out / "batch-size.md", batch_size.page(records).encode())
     batch_size.draw(records, out / "batch-size.png")
     click.echo(out / "batch-size.md")
 

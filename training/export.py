@@ -8,7 +8,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from training.atomic import write_whole
 from training.dataset import CLASS_NAMES, Split
 from training.folding import fold_batch_norm
 
@@ -322,14 +322,8 @@ def _run(proto: onnx.ModelProto, images: NDArray[np.uint8]) -> list[NDArray[np.f
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write the file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, data)
     except OSError as exc:
         raise ExportError(f"cannot write {path} ({exc.strerror}): nothing was written.") from exc

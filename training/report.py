@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from training.atomic import write_whole
 from training.batch_norm import affine
 from training.dataset import CLASS_NAMES
 from training.evaluation import Evaluation
@@ -82,8 +84,10 @@ def draw_norms(model: BNLeNet, out: Path) -> None:
 
 def save_figure(figure: Figure, out: Path) -> None:
     """Write a figure as PNG, whatever the file is called; the same figure gives the same bytes."""
+    drawn = BytesIO()
     # So without the creating software's version.
-    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(drawn, format="png", dpi=110, metadata={"Software": None})
+    write_whole(out, drawn.getvalue())
 
 
 def model_card(

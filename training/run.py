@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from training.atomic import write_whole
 from training.augmentation import Augmentation
 from training.batch_norm import set_statistics
 from training.model import BNLeNet, norm_layers
@@ -236,14 +237,12 @@ class Run:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, whole or not at all."""
-        temporary = self.folder / f".{name}.part"
-        temporary.write_bytes(data)
-        temporary.replace(self.folder / name)
+        write_whole(self.folder / name, data)
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         try:
             return load_file(self.folder / name)
         except FileNotFoundError as error:
             raise RunError(f"{self.folder} has no {name} yet: let one epoch end first.") from error
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:  # an OSError when it is no file
             raise RunError(f"{self.folder / name} is damaged ({error}).") from error

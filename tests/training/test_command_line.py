@@ -237,6 +237,25 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_disk_that_fills_up_is_told_and_nothing_half_written_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if "checkpoint" in path.name:
+            write(path, data[:1000])
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    file = tmp_path / "a" / "checkpoint.safetensors"
+    told = f"Error: No space left on device: {file}.\n"
+    assert fail(*FIT, "--out", tmp_path / "a", "--quiet") == told
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["config.json", "metrics.jsonl"]
+
+
 def test_a_damaged_data_set_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def damaged(_: Path | None) -> FashionMNIST:
         raise DatasetError("x.gz is damaged: fetch it again.")

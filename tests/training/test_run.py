@@ -148,6 +148,12 @@ def test_a_state_that_does_not_fit_is_told(run: Run) -> None:
         run.load_state(state)
 
 
+def test_a_checkpoint_that_is_no_file_is_told(run: Run) -> None:
+    (run.folder / "checkpoint.safetensors").mkdir()
+    with pytest.raises(RunError, match=r"checkpoint\.safetensors is damaged"):
+        run.model()
+
+
 def test_a_checkpoint_of_another_model_is_told(run: Run) -> None:
     run.save_checkpoint(checkpoint() | {"linear3.bias": torch.zeros(9)})
     with pytest.raises(RunError, match="is of another model"):

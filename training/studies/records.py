@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from training.atomic import write_whole
 from training.run import RunError
 
 
@@ -70,12 +71,10 @@ class Records:
     def add(self, line: dict[str, Any]) -> None:
         """Write one more measurement; the file on disk is never half written."""
         self.lines.append(line)
-        temporary = self.file.with_suffix(".part")
-        whole = [self.conditions, *self.lines]
+        whole = "".join(json.dumps(each) + "\n" for each in (self.conditions, *self.lines))
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text("".join(json.dumps(each) + "\n" for each in whole))
-            temporary.replace(self.file)
+            write_whole(self.file, whole.encode())
         except OSError as error:
             raise RunError(
                 f"cannot write {self.file} ({error.strerror}): choose another --out."

@@ -1,0 +1,37 @@
+from pathlib import Path
+
+import pytest
+
+from training.atomic import write_whole
+
+
+def test_a_file_is_made_and_replaced(tmp_path: Path) -> None:
+    for data in (b"old and longer", b"new"):
+        write_whole(tmp_path / "a", data)
+        assert (tmp_path / "a").read_bytes() == data
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[:1])
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/a'"):
+        write_whole(tmp_path / "a", b"new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_a_place_that_is_no_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match="folder"):
+        write_whole(tmp_path / "folder", b"new")
+    with pytest.raises(FileNotFoundError, match="none/a"):
+        write_whole(tmp_path / "none" / "a", b"new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
