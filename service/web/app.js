@@ -4,13 +4,18 @@ const $ = (id) => document.getElementById(id);
 const stage = $("stage");
 const pen = $("paper").getContext("2d");
 const bars = [...$("bars").children];
-const untouched = ["label", "preprocessing", "command"].map((id) => [$(id), $(id).textContent]);
+const untouched = ["preprocessing", "command", "latency"].map((id) => [$(id), $(id).textContent]);
 
 let key = ""; // in memory only
 let source = null; // gives the picture to send: {name, type, blob, saved}
 let turn = new AbortController(); // ends when another picture takes its place
+let shown = null; // the signal of the turn whose answer is on the page
 let asking = false;
 let wanted = false;
+
+const PATIENCE = 400; // milliseconds until the former answer gives way to the word that one is awaited
+const UNREADABLE = "The file cannot be read; choose another.";
+const UNREACHABLE = "The service cannot be reached; try again in a moment.";
 
 // Asking: one request at a time. What is drawn meanwhile is sent together when it is answered.
 
@@ -22,26 +27,36 @@ async function ask() {
   while (wanted && source) {
     wanted = false;
     const { signal } = turn;
-    const picture = await source();
-    const begin = performance.now();
-    const { status, answer } = await post(picture, signal);
+    const patience = setTimeout(() => { if (shown !== signal) forget("Looking …"); }, PATIENCE);
+    const reply = await source().then((picture) => post(picture, signal), () => failure(UNREADABLE));
+    clearTimeout(patience);
     if (signal.aborted) continue;
-    if (status === 200) show(answer, picture, performance.now() - begin);
-    else refuse(status, answer.error);
+    shown = signal;
+    if (reply.status === 200) show(reply);
+    else refuse(reply.status, reply.answer.error);
   }
   asking = false;
   $("output").ariaBusy = "false";
 }
 
+const failure = (error) => ({ status: 0, answer: { error } });
+
 async function post(picture, signal) {
   const headers = { "Content-Type": picture.type };
-  if (key) headers.Authorization = `Bearer ${key}`;
+  // Header fields are sent in Latin-1, the letters whose bytes are the key's UTF-8.
+  if (key) headers.Authorization = `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}`;
+  const begin = performance.now();
+  let response;
   try {
     const request = { method: "POST", headers, body: picture.blob, signal };
-    const response = await fetch("predict?echo=pixels", request);
-    return { status: response.status, answer: await response.json() };
-  } catch {
-    return { status: 0, answer: { error: "The service cannot be reached; try again in a moment." } };
+    response = await fetch("predict?echo=pixels", request);
+    const answer = await response.json();
+    const complete = response.ok ? answer.predictions && answer.pixels : answer.error;
+    if (!complete) throw new TypeError("not this service's answer");
+    return { status: response.status, answer, picture, milliseconds: performance.now() - begin };
+  } catch { // a proxy in between may answer anything
+    if (!response) return failure(UNREACHABLE);
+    return failure(`What answered is not the service: ${response.status} ${response.statusText}.`);
   }
 }
 
@@ -49,7 +64,7 @@ async function post(picture, signal) {
 
 const percent = (p) => `${(100 * p).toFixed(1)} %`;
 
-function show(answer, picture, milliseconds) {
+function show({ answer, picture, milliseconds }) {
   refuse(200, "");
   $("label").textContent = answer.label;
   for (const { class_id, label, probability } of answer.predictions) {
@@ -78,13 +93,15 @@ function show(answer, picture, milliseconds) {
 
 function refuse(status, sentence) {
   const aboutKey = key ? "The service does not accept this key." : "The service wants an API key.";
-  $("error").textContent = status === 401 ? aboutKey : sentence;
+  // The service says "body" of what people know as their file.
+  $("error").textContent = status === 401 ? aboutKey : sentence.replace("The body", "The file");
   $("key-form").hidden = status !== 401;
   if (status === 401) $("key").focus();
-  if (status !== 200) forget();
+  if (status !== 200) forget("No answer");
 }
 
-function forget() {
+function forget(instead) {
+  $("label").textContent = instead;
   for (const [element, text] of untouched) element.textContent = text;
   for (const bar of bars) {
     bar.classList.remove("first");
@@ -114,13 +131,15 @@ async function tellModel() {
 
 // The command line for what was sent.
 
-const quoted = (word) => /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`;
+const code = (c) => `'$'\\x${c.charCodeAt().toString(16).padStart(2, "0")}''`;
+const quoted = (word) => /^[\w@%+=:,./-]+$/.test(word) ? word
+  : `'${word.replaceAll("'", "'\\''").replace(/[\0-\x1f\x7f]/g, code)}'`; // no terminal gets those raw
 
 function tellCommand({ name, type, blob, saved }) {
   const lines = [
     `curl ${quoted(new URL("predict", location.href).href)}`,
     `-H ${quoted(`Content-Type: ${type}`)}`,
-    `--data-binary ${quoted(`@${name}`)}`,
+    `--data-binary ${quoted(name === "-" ? "@./-" : `@${name}`)}`, // "@-" is standard input
   ];
   if (key) lines.splice(1, 0, '-H "Authorization: Bearer $BNLENET_API_KEY"');
   $("command").textContent = lines.join(" \\\n  ");
@@ -156,12 +175,19 @@ function take(file, saved = true) {
   if (!file) return;
   // The service goes by the content; this only says that it is to be read as a picture.
   const type = file.type.startsWith("image/") ? file.type : "image/unknown";
-  begin("picture", async () => ({ name: file.name, type, blob: file, saved }));
+  begin("picture", async () => {
+    await file.slice(0, 1).arrayBuffer(); // fails for a folder, and for what was moved away
+    return { name: file.name, type, blob: file, saved };
+  });
   URL.revokeObjectURL($("picture").src);
   $("picture").src = URL.createObjectURL(file);
-  $("picture").alt = file.name;
+  $("picture").alt = $("file-name").textContent = file.name;
   ask();
 }
+
+$("picture").addEventListener("error", () => { // not a broken image's icon
+  if (stage.dataset.shows === "picture") stage.dataset.shows = "name";
+});
 
 $("file").addEventListener("change", () => {
   take($("file").files[0]);
@@ -171,7 +197,8 @@ addEventListener("paste", (event) => take(event.clipboardData.files[0], false));
 for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
   addEventListener(kind, (event) => {
     event.preventDefault();
-    stage.classList.toggle("over", kind === "dragenter" || kind === "dragover");
+    const left = kind === "drop" || (kind === "dragleave" && !event.relatedTarget);
+    stage.classList.toggle("over", !left); // going from one element to the next is not leaving
     if (kind === "drop") take(event.dataTransfer.files[0]);
   });
 }
@@ -189,8 +216,8 @@ function clear() {
   begin("nothing", null);
   pen.fillStyle = "#fff";
   pen.fillRect(0, 0, pen.canvas.width, pen.canvas.height);
-  $("error").textContent = "";
-  forget();
+  refuse(200, "");
+  forget("Show me one");
 }
 
 let last = null; // where the pen is on the paper
@@ -208,7 +235,7 @@ function draw(event) {
 pen.lineCap = "round";
 pen.lineWidth = 52; // as wide as a sleeve, so that a garment is soon filled in
 pen.canvas.addEventListener("pointerdown", (event) => {
-  if (event.button) return;
+  if (event.button || !event.isPrimary) return; // a second finger is no second pen
   pen.canvas.setPointerCapture(event.pointerId);
   if (stage.dataset.shows === "nothing") begin("drawing", drawing);
   last = null;
@@ -217,14 +244,15 @@ pen.canvas.addEventListener("pointerdown", (event) => {
 });
 pen.canvas.addEventListener("pointermove", (event) => {
   if (!pen.canvas.hasPointerCapture(event.pointerId)) return;
-  event.getCoalescedEvents().forEach(draw);
+  const between = event.getCoalescedEvents?.() ?? []; // only secure addresses have it
+  for (const each of between.length ? between : [event]) draw(each);
   ask();
 });
 
 $("clear").addEventListener("click", () => { clear(); $("file").focus(); });
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  key = $("key").value;
+  key = $("key").value.trim();
   ask();
 });
 
