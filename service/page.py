@@ -1,9 +1,10 @@
-"""The page at `/` and its files: read once, and bound to this server by a strict policy."""
+"""The pages: the one at `/`, bound to this server by a strict policy, and the one at `/docs`."""
 
 import hashlib
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
 
 from service.errors import NotFound
 
@@ -17,6 +18,10 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+PLACE = b'<div id="swagger-ui">'  # is filled by Swagger UI, if it comes
+WITHOUT_INTERNET = b"""
+    <p>The documentation is shown by Swagger UI, which your browser takes from cdn.jsdelivr.net.
+    Without internet, read <a href="openapi.json">openapi.json</a>: it describes the same.</p>"""
 
 
 def page_router() -> APIRouter:
@@ -39,6 +44,16 @@ def page_router() -> APIRouter:
         if headers["ETag"] in request.headers.get("if-none-match", ""):
             return Response(None, 304, headers)
         return Response(body, 200, headers)
+
+    documentation = bytes(
+        get_swagger_ui_html(
+            openapi_url="./openapi.json", title="BN-LeNet", swagger_favicon_url="static/icon.svg"
+        ).body
+    ).replace(PLACE, PLACE + WITHOUT_INTERNET)
+
+    @router.api_route("/docs", methods=["GET", "HEAD"])
+    async def docs() -> Response:
+        return Response(documentation, media_type="text/html")
 
     return router
 

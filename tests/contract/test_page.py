@@ -188,6 +188,27 @@ class TestFiles:
             assert re.findall(r"(?:https?:)?//[a-z]", text) == []
 
 
+class TestDocumentation:
+    def test_is_no_blank_page_without_internet(
+        self, context: BrowserContext, base_url: str
+    ) -> None:
+        page = context.new_page()
+        asked: list[str] = []
+
+        def answer(route: Route) -> None:
+            asked.append(route.request.url)
+            route.continue_() if route.request.url.startswith(base_url) else route.abort()
+
+        page.route("**", answer)
+        page.goto(f"{base_url}/docs")
+        expect(page.get_by_text("Without internet")).to_be_visible()
+        page.get_by_role("link", name="openapi.json").click()
+        expect(page.get_by_text('"openapi":"3.1')).to_be_visible()
+        others = {url.split("/")[2] for url in asked if not url.startswith(base_url)}
+        assert others == {"cdn.jsdelivr.net"}  # as the page says
+        page.close()
+
+
 class TestPicture:
     def test_chosen_is_answered_in_full(
         self, page: Page, client: httpx.Client, trousers: bytes, answer: dict[str, Any]
