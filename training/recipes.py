@@ -16,7 +16,7 @@ class Recipe:
     Attributes:
         name: what the command line calls it.
         origin: where it comes from and how it was chosen, in a sentence for the model card.
-        optimizer: "sgd" (plain), "adamw", or "muon" for the hidden weights and AdamW for the rest.
+        optimizer: "sgd" (plain), or "muon" for the hidden weights and AdamW for the rest.
         learning_rate: the highest one.
         other_learning_rate: the highest one of AdamW beside Muon.
         batch_size: images a step; the last, smaller batch of an epoch is kept.
@@ -37,7 +37,7 @@ class Recipe:
 
     name: str
     origin: str
-    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    optimizer: Literal["sgd", "muon"] = "sgd"
     learning_rate: float = 0.1
     other_learning_rate: float = 0.0
     batch_size: int = 128

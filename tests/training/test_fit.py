@@ -1,16 +1,11 @@
-import copy
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -23,21 +18,19 @@ from training.augmentation import Augmentation
 from training.batch_norm import statistics
 from training.dataset import FashionMNIST
 from training.fit import (
-    Captured,
     Epoch,
     FitError,
-    Fitting,
     best_temperature,
     evaluate,
     fit,
     on_device,
     population_statistics,
-    unchanged,
     with_statistics,
 )
 from training.model import BNLeNet, initialise, norm_layers
 from training.recipes import Recipe
 from training.run import Config, Run
+from training.step import Fitting
 
 
 def weights(model: BNLeNet) -> dict[str, bytes]:
@@ -104,128 +97,6 @@ def test_the_best_recipe_learns(few: FashionMNIST, best: Recipe) -> None:
     assert set(fitted.scores) == {"moving", "population", "clean"}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
-def test_a_captured_step_would_read_and_write_the_same_memory_at_every_replay(
-    few: FashionMNIST,
-    best: Recipe,
-    optimizer: Literal["sgd", "adamw", "muon"],
-) -> None:
-    """A CUDA graph replays addresses, so no tensor of the fit may move, whatever the optimiser."""
-    recipe = replace(best, optimizer=optimizer)
-    fitting = Fitting(recipe, *on_device(few.train, "cpu"))
-    before = {name: tensor.data_ptr() for name, tensor in fitting.tensors().items()}
-    assert any(name.startswith("optimizer.") for name in before) == (optimizer != "sgd")
-    for _ in range(3):
-        fitting.step(torch.arange(128))
-    assert {name: tensor.data_ptr() for name, tensor in fitting.tensors().items()} == before
-    assert int(fitting.done) == 3
-
-
-def test_warming_up_after_the_last_step_reads_no_further_than_the_schedule(
-    few: FashionMNIST, best: Recipe
-) -> None:
-    """On a GPU an index beyond the table would end the process."""
-    fitting = Fitting(best, *on_device(few.train, "cpu"))
-    fitting.done.fill_(fitting.schedule.shape[1])
-    with unchanged(fitting):
-        fitting.step(torch.arange(128))
-        assert torch.equal(fitting.learning_rates, fitting.schedule[:2, -1])
-
-
-def test_warming_up_for_a_capture_leaves_no_trace(few: FashionMNIST, best: Recipe) -> None:
-    images = on_device(few.train, "cpu")
-    warmed, plain = (Fitting(best, *images) for _ in range(2))
-    for fitting in (warmed, plain):
-        fitting.generators[0].manual_seed(1)
-        fitting.step(torch.arange(128))
-    with unchanged(warmed):
-        for _ in range(3):
-            warmed.step(torch.arange(128, 256))
-    for fitting in (warmed, plain):
-        fitting.step(torch.arange(256, 384))
-    for (name, a), b in zip(warmed.tensors().items(), plain.tensors().values(), strict=True):
-        assert torch.equal(a, b), name
-    assert torch.equal(warmed.loss, plain.loss)
-
-
-class Recorded:
-    """Stands in for a CUDA graph: a step in its context is noted, and replayed on the CPU."""
-
-    capturing: "Recorded | None" = None
-    step = Fitting.step
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Fitting, Augmentation, Tensor]] = []
-        self.generators: list[torch.Generator] = []
-
-    def register_generator_state(self, generator: torch.Generator) -> None:
-        self.generators.append(generator)
-
-    def replay(self) -> None:
-        for fitting, augmentation, rows in self.calls:
-            draws = augmentation != Augmentation()
-            assert self.generators == (fitting.generators if draws else [])
-            wanted, fitting.augmentation = fitting.augmentation, augmentation  # as captured
-            Recorded.step(fitting, rows)
-            fitting.augmentation = wanted
-
-
-@contextmanager
-def recording(graph: Recorded) -> Iterator[None]:
-    Recorded.capturing = graph
-    yield
-    Recorded.capturing = None
-
-
-def recorded_step(fitting: Fitting, rows: Tensor) -> None:
-    if Recorded.capturing:
-        Recorded.capturing.calls.append((fitting, fitting.augmentation, rows))
-    else:
-        Recorded.step(fitting, rows)
-
-
-@pytest.mark.parametrize(("name", "seeds"), [("chapter", [0, 1]), ("best", [0])])
-def test_replays_in_the_shape_of_cuda_graphs_train_as_eager_steps_do(
-    few: FashionMNIST,
-    name: str,
-    seeds: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> None:
-    """All of the fast path but the device: static batches, the last batch, the finish, warm-up."""
-    recipe = request.getfixturevalue(name)
-    images = on_device(few.train, "cpu")
-    replayed, eager = (Fitting(recipe, *images, seeds) for _ in range(2))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
-    monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(torch.cuda, "Stream", MagicMock)
-    monkeypatch.setattr(torch.cuda, "stream", MagicMock())
-    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock)
-    monkeypatch.setattr(Fitting, "step", recorded_step)
-    captured = Captured(replayed)
-    epochs = (1, recipe.epochs)
-    assert replayed.augmentation == recipe.augmentation
-    assert set(captured.graphs) == {
-        (n, recipe.augmentation_in(e)) for n in (128, 76) for e in epochs
-    }
-    generator = torch.Generator().manual_seed(1)
-    order = torch.split(
-        torch.stack([torch.randperm(1100, generator=generator) for _ in seeds]), 128, dim=1
-    )
-    for step, fitting in ((captured, replayed), (eager.step, eager)):
-        for own in fitting.generators:
-            own.manual_seed(2)
-        for epoch in epochs:
-            fitting.augmentation = recipe.augmentation_in(epoch)
-            for rows in order:
-                step(rows)
-    assert torch.equal(replayed.loss, eager.loss)
-    for place in range(len(seeds)):
-        pairs = zip(replayed.tensors(place).items(), eager.tensors(place).values(), strict=True)
-        for (name, a), b in pairs:
-            assert torch.equal(a, b), name
-
-
 def test_the_last_epochs_change_the_images_less(few: FashionMNIST, best: Recipe) -> None:
     """What each epoch sees is what its augmentation makes of its images with its own seed."""
     recipe = replace(best, epochs=5, finish=0.4, batch_size=1100)
@@ -264,45 +135,6 @@ def test_population_statistics_are_of_images_as_the_last_epochs_change_them(
     assert set(fit(few, unchanged_at_last).scores) == {"moving", "population"}
 
 
-def test_biases_before_batch_norm_rest_by_every_path(few: FashionMNIST, best: Recipe) -> None:
-    """Their gradient is rounding alone, which AdamW would turn into steps of full length."""
-    recipe = replace(best, optimizer="adamw")
-    fast, plain = (Fitting(recipe, *on_device(few.train, "cpu")) for _ in range(2))
-    plain.forward = plain.model  # as on a GPU
-    before = copy.deepcopy(plain.model)
-    for fitting in (fast, plain):
-        for start in range(0, 1024, 128):
-            fitting.step(torch.arange(start, start + 128))
-    for name in ("conv1.bias", "conv2.bias", "linear1.bias", "linear2.bias"):
-        assert torch.equal(plain.model.get_parameter(name), before.get_parameter(name))
-    assert not torch.equal(plain.model.linear3.bias, before.linear3.bias)
-    pairs = zip(fast.model.state_dict().values(), plain.model.state_dict().values(), strict=True)
-    for a, b in pairs:
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
-def test_the_average_follows_weights_and_statistics(few: FashionMNIST, best: Recipe) -> None:
-    recipe = replace(best, averaging=1e-9)  # reaches back no further than the last step
-    fitting = Fitting(recipe, *on_device(few.train, "cpu"))
-    for _ in range(3):
-        fitting.step(torch.arange(128))
-    pairs = zip(
-        fitting.average.state_dict().items(), fitting.model.state_dict().values(), strict=True
-    )
-    for (name, average), last in pairs:
-        assert "num_batches" in name or torch.equal(average, last), name
-
-
-def test_the_average_begins_as_the_plain_mean_of_the_steps(few: FashionMNIST, best: Recipe) -> None:
-    recipe = replace(best, averaging=1.0)
-    fitting = Fitting(recipe, *on_device(few.train, "cpu"))
-    seen = []
-    for _ in range(3):
-        fitting.step(torch.arange(128))
-        seen.append(fitting.model.linear2.weight.detach().clone())
-    torch.testing.assert_close(fitting.average.linear2.weight, torch.stack(seen).mean(0))
-
-
 def test_held_out_images_are_not_trained_on(few: FashionMNIST, chapter: Recipe) -> None:
     spoilt = few.train.images.copy()
     spoilt[600:] = 255
@@ -324,6 +156,8 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(
         fit(few, replace(chapter, batch_size=1))
     with pytest.raises(FitError, match="0 to 1,098: not 1,100"):
         fit(few, chapter, holdout=1100)
+    with pytest.raises(FitError, match="9,000,000 steps are more than 5,000,000: lower --epochs"):
+        fit(few, replace(chapter, epochs=1_000_000))
 
 
 @pytest.mark.parametrize(("seen_before", "step"), [(3 * 128, 4), (1100, 9)])
@@ -353,6 +187,14 @@ def test_a_loss_that_becomes_nan_stops_the_fit_and_keeps_the_last_checkpoint(
 def test_a_learning_rate_far_too_high_is_told(few: FashionMNIST, chapter: Recipe) -> None:
     with pytest.raises(FitError, match=r"no longer finite in epoch 1, .* No epoch was complete"):
         fit(few, replace(chapter, learning_rate=1e38))
+
+
+def test_an_endless_variance_is_told_though_the_loss_is_finite(
+    few: FashionMNIST, chapter: Recipe
+) -> None:
+    """Weights of 1e29 are numbers, their outputs' variance is none; normalised they are zero."""
+    with pytest.raises(FitError, match=r"no longer finite in epoch 1, step 9 of 9"):
+        fit(few, replace(chapter, learning_rate=1e30))
 
 
 # Resuming

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from training.dataset import FashionMNIST
-from training.fit import FitError, Fitting, evaluate, fit, fit_side_by_side, on_device
+from training.fit import FitError, evaluate, fit, fit_side_by_side, on_device
 from training.model import BNLeNet, initialise
 from training.recipes import Recipe
 from training.run import Config, Run
 from training.side_by_side import forward, stack
+from training.step import Fitting
 
 SEEDS = [3, 0]
 

@@ -14,9 +14,10 @@ import torch
 from matplotlib.figure import Figure
 
 from training.dataset import FashionMNIST
-from training.fit import Fitting, evaluate, fit, on_device, population_statistics, with_statistics
+from training.fit import evaluate, fit, on_device, population_statistics, with_statistics
 from training.recipes import Recipe
 from training.report import save_figure, table
+from training.step import Fitting
 from training.studies.records import Records, in_words
 
 KINDS = {"moving": "moving averages", "few": "2,432 images", "population": "all 60,000 images"}
