@@ -19,6 +19,7 @@ from typing import Any
 import click
 import torch
 from click.core import ParameterSource
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -37,6 +38,7 @@ from training.studies.records import Records, conditions
 
 OVERRIDES = ("epochs", "batch_size", "learning_rate")
 SETTINGS = ("seed", "device", "batch_norm", "holdout", "threads")
+LAST_SEED, MOST_SEEDS = 2**31, 1000
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -67,14 +69,22 @@ data_dir_option = click.option(
 )
 
 
-def _range(_: click.Context, __: click.Parameter, text: str | None) -> range:
-    """Read "0-19"; without a text, there are none."""
-    first, dash, last = (text or "1-0").partition("-")
-    if not (
-        dash and first.isdecimal() and last.isdecimal() and (text is None or int(first) < int(last))
-    ):
-        raise click.BadParameter(f"{text!r} is not of the form 0-19.")
-    return range(int(first), int(last) + 1)
+def _seeds(_: click.Context, __: click.Parameter, text: str | None) -> list[int]:
+    """Read two seeds or more, `0-4` or `0,3,7`; return them in order, each once; none for None."""
+    if text is None:
+        return []
+    seeds: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part)
+        found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not found:
+            raise click.BadParameter(f"{text!r} is no list of seeds such as 0-4 or 0,3,7.")
+        if found[-1] > LAST_SEED or len(found) > MOST_SEEDS:
+            raise click.BadParameter(f"{text!r} is beyond {MOST_SEEDS:,} seeds up to {LAST_SEED}.")
+        seeds.update(found)
+    if len(seeds) < 2:
+        raise click.BadParameter("a spread between seeds needs at least two of them.")
+    return sorted(seeds)
 
 
 def _positive(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
@@ -94,13 +104,13 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 @click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
 @click.option("--batch-size", type=click.IntRange(2), help="Instead of the recipe's.")
 @click.option("--learning-rate", type=float, callback=_positive, help="Instead of the recipe's.")
-@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, LAST_SEED), default=0, show_default=True)
 @click.option(
     "--seeds",
-    callback=_range,
-    metavar="FIRST-LAST",
-    help="Fit all these seeds at once, as one grouped network, into run folders OUT-SEED. It is "
-    "for a GPU, which one net leaves idle; a CPU is faster at one seed after the other.",
+    callback=_seeds,
+    help="Fit all these seeds, 0-19 or 0,3,7, at once, as one grouped network, into run folders "
+    "OUT-SEED. It is for a GPU, which one net leaves idle; a CPU is faster at one seed after the "
+    "other.",
 )
 @click.option(
     "--batch-norm",
@@ -129,7 +139,7 @@ def fit_command(
     recipe: str,
     out: Path | None,
     seed: int,
-    seeds: range,
+    seeds: list[int],
     resume: bool,
     quiet: bool,
     as_json: bool,
@@ -402,7 +412,8 @@ def evaluate_command(model: Path, as_json: bool, data_dir: Path | None) -> None:
 
 
 def _tables(evaluation: Evaluation) -> Iterator[Table]:
-    confusion = Table("true class", title="Answers by class")
+    # Narrow enough for 80 columns, where rich would cut the names away.
+    confusion = Table("true class", title="Answers by class", box=SIMPLE_HEAD, padding=(0, 0))
     for heading in (*map(str, range(10)), "prec.", "recall"):
         confusion.add_column(heading, justify="right", no_wrap=True)
     for i, name in enumerate(CLASS_NAMES):
@@ -443,18 +454,6 @@ def _numbers(values: list[float]) -> str:
 @main.group("study")
 def study() -> None:
     """Answer a question by experiment: a page, a figure and all measurements in --out."""
-
-
-def _seeds(_: click.Context, __: click.Parameter, value: str) -> list[int]:
-    """Read two seeds or more, `0-4` or `0,3,7`; return them in order, each once."""
-    seeds: set[int] = set()
-    for part in value.split(","):
-        if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", part)):
-            raise click.BadParameter(f"{value!r} is no list of seeds such as 0-4 or 0,3,7.")
-        seeds.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    if len(seeds) < 2:
-        raise click.BadParameter("a spread between seeds needs at least two of them.")
-    return sorted(seeds)
 
 
 @study.command("statistics")

@@ -80,6 +80,8 @@ def test_fit_export_evaluate_from_end_to_end_and_again(tmp_path: Path) -> None:
     printed = succeed("evaluate", out).stdout
     assert f"accuracy {judged['accuracy']:.4f}" in printed
     assert "rotation -10" in printed
+    assert "\n 9 Ankle boot" in printed  # whole, though nobody said how wide the screen is
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_the_metrics_have_a_line_an_epoch(tmp_path: Path) -> None:
@@ -169,8 +171,24 @@ def test_several_seeds_get_a_run_folder_each(tmp_path: Path) -> None:
     assert (runs[1].folder / "curves.png").exists()
     assert "many-4 already exists" in fail(*FIT, "--seeds", "4-5", "--out", out)
     assert "leave out --seed and" in fail(*FIT, "--seeds", "0-1", "--seed", 1, "--out", out)
-    assert "'²-5' is not of the form 0-19" in fail(*FIT, "--seeds", "²-5", "--out", out)
-    assert "'3-3' is not of the form 0-19" in fail(*FIT, "--seeds", "3-3", "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "told"),
+    [
+        ("", "'' is no list of seeds such as 0-4 or 0,3,7"),
+        ("²-5", "is no list of seeds"),
+        ("5-3", "is no list of seeds"),
+        ("-1-2", "is no list of seeds"),
+        ("3-3", "at least two of them"),
+        ("0-1000", "'0-1000' is beyond 1,000 seeds up to 2147483648"),
+        ("0,2147483649", "is beyond 1,000 seeds"),
+        ("9" * 5000, "is no list of seeds"),
+    ],
+)
+def test_lists_of_seeds_that_are_none_are_refused(seeds: str, told: str, tmp_path: Path) -> None:
+    assert told in fail(*FIT, "--seeds", seeds, "--out", tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
