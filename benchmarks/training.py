@@ -35,7 +35,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.dataset import DatasetError, FashionMNIST, Split, load
 from training.fit import (
-    Epoch,
     evaluate,
     fit,
     fit_side_by_side,
@@ -44,6 +43,7 @@ from training.fit import (
 )
 from training.model import BNLeNet, initialise
 from training.recipes import RECIPES, Recipe
+from training.run import Epoch
 from training.step import Captured, Fitting
 
 BATCH_SIZES = (128, 512)

@@ -29,9 +29,9 @@ from training.atomic import write_whole
 from training.dataset import CLASS_NAMES, DatasetError, FashionMNIST, load
 from training.evaluation import Evaluation, EvaluationError, evaluate, onnx_classifier
 from training.export import ExportError, Provenance, export
-from training.fit import Epoch, FitError, Fitted, check, fit_side_by_side
+from training.fit import FitError, Fitted, check, fit_side_by_side
 from training.recipes import RECIPES
-from training.run import Config, Run, RunError
+from training.run import Config, Epoch, Run, RunError
 from training.step import Fitting
 from training.studies import batch_size, statistics
 from training.studies.records import Records, conditions

@@ -17,7 +17,7 @@ from training.dataset import FashionMNIST, Split
 from training.evaluation import confusion_matrix
 from training.model import BNLeNet, norm_layers
 from training.recipes import NO_AUGMENTATION, Recipe
-from training.run import MOMENTS, Run
+from training.run import MOMENTS, Epoch, Run
 from training.step import Captured, Fitting
 
 Moments = dict[str, tuple[Tensor, Tensor]]
@@ -38,24 +38,6 @@ class Score:
 
     accuracy: float
     loss: float
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One line of metrics.jsonl: accuracies from 0 to 1, the loss in nats, times by the clock.
-
-    `accuracy` is that on the images held out (the test set when none are), with moving statistics;
-    nothing is chosen by it. `learning_rate` is that of the last step; `images_per_second` counts
-    those of all seeds trained side by side.
-    """
-
-    epoch: int
-    loss: float
-    train_accuracy: float
-    accuracy: float
-    learning_rate: float
-    images_per_second: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -156,7 +138,7 @@ def fit_side_by_side(
     fitting = Fitting(recipe, images, labels, seeds, batch_norm)
     history: list[list[Epoch]] = [[] for _ in seeds]
     for place, run in enumerate(runs):
-        history[place] = [Epoch(**line) for line in run.load_state(fitting.tensors(place))]
+        history[place] = run.load_state(fitting.tensors(place))
     step = Captured(fitting) if images.is_cuda else fitting.step
     ready = time.perf_counter()
 
@@ -185,8 +167,8 @@ def fit_side_by_side(
                 )
             )
         for place, run in enumerate(runs):
-            lines = [asdict(line) for line in history[place]]
-            run.save_epoch(lines, fitting.results[place].state_dict(), fitting.tensors(place))
+            model, state = fitting.results[place].state_dict(), fitting.tensors(place)
+            run.save_epoch(history[place], model, state)
         if on_epoch:
             on_epoch([lines[-1] for lines in history])
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pydantic import PositiveInt
+
 from training.augmentation import Augmentation
 
 NO_AUGMENTATION = Augmentation()
@@ -40,8 +42,8 @@ class Recipe:
     optimizer: Literal["sgd", "muon"] = "sgd"
     learning_rate: float = 0.1
     other_learning_rate: float = 0.0
-    batch_size: int = 128
-    epochs: int = 10
+    batch_size: PositiveInt = 128
+    epochs: PositiveInt = 10
     warm_up: float | None = None
     weight_decay: float = 0.0
     averaging: float = 0.0

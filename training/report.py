@@ -6,7 +6,6 @@ from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,7 +17,7 @@ from training.evaluation import Evaluation
 from training.export import ExportReport, Provenance
 from training.model import BNLeNet, norm_layers
 from training.recipes import NO_AUGMENTATION, RECIPES
-from training.run import Config, Run
+from training.run import Config, Epoch, Run
 
 SAID_ELSEWHERE = ("name", "origin", "statistics", "temperature")
 Series = dict[str, tuple[list[float], list[float]]]
@@ -37,15 +36,15 @@ def draw_run(run: Run) -> None:
     draw_norms(run.model(), run.folder / "norms.png")
 
 
-def draw_curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
+def draw_curves(metrics: Sequence[Epoch], out: Path) -> None:
     """Draw loss and accuracies by epoch, from the lines of metrics.jsonl."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    epochs = [line["epoch"] for line in metrics]
-    left.plot(epochs, [line["loss"] for line in metrics], marker=".")
+    epochs = [line.epoch for line in metrics]
+    left.plot(epochs, [line.loss for line in metrics], marker=".")
     left.set(xlabel="epoch", ylabel="training loss (nats)")
-    right.plot(epochs, [line["train_accuracy"] for line in metrics], marker=".", label="training")
-    right.plot(epochs, [line["accuracy"] for line in metrics], marker=".", label="evaluation")
+    right.plot(epochs, [line.train_accuracy for line in metrics], marker=".", label="training")
+    right.plot(epochs, [line.accuracy for line in metrics], marker=".", label="evaluation")
     right.set(xlabel="epoch", ylabel="accuracy")
     right.legend()
     save_figure(figure, out)

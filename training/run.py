@@ -9,11 +9,12 @@ results.json             written last: accuracy with each kind of statistics
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -48,11 +49,11 @@ class Config:
     """
 
     recipe: Recipe
-    seed: int
+    seed: NonNegativeInt
     device: Literal["cpu", "cuda"]
     batch_norm: Literal["scratch", "torch"]
-    holdout: int
-    threads: int
+    holdout: NonNegativeInt
+    threads: PositiveInt
     dataset_sha256: str
     versions: dict[str, str]
 
@@ -61,13 +62,36 @@ class Config:
         """Undo `asdict`, also after a round trip through JSON.
 
         Raises:
-            TypeError, KeyError, ValueError: these are no such fields.
+            TypeError, KeyError, ValueError: these are no such fields, or of other types.
         """
         recipe = fields["recipe"]
         augmentations = {
             name: Augmentation(**recipe[name]) for name in ("augmentation", "finish_augmentation")
         }
-        return cls(**{**fields, "recipe": Recipe(**recipe | augmentations)})
+        config = cls(**{**fields, "recipe": Recipe(**recipe | augmentations)})
+        try:
+            return TypeAdapter(cls).validate_python(asdict(config))
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of metrics.jsonl: accuracies from 0 to 1, the loss in nats, times by the clock.
+
+    `accuracy` is that on the images held out (the test set when none are), with moving statistics;
+    nothing is chosen by it. `learning_rate` is that of the last step; `images_per_second` counts
+    those of all seeds trained side by side.
+    """
+
+    epoch: int
+    loss: float
+    train_accuracy: float
+    accuracy: float
+    learning_rate: float
+    images_per_second: float
+    seconds: float
 
 
 class Run:
@@ -125,18 +149,18 @@ class Run:
         """Whether the fit came to its end."""
         return (self.folder / "results.json").exists()
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl, one entry an epoch; empty before the first.
+    def metrics(self) -> list[Epoch]:
+        """Read metrics.jsonl; empty before the end of the first epoch.
 
         Raises:
             RunError: it is damaged.
         """
         file = self.folder / "metrics.jsonl"
         try:
-            return [json.loads(line) for line in file.read_text().splitlines()]
+            return [Epoch(**json.loads(line)) for line in file.read_text().splitlines()]
         except FileNotFoundError:
             return []
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise RunError(f"{file} is damaged ({error}).") from error
 
     def results(self) -> dict[str, Any]:
@@ -191,12 +215,13 @@ class Run:
 
     def save_epoch(
         self,
-        metrics: list[dict[str, Any]],
+        metrics: Sequence[Epoch],
         checkpoint: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
     ) -> None:
         """Write all there is after an epoch; the state last, since a resumed fit trusts it."""
-        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics).encode())
+        lines = [json.dumps(asdict(epoch)) + "\n" for epoch in metrics]
+        self.write("metrics.jsonl", "".join(lines).encode())
         self.save_checkpoint(checkpoint)
         # One key of metadata only: safetensors writes several in random order.
         self.write("state.safetensors", save(dict(state), {"epochs": str(len(metrics))}))
@@ -205,7 +230,7 @@ class Run:
         """Write checkpoint.safetensors."""
         self.write("checkpoint.safetensors", save(dict(tensors)))
 
-    def load_state(self, into: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    def load_state(self, into: Mapping[str, Tensor]) -> list[Epoch]:
         """Copy the saved state into tensors, in place; return the metrics of the epochs it covers.
 
         Raises:

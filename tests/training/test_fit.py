@@ -18,7 +18,6 @@ from training.augmentation import Augmentation
 from training.batch_norm import statistics
 from training.dataset import FashionMNIST
 from training.fit import (
-    Epoch,
     FitError,
     best_temperature,
     evaluate,
@@ -29,7 +28,7 @@ from training.fit import (
 )
 from training.model import BNLeNet, initialise, norm_layers
 from training.recipes import Recipe
-from training.run import Config, Run
+from training.run import Config, Epoch, Run
 from training.step import Fitting
 
 
@@ -180,7 +179,7 @@ def test_a_loss_that_becomes_nan_stops_the_fit_and_keeps_the_last_checkpoint(
         fit(few, chapter, run=run, on_batch=poison)
     after = run.checkpoint()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert [line["epoch"] for line in run.metrics()] == [1]
+    assert [line.epoch for line in run.metrics()] == [1]
     assert all(tensor.isfinite().all() for tensor in after.values())
 
 
@@ -221,7 +220,7 @@ def test_a_fit_interrupted_within_an_epoch_resumes_bit_for_bit(
     fit(few, recipe, run=broken)
     checkpoints = [(run.folder / "checkpoint.safetensors").read_bytes() for run in (whole, broken)]
     assert checkpoints[0] == checkpoints[1]
-    losses = [[(line["epoch"], line["loss"]) for line in run.metrics()] for run in (whole, broken)]
+    losses = [[(line.epoch, line.loss) for line in run.metrics()] for run in (whole, broken)]
     assert losses[0] == losses[1]
 
 

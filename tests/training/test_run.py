@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,9 @@ import torch
 from training.batch_norm import statistics
 from training.model import BNLeNet, initialise, norm_layers
 from training.recipes import RECIPES
-from training.run import MOMENTS, Config, Run, RunError
+from training.run import MOMENTS, Config, Epoch, Run, RunError
+
+FIRST = Epoch(1, 2.5, 0.25, 0.5, 0.125, 1000.0, 60.0)
 
 
 @pytest.fixture
@@ -53,6 +55,33 @@ def test_damaged_configurations_are_told(run: Run, text: str) -> None:
         run.config()
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        ("batch_norm", "ours", r"batch_norm: .* 'scratch' or 'torch'"),
+        ("threads", 0, "threads: .* greater than 0"),
+        ("seed", "three", "seed: .* integer"),
+        ("versions", ["2.13"], "versions: .* dictionary"),
+        ("recipe.epochs", "many", r"recipe\.epochs: .* integer"),
+        ("recipe.optimizer", "adam", r"recipe\.optimizer: .* 'sgd' or 'muon'"),
+        ("recipe.finish_augmentation.shift", None, r"shift: .* number"),
+        ("recipe.teachers", 3, "unexpected keyword argument 'teachers'"),
+    ],
+)
+def test_configurations_of_other_types_are_told(
+    run: Run, place: str, value: object, told: str
+) -> None:
+    """As edited by hand; each would fail further on, in words about something else."""
+    fields = inner = json.loads((run.folder / "config.json").read_text())
+    *outer, name = place.split(".")
+    for each in outer:
+        inner = inner[each]
+    inner[name] = value
+    (run.folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(RunError, match=rf"config\.json is damaged \(.*{told}"):
+        run.config()
+
+
 def test_what_is_not_there_yet_is_told(run: Run, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is no run folder"):
         Run(tmp_path).config()
@@ -65,10 +94,10 @@ def test_what_is_not_there_yet_is_told(run: Run, tmp_path: Path) -> None:
 
 def test_an_epoch_is_written_whole_and_read_back(run: Run) -> None:
     state = {"done": torch.tensor([7]), "model.x": torch.rand(3)}
-    run.save_epoch([{"epoch": 1}], checkpoint(), state)
+    run.save_epoch([FIRST], checkpoint(), state)
     into = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     places = {name: tensor.data_ptr() for name, tensor in into.items()}
-    assert run.load_state(into) == [{"epoch": 1}]
+    assert run.load_state(into) == [FIRST]
     assert all(torch.equal(into[name], state[name]) for name in state)
     assert {name: tensor.data_ptr() for name, tensor in into.items()} == places
     assert sorted(path.name for path in run.folder.iterdir()) == [
@@ -82,14 +111,14 @@ def test_an_epoch_is_written_whole_and_read_back(run: Run) -> None:
 def test_metrics_beyond_the_saved_state_are_dropped(run: Run) -> None:
     """A kill between the two writes leaves a line of an epoch that will be fitted again."""
     state = {"done": torch.tensor([7])}
-    run.save_epoch([{"epoch": 1}], checkpoint(), state)
+    run.save_epoch([FIRST], checkpoint(), state)
     with (run.folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"epoch": 2}) + "\n")
-    assert run.load_state(state) == [{"epoch": 1}]
+        file.write(json.dumps(asdict(FIRST)) + "\n")
+    assert run.load_state(state) == [FIRST]
 
 
 def test_a_state_of_another_model_or_a_damaged_one_is_told(run: Run) -> None:
-    run.save_epoch([{"epoch": 1}], checkpoint(), {"done": torch.tensor([7])})
+    run.save_epoch([FIRST], checkpoint(), {"done": torch.tensor([7])})
     with pytest.raises(RunError, match="belongs to another model"):
         run.load_state({"other": torch.tensor([7])})
     (run.folder / "state.safetensors").write_bytes(b"damaged!")
@@ -100,7 +129,7 @@ def test_a_state_of_another_model_or_a_damaged_one_is_told(run: Run) -> None:
 def test_equal_tensors_give_equal_bytes(run: Run) -> None:
     files = []
     for _ in range(2):
-        run.save_epoch([{"epoch": 1}], checkpoint(), checkpoint() | {"done": torch.tensor([7])})
+        run.save_epoch([FIRST], checkpoint(), checkpoint() | {"done": torch.tensor([7])})
         names = ("checkpoint.safetensors", "state.safetensors")
         files.append([(run.folder / name).read_bytes() for name in names])
     assert files[0] == files[1]
@@ -137,12 +166,13 @@ def test_damaged_results_are_told(run: Run, text: str) -> None:
 
 def test_a_state_that_does_not_fit_is_told(run: Run) -> None:
     state = {"done": torch.tensor([7])}
-    run.save_epoch([{"epoch": 1}], checkpoint(), state)
+    run.save_epoch([FIRST], checkpoint(), state)
     with pytest.raises(RunError, match="belongs to another model"):
         run.load_state({"done": torch.zeros(2, dtype=torch.int64)})
-    (run.folder / "metrics.jsonl").write_text("{")
-    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged"):
-        run.load_state(state)
+    for text in ("{", "[1]", '{"epoch": 1}'):
+        (run.folder / "metrics.jsonl").write_text(text)
+        with pytest.raises(RunError, match=r"metrics\.jsonl is damaged"):
+            run.load_state(state)
     (run.folder / "metrics.jsonl").unlink()
     with pytest.raises(RunError, match="lacks metrics of its epochs"):
         run.load_state(state)
@@ -161,7 +191,7 @@ def test_a_checkpoint_of_another_model_is_told(run: Run) -> None:
 
 
 def test_a_finished_run_keeps_no_state(run: Run) -> None:
-    run.save_epoch([{"epoch": 1}], checkpoint(), {"done": torch.tensor([7])})
+    run.save_epoch([FIRST], checkpoint(), {"done": torch.tensor([7])})
     assert not run.complete
     results = {"scores": {}, "confusion": [], "temperature": 1.0, "seconds": {}}
     run.finish(results)

@@ -123,6 +123,25 @@ def recorded_step(fitting: Fitting, rows: Tensor) -> None:
         Recorded.step(fitting, rows)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("name", "seeds"), [("chapter", [0]), ("best", [0]), ("best", [0, 1])])
+def test_on_a_gpu_captured_steps_train_as_eager_steps_do_without_waiting(
+    few: FashionMNIST, name: str, seeds: list[int], request: pytest.FixtureRequest
+) -> None:
+    recipe = request.getfixturevalue(name)
+    images = on_device(few.train, "cuda")
+    replayed, eager = (Fitting(recipe, *images, seeds) for _ in range(2))
+    captured = Captured(replayed)
+    for epoch in range(1, recipe.epochs + 1):
+        for step, fitting in ((captured, replayed), (eager.step, eager)):
+            order = fitting.begin(epoch)
+            torch.cuda.set_sync_debug_mode("error")
+            for rows in torch.split(order, recipe.batch_size, dim=1):
+                step(rows)
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(replayed.loss, eager.loss, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize(("name", "seeds"), [("chapter", [0, 1]), ("best", [0])])
 def test_replays_in_the_shape_of_cuda_graphs_train_as_eager_steps_do(
     few: FashionMNIST,
