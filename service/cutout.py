@@ -19,6 +19,9 @@ Mask = NDArray[np.bool_]
 PLAIN_SPREAD = 4.0  # median distance of a plain background's border from its smooth model
 FAINTEST = 3.0  # the least distance from the background that can be told from noise
 BINS = 16  # of each of the three colour axes
+ROUNDS = 3  # of learning both colours anew; more let the garment's spread into the background
+REACH = 0.04  # of the longest edge: how far from the main part others are still its own
+LINE = 0.02  # half the thickness of a joint between boards, as a share of the longest edge
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ def cut_out(rgb: NDArray[np.uint8]) -> Cutout | None:
     background, spread, share = _smooth_background(colours)
     plain = spread < PLAIN_SPREAD and share > 0.5
     mask = _beyond_edge(colours, background, spread) if plain else _unlike_border(colours)
-    mask = _without_specks(mask, 0.008 if plain else 0.02)
+    mask = _without_lines_from_border(mask)
+    mask = _main_part(_without_specks(mask, 0.008 if plain else 0.02))
     rim = _rim(mask.shape, 1)
     if not 0.01 < mask.mean() < 0.95 or mask[rim].mean() > 0.7:
         return None
@@ -109,7 +113,9 @@ def _beyond_edge(colours: Floats, background: Floats, spread: float) -> Mask:
     outside = _grow(_rim(near.shape, 1), near)
     # Enclosed background, as in the handle of a bag; narrow gaps are folds.
     holes = near & ~outside & (distance < max(faintest, 0.7 * threshold))
-    return ~outside & ~_grow(eroded(holes, 1), holes)
+    holes = _grow(eroded(holes, 1), holes)
+    # A rim around nothing is that of a garment of the background's colour.
+    return ~outside if holes.sum() > 0.4 * (~outside).sum() else ~outside & ~holes
 
 
 def _unlike_border(colours: Floats) -> Mask:
@@ -135,7 +141,7 @@ def _unlike_border(colours: Floats) -> Mask:
     prior = np.clip(0.5 - 0.4 * outward**2, 0.03, 0.97)
     everywhere, edge = histogram(np.ones_like(luma)), histogram(border)
     evidence = np.log((everywhere + 1e-6) / (edge + 1e-6 + 0.02 * everywhere)) - 1
-    for _ in range(6):
+    for _ in range(ROUNDS):
         scaled = (np.clip(evidence, -3, 3) * 42 + 128).astype(np.uint8)[bins].reshape(luma.shape)
         box = ImageFilter.BoxBlur(2)  # neighbours mostly belong together
         smoothed = np.asarray(Image.fromarray(scaled).filter(box).filter(box), np.float32)
@@ -179,3 +185,42 @@ def _without_specks(mask: Mask, radius: float) -> Mask:
     """
     core = eroded(mask, max(1, round(radius * max(mask.shape))))
     return _grow(core, mask) if core.sum() > 0.2 * mask.sum() else mask
+
+
+def _without_lines_from_border(mask: Mask) -> Mask:
+    """Drop thin parts that begin at the border: joints between boards, cables, folds of a sheet."""
+    radius = max(1, round(LINE * max(mask.shape)))
+    inside = eroded(mask, radius)
+    thick = ~eroded(np.pad(~inside, radius, constant_values=True), radius)  # grown back
+    thin = mask & ~thick[radius:-radius, radius:-radius]
+    return mask & ~_grow(_rim(mask.shape, 1), thin)
+
+
+def _main_part(mask: Mask) -> Mask:
+    """Keep the thickest part and what reaches beside it; drop what else lies in the picture.
+
+    Of what else the picture holds whole, much is kept: the second shoe of a pair, or the rest of a
+    garment that was cut up.
+    """
+    inside, radius = mask, 1
+    while (smaller := eroded(mask, radius)).any() and radius < max(mask.shape) / 2:
+        inside, radius = smaller, 2 * radius
+    y, x = np.nonzero(inside)
+    if not len(y):
+        return mask
+    height, width = mask.shape
+    middle = np.argmin((y / height - 0.5) ** 2 + (x / width - 0.5) ** 2)
+    seed, box = np.zeros_like(mask), np.zeros_like(mask)
+    seed[y[middle], x[middle]] = True
+    main = _grow(seed, mask)
+    y, x = np.nonzero(main)
+    reach = round(REACH * max(mask.shape))
+    box[
+        max(0, y.min() - reach) : y.max() + reach + 1, max(0, x.min() - reach) : x.max() + reach + 1
+    ] = True
+    rest = mask & ~main
+    cut_off = _grow(_rim(mask.shape, 1), rest)
+    beside = _grow(box, rest & ~cut_off)
+    elsewhere = rest & ~cut_off & ~beside
+    much = elsewhere.sum() > 0.4 * main.sum()
+    return main | beside | elsewhere if much else main | beside
