@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from service import open_inference, operations, page, predict
-from service.classifier import Classifier
+from service.classifier import CPU, Classifier
 from service.errors import BadRequest, InvalidInput, MethodNotAllowed, NotFound, ServiceError
 from service.gate import Gate, error_answer
 from service.inference import Inference, ThreadedInference
@@ -54,8 +54,7 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
     )
     framework.state.rejected = metrics.rejected
     gate = Gate(framework, OPEN_PATHS, settings, metrics)
-    on_cpu = model.provider == "CPUExecutionProvider"
-    infer = (Inference if on_cpu else ThreadedInference)(
+    infer = (Inference if model.provider == CPU else ThreadedInference)(
         classifier, metrics.inference, lambda: gate.in_flight == 1
     )
     handler = predict.predict_handler(model, infer, metrics)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 Device = Literal["auto", "cpu", "cuda"]
 Run = Callable[[list[str], dict[str, NDArray[np.uint8]]], list[NDArray[np.float32]]]
 
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 INPUT = ("pixels", "tensor(uint8)", [1, 28, 28])
 OUTPUT = ("probabilities", "tensor(float)", [10])
 OUTPUTS = [OUTPUT[0]]
@@ -63,7 +64,7 @@ class Classifier:
         self.info = info
         self._session_run: Run = session.run
         self._max_batch = MAX_BATCH
-        if info.provider != "CPUExecutionProvider":
+        if info.provider != CPU:
             self._session_run, self._max_batch = _in_buckets(session.run), BUCKETS[-1]
         elif not self._rows_are_independent():
             self._max_batch = 1
@@ -145,7 +146,9 @@ class Classifier:
             classifier = cls(session, info)
             error = self_test.error(classifier)
         except Exception as exc:  # as in _open_session
-            raise ModelError(f"The model file {path} cannot be run: {REMEDY}.") from exc
+            raise ModelError(
+                f"The model file {path} cannot be run on {info.provider}: {REMEDY}."
+            ) from exc
         if not error <= self_test.tolerance:  # also when it is NaN
             raise ModelError(
                 f"The model file {path} fails its self-test on {info.provider}: off by {error:.1e}"
@@ -207,7 +210,7 @@ def _open_session(data: bytes, path: Path, device: Device) -> onnxruntime.Infere
     # All else is ONNX Runtime's default, full optimisation included: measured inside the server,
     # the alternatives (less optimisation, no arena, denormals as zero) were no faster.
     try:
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(data, options, providers=[CPU])
     except Exception as exc:  # ONNX Runtime's own classes share no public base
         raise ModelError(
             f"The model file {path} is damaged, cut short or no ONNX model: {REMEDY}."
@@ -217,16 +220,17 @@ def _open_session(data: bytes, path: Path, device: Device) -> onnxruntime.Infere
 
 def _open_on_cuda(data: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     """Open a session on the GPU, or fail: ONNX Runtime would go on with the CPU in silence."""
-    onnxruntime.preload_dlls()
-    cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-    providers = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
     cause: Exception | None = None
-    try:
-        session = onnxruntime.InferenceSession(data, options, providers=providers)
-        if session.get_providers()[0] == "CUDAExecutionProvider":
-            return session
-    except Exception as exc:  # as above; the file itself is sound, a session has been opened
-        cause = exc
+    if CUDA in onnxruntime.get_available_providers():  # else ONNX Runtime prints a warning
+        onnxruntime.preload_dlls()
+        cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+        providers = [(CUDA, cuda), CPU]
+        try:
+            session = onnxruntime.InferenceSession(data, options, providers=providers)
+            if session.get_providers()[0] == CUDA:
+                return session
+        except Exception as exc:  # as above; the file itself is sound, a session has been opened
+            cause = exc
     raise ModelError(
         "BNLENET_DEVICE is cuda, but ONNX Runtime got no CUDA device: install the `gpu` extra and"
         " a driver, or set BNLENET_DEVICE to auto."

@@ -23,11 +23,12 @@ from service.exchange import Answer, Exchange
 from service.gate import Gate, Handler
 from service.inference import Inference
 from service.metrics import Metrics
-from service.tensors import IMAGE_SHAPE, MAX_BATCH_SIZE, MAX_JSON_BYTES, decode, encode
+from service.tensors import IMAGE_SHAPE, MAX_BATCH_SIZE, decode, encode
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
 PLATFORM = "onnxruntime_onnx"  # Triton's name for it
 DATATYPES = {"tensor(uint8)": "UINT8", "tensor(float)": "FP32"}
+MAX_INDEX_BYTES = 2**10  # of a request for the index, whose one field is a boolean
 WORTH_COMPRESSING = 500  # bytes; less fits one packet anyway
 REFUSED = re.compile(rb"q=0(\.0*)?").fullmatch
 OCTETS = (b"content-type", b"application/octet-stream")
@@ -68,6 +69,12 @@ class TensorMetadata(BaseModel):
     shape: list[int]
 
 
+class ModelParameters(BaseModel):
+    """What the protocol has no field for."""
+
+    provider: Annotated[str, Field(description="The execution provider that it really has.")]
+
+
 class ModelMetadata(BaseModel):
     """What the model takes and gives."""
 
@@ -76,6 +83,7 @@ class ModelMetadata(BaseModel):
     platform: str
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
+    parameters: ModelParameters
 
 
 class TensorConfig(BaseModel):
@@ -199,7 +207,7 @@ def index_handler(model: ModelInfo) -> Handler:
         announced = exchange.headers.keys() & {b"content-length", b"transfer-encoding"}
         body = (await exchange.body() if announced else b"") or b"{}"
         try:
-            if len(body) > MAX_JSON_BYTES:
+            if len(body) > MAX_INDEX_BYTES:
                 raise ValueError
             ready = orjson.loads(body).get("ready")
         except (ValueError, AttributeError):
@@ -379,6 +387,7 @@ def open_inference_router(
             platform=PLATFORM,
             inputs=[_metadata(*INPUT)],
             outputs=[_metadata(*OUTPUT)],
+            parameters=ModelParameters(provider=model.provider),
         )
 
     @models.get("/ready", summary="Is the model ready?", dependencies=[Depends(check_ready)])

@@ -1,18 +1,24 @@
 """The application as a whole: its document, its errors, and what it does not need."""
 
+import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 from pydantic import TypeAdapter
 
-from service.app import Error
+from service.app import Error, create_app
+from service.classifier import Classifier
 from service.gate import Gate
 from service.predict import Prediction
+from service.settings import Settings
 from tests.service.conftest import ask
 
 pytestmark = pytest.mark.anyio
@@ -59,6 +65,36 @@ async def test_a_key_is_documented_where_one_is_set(make_app: Callable[..., Gate
     assert with_key["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     assert with_key["paths"]["/predict"]["post"]["security"]
     assert "security" not in with_key["paths"]["/livez"]["get"]
+
+
+async def test_a_gpu_is_told_wherever_the_provider_is_and_gives_each_its_own_answer(
+    artefact: Path, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shown on the CPU, whose session here says that it has CUDA."""
+    cuda = "CUDAExecutionProvider"
+    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda _: [cuda])
+    app = create_app(Settings(), Classifier.load(artefact))
+
+    async def get(target: str) -> str:
+        return (await ask(app, b"", method="GET", target=target)).body.decode()
+
+    assert json.loads(await get("/readyz"))["model"]["provider"] == cuda
+    assert json.loads(await get("/v2/models/bn-lenet"))["parameters"]["provider"] == cuda
+    assert re.search(
+        rf'^bnlenet_model_info{{.*provider="{cuda}"', await get("/metrics"), re.MULTILINE
+    )
+
+    images = np.random.default_rng(3).integers(0, 256, (60, 784), dtype=np.uint8)
+    expected = classifier.probabilities(images.reshape(-1, 1, 28, 28))
+    answers = await asyncio.gather(*(ask(app, image.tobytes()) for image in images))
+    for answer, row in zip(answers, expected, strict=True):
+        served = {p["class_id"]: p["probability"] for p in json.loads(answer.body)["predictions"]}
+        assert [served[i] for i in range(10)] == row.tolist()
+    runs = re.search(
+        r"^bnlenet_inference_duration_seconds_count (.*)", await get("/metrics"), re.MULTILINE
+    )
+    assert runs
+    assert float(runs[1]) < 60  # they went together
 
 
 WITHOUT = """

@@ -76,6 +76,7 @@ async def test_metadata_and_configuration_are_those_of_the_file(
         "platform": "onnxruntime_onnx",
         "inputs": signature(graph.input),
         "outputs": signature(graph.output),
+        "parameters": {"provider": "CPUExecutionProvider"},
     }
     config = await get(make_app(), f"{path}/config")
     (given,), (answered,) = metadata["inputs"], metadata["outputs"]
