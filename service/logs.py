@@ -46,8 +46,10 @@ def configure(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
-    for noisy in ("asyncio", "PIL", "python_multipart"):
+    for noisy in ("asyncio", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It logs each damaged form, which is the client's fault, before it raises that to us.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 def _timestamp(record: logging.LogRecord) -> str:

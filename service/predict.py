@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from python_multipart import create_form_parser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field as FormField
-from python_multipart.multipart import File
+from python_multipart.multipart import File, parse_options_header
 
 from service.classifier import Classifier, ModelInfo
 from service.errors import (
@@ -35,6 +35,7 @@ SIZE = SIDE * SIDE
 MAX_JSON_BYTES = 2**18  # ten times what 784 numbers take however they are laid out
 MAX_LOOK_BYTES = 2**14  # of a file whose header is read on the event loop
 MAX_WAITING_BYTES = 64 * 2**20  # of pictures' files that wait for the decoder's thread
+MAX_DELIMITERS = 100  # of a form, which needs two; its parser is slow where they come
 PREPROCESSING = frozenset(get_args(Preprocessing))
 RING = [
     [255 * (36 <= (2 * row - 27) ** 2 + (2 * column - 27) ** 2 <= 400) for column in range(SIDE)]
@@ -296,11 +297,16 @@ def _from_json(body: bytes) -> NDArray[np.uint8]:
 
 def _from_form(content_type: bytes, body: bytes) -> bytes:
     parts: list[File] = []
+    too_much = InvalidInput("Send one file in the form, in the field `image`, and nothing else.")
 
     def keep(part: File | FormField) -> None:
         if parts or not isinstance(part, File) or part.field_name != b"image":
-            raise InvalidInput("Send one file in the form, in the field `image`, and nothing else.")
+            raise too_much
         parts.append(part)
+
+    _, options = parse_options_header(content_type)
+    if body.count(b"\r\n--" + options.get(b"boundary", b"")) > MAX_DELIMITERS:
+        raise too_much
 
     headers = {"Content-Type": content_type}
     in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}

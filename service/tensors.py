@@ -23,6 +23,7 @@ IMAGE_SHAPE = INPUT[2]
 IMAGE_SIZE = 28 * 28
 CLASS_IDS = range(OUTPUT[2][0])
 MAX_JSON_BYTES = 2**22  # the largest batch with 20 bytes for a number and its white space
+MAX_JSON_BRACKETS = 2**14  # twice those of the largest batch; each takes as long as 40 numbers
 FP32 = np.dtype("<f4")
 KINDS: dict[type, str] = {
     dict: "an object",
@@ -138,6 +139,8 @@ def encode(
 def _document(text: bytes) -> Json:
     if len(text) > MAX_JSON_BYTES:
         raise PayloadTooLarge(f"Send at most {MAX_JSON_BYTES:,} bytes of JSON.")
+    if text.count(b"[") + text.count(b"{") > MAX_JSON_BRACKETS:
+        raise _invalid(f"Send at most {MAX_JSON_BRACKETS:,} arrays and objects.")
     try:
         document = orjson.loads(text)
     except orjson.JSONDecodeError:

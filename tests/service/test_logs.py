@@ -52,6 +52,12 @@ def test_text_lines_are_for_the_eye(capsys: pytest.CaptureFixture[str]) -> None:
     assert failure[-1] == "and another"
 
 
+def test_a_form_that_the_parser_complains_of_is_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(Settings())
+    logging.getLogger("python_multipart.multipart").error("No boundary given")
+    assert capsys.readouterr().err == ""
+
+
 def test_warning_leaves_out_the_access_log(capsys: pytest.CaptureFixture[str]) -> None:
     server, *_ = write(capsys, log_level="warning", log_format="json")
     assert json.loads(server)["logger"] == "uvicorn.error"

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -177,6 +178,20 @@ def test_the_documented_example_is_a_ring_with_its_real_answer(classifier: Class
     assert np.array(RING).shape == (28, 28)
     assert {pixel for row in RING for pixel in row} == {0, 255}
     assert example(classifier)["predictions"][0]["class_id"] == example(classifier)["class_id"]
+
+
+@pytest.mark.parametrize("filling", [b"\r\n--bx", b"\r\n--b\r\n"])
+async def test_a_form_of_nothing_but_delimiters_is_refused_unread(
+    app: Gate, filling: bytes
+) -> None:
+    """Ten megabytes of them would hold up the event loop for seconds."""
+    head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    body = head + filling * 1_000_000 + b"\r\n--b--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    begin = time.process_time()
+    answer = await ask(app, body, headers=headers)
+    assert time.process_time() - begin < 0.2
+    assert (answer.status, json.loads(answer.body)["code"]) == (422, "invalid_input")
 
 
 # Pictures that take long

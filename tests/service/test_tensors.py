@@ -14,8 +14,8 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from service.classifier import Classifier
-from service.errors import PayloadTooLarge, ServiceError
-from service.tensors import MAX_JSON_BYTES, InferenceRequest, decode, encode
+from service.errors import BadRequest, PayloadTooLarge, ServiceError
+from service.tensors import MAX_JSON_BRACKETS, MAX_JSON_BYTES, InferenceRequest, decode, encode
 
 Json = dict[str, Any]
 Pixels = NDArray[np.uint8]
@@ -281,6 +281,15 @@ def test_json_nested_120_deep_is_refused_as_data() -> None:
 def test_json_beyond_any_sound_request_is_not_parsed() -> None:
     with pytest.raises(PayloadTooLarge):
         decode(dump(request()) + b" " * MAX_JSON_BYTES)
+
+
+@pytest.mark.parametrize("piece", ["[]", "{}"])
+def test_json_in_more_pieces_than_any_sound_request_is_not_parsed(piece: str) -> None:
+    """A million empty arrays would hold up the event loop for more than half a second."""
+    largest = json.dumps(request(np.zeros((256, 1, 28, 28), np.uint8)))
+    assert largest.count("[") < MAX_JSON_BRACKETS / 2
+    with pytest.raises(BadRequest, match="at most"):
+        decode(f'{{"inputs":[{",".join([piece] * MAX_JSON_BRACKETS)}]}}'.encode())
 
 
 @pytest.mark.parametrize(
