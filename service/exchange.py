@@ -1,7 +1,7 @@
 """One request as the hot paths see it: its head, its bounded body, and the answer to be sent."""
 
+import asyncio
 import zlib
-from asyncio import Task
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
+UNPACKED_AT_ONCE = 2**18  # bytes that take less than a millisecond
 WORTH_READING = 65_536  # bytes that cost less to read and drop than a new connection
 
 JSON: Headers = [(b"content-type", b"application/json")]
@@ -45,10 +46,12 @@ class Room:
     Attributes:
         each: the most bytes of one body, as sent and when unpacked.
         left: how many more bytes all unfinished bodies together may have.
+        make: sends away a client that is slow in sending its body; tells whether there was one.
     """
 
     each: int
     left: int
+    make: Callable[[], bool]
 
 
 class Exchange:
@@ -61,7 +64,8 @@ class Exchange:
         request_id: the client's own, if sound, or one made here.
         started: when it arrived, on the clock of `time.perf_counter`.
         complete: the whole body has been read.
-        expired: the deadline has passed.
+        expired: its work was cut short, as the deadline passed or others needed the place.
+        gone: its work was cut short, as the client closed the connection.
         closing: the answer leaves part of the request unread, so the connection must close.
         task: the task that works on it; None outside the hot paths.
     """
@@ -71,6 +75,7 @@ class Exchange:
         "closing",
         "complete",
         "expired",
+        "gone",
         "headers",
         "receive",
         "request_id",
@@ -94,8 +99,9 @@ class Exchange:
         self.started = started
         self.complete = False
         self.expired = False
+        self.gone = False
         self.closing = False
-        self.task: Task[Any] | None = None
+        self.task: asyncio.Task[Any] | None = None
         self.receive = receive
         self._room = room
 
@@ -131,7 +137,7 @@ class Exchange:
         if len(body) > self._room.each:
             raise self._too_large()
         encoding = headers.get(b"content-encoding")
-        return body if encoding is None else self._unpack(body, encoding)
+        return body if encoding is None else await self._unpack(body, encoding)
 
     def unread(self) -> bool:
         """Tell whether more of the body may be to come than is worth waiting for."""
@@ -154,7 +160,7 @@ class Exchange:
                     raise self._too_large()
                 if not message.get("more_body"):
                     return b"".join(pieces)
-                if room.left < 0:
+                if room.left < 0 and not room.make():
                     raise Overloaded(
                         "The server is receiving too much at once; try again in a second.",
                         headers={"Retry-After": "1"},
@@ -167,7 +173,7 @@ class Exchange:
     def _too_large(self) -> PayloadTooLarge:
         return PayloadTooLarge(f"The body is too large; send at most {self._room.each:,} bytes.")
 
-    def _unpack(self, body: bytes, encoding: bytes) -> bytes:
+    async def _unpack(self, body: bytes, encoding: bytes) -> bytes:
         name = encoding.strip().lower()
         if name == b"identity":
             return body
@@ -181,8 +187,13 @@ class Exchange:
         # clients send under the same name (RFC 9110, section 8.4.1.2).
         raw = name == b"deflate" and body[:1] and body[0] & 0x0F != 8
         decompressor = zlib.decompressobj(-15 if raw else 47)
+        most = self._room.each + 1
         try:
-            plain = decompressor.decompress(body, self._room.each + 1)
+            plain = decompressor.decompress(body, min(most, UNPACKED_AT_ONCE))
+            if len(plain) == UNPACKED_AT_ONCE < most:
+                # In a thread: a few kilobytes may unpack to what would hold up all others.
+                rest = decompressor.unconsumed_tail
+                plain += await asyncio.to_thread(decompressor.decompress, rest, most - len(plain))
         except zlib.error:
             raise BadRequest(
                 "The body is not in its stated content encoding.", code="bad_content_encoding"

@@ -97,7 +97,8 @@ class Gate:
         self.draining = False
         self.in_flight = 0
         self._metrics = metrics
-        self._room = Room(settings.max_body_bytes, BODIES_IN_MEMORY * settings.max_body_bytes)
+        most = settings.max_body_bytes
+        self._room = Room(most, BODIES_IN_MEMORY * most, self._make_room)
         self._max_in_flight = settings.max_in_flight
         self._timeout = settings.request_timeout_seconds
         self._key: bytes | None = None
@@ -129,8 +130,9 @@ class Gate:
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id")
         if request_id is None or not SOUND_REQUEST_ID(request_id):
-            request_id = b"%s-%x" % (self._id_prefix, next(self._id_count))
+            request_id = self._make_id()
         exchange = Exchange(scope, receive, headers, request_id, started, self._room)
+        scope["exchange"] = exchange
         if handler is None:
             route, status = await self._delegate(exchange, send)
         else:
@@ -140,9 +142,26 @@ class Gate:
                 self.in_flight -= 1
             route, status = scope["path"], answer.status
             await self._send(answer, exchange, send)
-        self._record(exchange, route, status)
+        seconds = perf_counter() - started
+        self._record(request_id, scope["method"], route, status, seconds)
         if exchange.closing:
             await self._linger(exchange, send)
+
+    def leave(self, scope: Scope) -> None:
+        """Do no more for a request; the server calls this when its client has left."""
+        exchange = scope.get("exchange")
+        if exchange in self._inside:
+            exchange.gone = True
+            self._expire(exchange)
+
+    def refuse(self, error: ServiceError) -> Answer:
+        """Return the whole answer to what the server could not take for a request; record it."""
+        request_id = self._make_id()
+        self._metrics.rejected(error.code)
+        self._record(request_id, "OTHER", "unmatched", error.status, 0.0)
+        body, status, headers = error_answer(error, request_id)
+        length = (b"content-length", b"%d" % len(body))
+        return Answer(body, status, [*headers, length, (b"x-request-id", request_id), CLOSE])
 
     async def _work(self, handler: Handler, exchange: Exchange, position: int) -> Answer:
         """Let a hot path's handler answer, within admission and deadline."""
@@ -169,6 +188,8 @@ class Gate:
             if not exchange.expired or exchange.task is None:
                 raise
             exchange.task.uncancel()
+            if exchange.gone:
+                return Answer(b"", CLIENT_GONE)
             return self._refuse(self._too_late(exchange), exchange)
         except Exception:
             return self._refuse(self._failure(exchange), exchange)
@@ -178,7 +199,6 @@ class Gate:
     async def _delegate(self, exchange: Exchange, send: Send) -> tuple[str, int]:
         """Let the framework answer; return the route's template and the status."""
         scope = exchange.scope
-        scope["exchange"] = exchange
         status = 0
 
         async def send_tagged(message: Message) -> None:
@@ -324,14 +344,17 @@ class Gate:
         self._metrics.rejected(error.code)
         return error_answer(error, exchange.request_id)
 
-    def _record(self, exchange: Exchange, route: str, status: int) -> None:
-        seconds = perf_counter() - exchange.started
-        method = exchange.scope["method"]
+    def _make_id(self) -> bytes:
+        return b"%s-%x" % (self._id_prefix, next(self._id_count))
+
+    def _record(
+        self, request_id: bytes, method: str, route: str, status: int, seconds: float
+    ) -> None:
         method = method if method in METHODS else "OTHER"
         self._metrics.request(route, method, status, seconds)
         if access.isEnabledFor(logging.INFO):
             fields = {
-                "request_id": exchange.request_id.decode("ascii"),
+                "request_id": request_id.decode("ascii"),
                 "method": method,
                 "route": route,
                 "status": status,

@@ -19,9 +19,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.app import create_app
 from service.classifier import Classifier
-from service.errors import BadRequest, HeadersTooLarge, ServiceError
+from service.errors import BadRequest, HeadersTooLarge, ServiceError, SlowRequest
 from service.exchange import Receive, Scope, Send
-from service.gate import Gate, error_answer
+from service.gate import Gate
+from service.metrics import MULTIPROCESS
 from service.settings import Settings
 
 KEEP_ALIVE_SECONDS = (
@@ -81,8 +82,15 @@ def run(settings: Settings, listener: socket.socket, supervisor: int | None = No
 
     Raises:
         ModelError: the model cannot be served.
-        StartError: another process took the port while the model was loaded.
+        StartError: another process took the port while the model was loaded, or there is nowhere
+            to keep the metrics.
     """
+    directory = os.environ.get(MULTIPROCESS)
+    if directory is not None and not os.access(directory, os.W_OK):
+        raise StartError(
+            f"{MULTIPROCESS} is {directory}, which is no directory that can be written:"
+            " unset it, or make that directory."
+        )
     app = create_app(settings, Classifier.load(settings.model_path, settings.device))
     try:
         listener.listen()  # here, where its failure can still be told in a sentence
@@ -130,6 +138,12 @@ class Server(uvicorn.Server):
         for listener in sockets or []:
             logger.info("ready", extra={"fields": {"url": url(listener)}})
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop; when forced to, tell the framework all the same, else it logs a failure."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         """Drain at the first SIGTERM; stop at once at SIGINT or a second signal."""
         if sig == signal.SIGTERM and not self._gate.draining:
@@ -172,6 +186,8 @@ class Connection(HttpToolsProtocol):
         if self.pipeline:  # else uvicorn does so; it knows only the last that came
             self._current.disconnected = True
         super().connection_lost(exc)
+        if self.cycle is not None:
+            self.app.leave(self._current.scope)
 
     def data_received(self, data: bytes) -> None:
         """Parse what came; refuse a head, or fields after a body, that go on for too long."""
@@ -230,6 +246,8 @@ class Connection(HttpToolsProtocol):
         """Take what follows for another head."""
         self._in_body = False
         super().on_message_complete()
+        if not self.pipeline:  # who does not read does not see that the client leaves
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """Go on to the next request, as uvicorn does, but without a timer for the wait."""
@@ -258,31 +276,41 @@ class Connection(HttpToolsProtocol):
             return
         self._unsent = unsent
         waited = self.loop.time() - self._waiting_since
-        if self._answered() and waited >= self._patience:
-            self.transport.close()
+        if self._answered() and waited >= self._patience and not self.transport.is_closing():
+            if self._head_bytes:
+                self._refuse(SlowRequest("The request came too slowly; send all of it at once."))
+            else:
+                self.transport.close()
         self._watch = self.loop.call_later(LOOK_EVERY_SECONDS, self._look)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
-        """Answer what is not HTTP."""
-        self._refuse(BadRequest("The request is not valid HTTP.", code="invalid_http"))
+        """Answer what is not HTTP, but not before or within the answers to what came before it."""
+        cycle = self.cycle
+        if self._answered() or (
+            cycle.more_body and not cycle.response_started and not self.pipeline
+        ):
+            self._refuse(BadRequest("The request is not valid HTTP.", code="invalid_http"))
+        else:
+            cycle.keep_alive = False
+            self.flow.pause_reading()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._current = cycle
         scope = cycle.scope
         if self._head_bytes > MAX_HEAD_BYTES and _head_size(scope) > MAX_HEAD_BYTES:
-            app = _refuse_head
+            app = self._refuse_head
         else:
             self.app.arrive(scope)
         super()._start_asgi_task(cycle, app)
 
+    async def _refuse_head(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        body, status, headers = self.app.refuse(HeadersTooLarge(TOO_LARGE))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
     def _refuse(self, error: ServiceError) -> None:
-        answer = error_answer(error, b"none")
-        headers = [
-            *self.server_state.default_headers,
-            *answer.headers,
-            (b"content-length", b"%d" % len(answer.body)),
-            (b"connection", b"close"),
-        ]
+        answer = self.app.refuse(error)
+        headers = [*self.server_state.default_headers, *answer.headers]
         head = b"".join(b"%s: %s\r\n" % header for header in headers)
         self.transport.write(STATUS_LINE[answer.status] + head + b"\r\n" + answer.body)
         self.transport.close()
@@ -294,14 +322,3 @@ TOO_LARGE = f"The header fields are too large; send at most {MAX_HEAD_BYTES:,} b
 def _head_size(scope: Scope) -> int:
     target = len(scope["raw_path"]) + len(scope["query_string"])
     return target + sum(len(name) + len(value) for name, value in scope["headers"])
-
-
-async def _refuse_head(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001 - ASGI's signature
-    answer = error_answer(HeadersTooLarge(TOO_LARGE), b"none")
-    headers = [
-        *answer.headers,
-        (b"content-length", b"%d" % len(answer.body)),
-        (b"connection", b"close"),
-    ]
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    await send({"type": "http.response.body", "body": answer.body})

@@ -234,7 +234,7 @@ def test_a_refused_upload_is_answered_although_it_is_not_read(base_url: str) -> 
     ],
 )
 def test_what_is_no_request_gets_the_same_shape(
-    base_url: str, request_bytes: bytes, status: int, code: str
+    base_url: str, client: httpx.Client, request_bytes: bytes, status: int, code: str
 ) -> None:
     host, port = urlsplit(base_url).hostname, urlsplit(base_url).port
     with socket.create_connection((host, port), timeout=5) as connection:
@@ -244,3 +244,9 @@ def test_what_is_no_request_gets_the_same_shape(
     answer = json.loads(body)
     assert set(answer) == {"error", "code", "request_id"}
     assert answer["code"] == code
+    assert f"x-request-id: {answer['request_id']}\r\n".encode() in head + b"\r\n"
+    metrics = client.get("/metrics").text
+    refused = f'bnlenet_rejected_total{{reason="{code}"}}'
+    counted = f'http_requests_total{{method="OTHER",route="unmatched",status="{status}"}}'
+    assert refused in metrics
+    assert counted in metrics

@@ -17,9 +17,13 @@ from service.errors import (
     PayloadTooLarge,
     UnsupportedMediaType,
 )
-from service.exchange import ClientGone, Exchange, Room
+from service.exchange import UNPACKED_AT_ONCE, ClientGone, Exchange, Room
 
 LIMIT = 1000
+
+
+def make_room(each: int = LIMIT, left: int = 8 * LIMIT) -> Room:
+    return Room(each, left, lambda: False)
 
 
 def read(
@@ -45,7 +49,7 @@ def read(
         return next(messages)
 
     headers = {b"transfer-encoding": b"chunked"} if headers is None else headers
-    exchange = Exchange({}, receive, headers, b"id", 0.0, room or Room(LIMIT, 8 * LIMIT))
+    exchange = Exchange({}, receive, headers, b"id", 0.0, room or make_room())
     body = asyncio.run(exchange.body())
     assert exchange.complete
     return body, received
@@ -53,7 +57,7 @@ def read(
 
 @given(st.lists(st.binary(max_size=200), min_size=1, max_size=5))
 def test_a_body_is_the_same_however_it_is_cut(pieces: list[bytes]) -> None:
-    room = Room(LIMIT, 8 * LIMIT)
+    room = make_room()
     assert read(pieces, room=room) == (b"".join(pieces), len(pieces))
     assert room.left == 8 * LIMIT
 
@@ -89,7 +93,7 @@ def test_a_body_announced_too_large_is_not_read() -> None:
 
 
 def test_reading_stops_where_a_body_grows_too_large() -> None:
-    room = Room(LIMIT, 8 * LIMIT)
+    room = make_room()
     with pytest.raises(PayloadTooLarge):
         read([bytes(600)] * 1000, room=room)
     assert room.left == 8 * LIMIT
@@ -101,11 +105,53 @@ def test_a_single_piece_too_large_is_refused() -> None:
 
 
 def test_all_unfinished_bodies_together_are_bounded() -> None:
-    room = Room(LIMIT, 500)
+    room = make_room(left=500)
     with pytest.raises(Overloaded) as caught:
         read([bytes(300)] * 3, room=room)
     assert caught.value.headers == {"Retry-After": "1"}
     assert room.left == 500
+
+
+def test_a_slow_sender_is_sent_away_for_room() -> None:
+    asked = 0
+
+    def send_away() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked < 2
+
+    room = Room(LIMIT, 500, send_away)
+    assert read([bytes(300)] * 2 + [b""], room=room) == (bytes(600), 3)
+    with pytest.raises(Overloaded):
+        read([bytes(300)] * 2 + [b""], room=room)
+    assert room.left == 500
+
+
+@pytest.mark.parametrize("name", ["gzip", "deflate"])
+@pytest.mark.parametrize("more", [-1, 0, 1, 257, 1_000_000])
+def test_what_takes_long_is_unpacked_in_a_thread(
+    name: str, more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is lost where the thread goes on, and what is short needs none."""
+    threads = 0
+    to_thread = asyncio.to_thread
+
+    async def counted(*call: Any) -> Any:
+        nonlocal threads
+        threads += 1
+        return await to_thread(*call)
+
+    monkeypatch.setattr(asyncio, "to_thread", counted)
+    plain = (b"0123456789" * 200_000)[: UNPACKED_AT_ONCE + more]
+    packed = (gzip.compress if name == "gzip" else zlib.compress)(plain)
+    headers = {b"content-length": b"%d" % len(packed), b"content-encoding": name.encode()}
+    assert read([packed], headers, room=make_room(2_000_000)) == (plain, 1)
+    assert threads == (more >= 0)
+    with pytest.raises(BadRequest):
+        read([packed[:-1]], headers, room=make_room(2_000_000))
+    for limit in {len(plain) - 1, min(len(plain), UNPACKED_AT_ONCE) - 1, LIMIT}:
+        with pytest.raises(PayloadTooLarge):
+            read([packed], headers, room=make_room(limit))
 
 
 def test_a_bomb_is_unpacked_no_further_than_the_limit() -> None:
@@ -144,5 +190,5 @@ def test_of_a_repeated_parameter_the_last_counts() -> None:
     async def receive() -> Any:
         raise AssertionError
 
-    query = Exchange(scope, receive, {}, b"", 0.0, Room(1, 1)).query()
+    query = Exchange(scope, receive, {}, b"", 0.0, make_room()).query()
     assert query == {"a": "2", "b": "ä", "c": ""}

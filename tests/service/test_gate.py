@@ -77,10 +77,13 @@ class TestAdmission:
         for conversation in inside:
             conversation.send(bytes(784))
         await until(lambda: app.in_flight == 2)
-        begin = time.perf_counter()
-        refused = await ask(app)
-        assert time.perf_counter() - begin < 0.1
-        assert refused.status == 503
+        seconds = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            refused = await ask(app)
+            seconds.append(time.perf_counter() - begin)
+            assert refused.status == 503
+        assert min(seconds) < 0.0005  # the fastest: the others tell of the machine's other work
         assert refused.headers["retry-after"] == "1"
         assert b'"code":"overloaded"' in refused.body
         assert (await ask(app, b"", method="GET", target="/readyz")).status == 200
@@ -116,6 +119,47 @@ class TestAdmission:
         assert (await ask(app)).status == 200
         assert (await slow.answer())["code"] == "request_timeout"
         assert slow.status == 408
+
+    async def test_a_slow_sender_makes_memory_for_others(
+        self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Eight bodies that never end fill what is kept for bodies."""
+        monkeypatch.setattr(gate_module, "SLOW_AFTER_SECONDS", 0.05)
+        app = make_app(max_body_bytes=1024)
+        headers = {**BYTES, "Content-Length": "1024"}
+        slow = [Conversation(app, send_headers=headers) for _ in range(8)]
+        for conversation in slow:
+            conversation.send(bytes(1023), more=True)
+        await until(lambda: app.in_flight == 8)
+
+        async def ask_in_pieces() -> int:
+            other = Conversation(app, send_headers=BYTES)
+            other.send(bytes(400), more=True)
+            await asyncio.sleep(0.01)
+            other.send(bytes(384))
+            await other.answer()
+            return other.status
+
+        assert await ask_in_pieces() == 503
+        await asyncio.sleep(0.06)
+        assert await ask_in_pieces() == 200
+        assert (await slow[0].answer())["code"] == "request_timeout"
+        assert not slow[1].closed
+        for conversation in slow[1:]:
+            conversation.leave()
+            await conversation.answer()
+
+    async def test_work_for_a_client_that_leaves_ends(self, make_app: MakeApp) -> None:
+        app = make_app()
+        never_ready(app)
+        gone = Conversation(app, send_headers=BYTES)
+        gone.send(bytes(784))
+        await until(lambda: app.in_flight == 1)
+        app.leave(gone.scope)
+        await gone.answer()
+        assert (gone.status, app.in_flight) == (499, 0)
+        app.leave(gone.scope)  # is too late to change anything
+        app.leave({})
 
     async def test_a_client_that_leaves_gives_its_place_back(self, make_app: MakeApp) -> None:
         app = make_app(max_in_flight=1)

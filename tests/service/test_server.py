@@ -1,5 +1,6 @@
 """The real process: how it starts, what it does with rude clients, and how it stops."""
 
+import io
 import json
 import os
 import re
@@ -16,7 +17,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 from service import server
 from service.gate import Gate
@@ -61,7 +64,8 @@ def serving_here(app: Gate, listener: socket.socket) -> Iterator[server.Server]:
 
 def refuse_to_start(**settings: str) -> tuple[int, str]:
     """Run the service, which must end by itself, and return its status and what it said."""
-    environment = {"PATH": os.environ["PATH"], "BNLENET_PORT": "0"}
+    environment = {k: v for k, v in os.environ.items() if k.startswith(("PATH", "PROMETHEUS"))}
+    environment |= {"BNLENET_PORT": "0"}
     environment |= {f"BNLENET_{k.upper()}": v for k, v in settings.items()}
     command = [sys.executable, "-m", "service"]
     done = subprocess.run(
@@ -116,6 +120,14 @@ class TestStart:
             with pytest.raises(server.StartError, match=r"\(Address already in use\)"):
                 server.run(settings, listener)
 
+    def test_a_directory_for_metrics_that_is_none_is_one_sentence(
+        self, artefact: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
+        status, said = refuse_to_start(model_path=str(artefact))
+        assert (status, said.count("\n")) == (1, 1)
+        assert said.startswith("Error: PROMETHEUS_MULTIPROC_DIR is /nowhere")
+
     def test_an_ipv6_address_is_told_as_a_url(self) -> None:
         with socket.socket(socket.AF_INET6) as unbound:
             assert server.url(unbound) == "http://[::]:0"
@@ -167,13 +179,15 @@ class TestRudeClients:
                 connection = connect(address)
                 connection.sendall(sent)
                 lives.append(connection)
-            ends = []
+            ends, answers = [], []
             for connection in lives:
-                while connection.recv(1000):
-                    pass
+                answers.append(connection.makefile("rb").read())
                 ends.append(time.monotonic() - begin)
                 connection.close()
         assert 0.3 <= ends[0] <= ends[1] < 4 <= ends[2]
+        assert answers[0] == b""
+        assert answers[1].startswith(b"HTTP/1.1 408 ")
+        assert answers[2].startswith(b"HTTP/1.1 200 ")
 
     def test_a_client_that_takes_no_answer_is_left(
         self,
@@ -240,6 +254,26 @@ class TestRudeClients:
             while "\nhttp_requests_in_flight 0.0" not in client.get("/metrics").text:
                 assert time.monotonic() < deadline
             assert client.post("/predict", content=bytes(784), headers=BYTES).status_code == 200
+
+    def test_pictures_of_clients_that_left_are_not_decoded(self, start: Callable[..., Any]) -> None:
+        """They wait for the decoder's thread one after the other, and so would everybody else."""
+        address, _ = start()
+        file = io.BytesIO()
+        noise = np.random.default_rng(0).integers(0, 256, (1200, 1200), dtype=np.uint8)
+        Image.fromarray(noise).save(file, "PNG")
+        post = HEAD.replace(b"application/octet-stream", b"image/png")
+        post += b"Content-Length: %d\r\n\r\n" % file.tell() + file.getvalue()
+        with ExitStack() as clients:
+            for _ in range(30):
+                clients.enter_context(connect(address)).sendall(post)
+        deadline = time.monotonic() + 10
+        while not (text := httpx.get(f"{address}/metrics").text).count("in_flight 0.0"):
+            assert time.monotonic() < deadline
+        left = re.search(r'route="/predict",status="499"} (.*)', text)
+        decoded = re.search(r"bnlenet_decode_duration_seconds_count (.*)", text)
+        assert left
+        assert decoded
+        assert float(left[1]) > float(decoded[1])
 
     def test_overload_is_refused_quickly_while_health_stays_green(
         self, start: Callable[..., Any]
@@ -320,6 +354,27 @@ class TestRudeClients:
             connection.sendall(b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n")
             assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
 
+    def test_what_is_no_http_is_told_after_the_answers_before_it(
+        self, start: Callable[..., Any]
+    ) -> None:
+        """An answer to one must not be taken for the answer to another."""
+        address, _ = start()
+        post = HEAD + b"Content-Length: 784\r\n\r\n" + bytes(784)
+        chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+        for sent, statuses in (
+            (post + b"NONSENSE\r\n\r\n", [b"200"]),
+            (post + post + b"NONSENSE\r\n\r\n", [b"200", b"200"]),
+            (chunked + b"NONSENSE\r\n\r\n", [b"400"]),
+        ):
+            with connect(address) as connection, connection.makefile("rb") as answers:
+                connection.sendall(sent)
+                assert re.findall(rb"HTTP/1.1 (\d+)", answers.read()) == statuses
+        with connect(address) as connection, connection.makefile("rb") as answers:
+            connection.sendall(chunked + b"a00001\r\n" + bytes(0xA00001) + b"\r\n")
+            assert answers.readline().startswith(b"HTTP/1.1 413 ")
+            connection.sendall(b"NONSENSE\r\n\r\n")
+            assert b"HTTP/1.1" not in answers.read()
+
     def test_pipelined_requests_are_answered_in_order(self, start: Callable[..., Any]) -> None:
         address, _ = start()
         one = HEAD + b"Content-Length: 784\r\nX-Request-ID: %d\r\n\r\n" + bytes(784)
@@ -383,6 +438,14 @@ class TestStop:
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 0
 
+    def test_ctrl_c_twice_is_no_failure(self, start: Callable[..., Any], tmp_path: Path) -> None:
+        _, process = start()
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.03)  # stopping takes longer, and two at once would be one
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 0
+        assert "Traceback" not in (tmp_path / "log").read_text()
+
     def test_a_second_signal_ends_the_drain(self, start: Callable[..., Any]) -> None:
         _, process = start(drain_seconds=60)
         process.send_signal(signal.SIGTERM)
@@ -411,6 +474,6 @@ def test_all_lines_are_json_where_json_is_set(start: Callable[..., Any], tmp_pat
     process.wait(10)
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert {"service", "service.access", "uvicorn.error"} == {line["logger"] for line in lines}
-    (request,) = (line for line in lines if line["logger"] == "service.access")
-    assert request["request_id"] == "mine"
-    assert request["route"] == "/predict"
+    request, nonsense = (line for line in lines if line["logger"] == "service.access")
+    assert (request["request_id"], request["route"]) == ("mine", "/predict")
+    assert (nonsense["route"], nonsense["status"]) == ("unmatched", 400)
