@@ -75,8 +75,12 @@ class Settings(BaseSettings):
     @field_validator("api_key")
     @classmethod
     def _can_be_sent(cls, key: SecretStr | None) -> SecretStr | None:
-        if key is not None and key.get_secret_value() != key.get_secret_value().strip():
-            raise ValueError("it begins or ends with white space, which no request can carry")
+        text = "" if key is None else key.get_secret_value()
+        if text != text.strip() or not text.isprintable():
+            raise ValueError(
+                "it has control characters, or begins or ends with white space,"
+                " which no request can carry"
+            )
         return key
 
     @field_validator("cors_origins", mode="before")

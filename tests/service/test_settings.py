@@ -30,7 +30,7 @@ BAD = {
     "device": ["tpu"],
     "port": ["-1", "65536", "http", "tcp://10.0.0.1:80"],
     "workers": ["0", "1.5", "65"],
-    "api_key": [" secret", "secret\n"],
+    "api_key": [" secret", "secret\n", "sec\nret", "sec\udcffret"],
     "max_body_bytes": ["0", "1e99"],
     "max_in_flight": ["0"],
     "request_timeout_seconds": ["0", "nan", "inf", "-1"],
