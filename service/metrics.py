@@ -14,11 +14,10 @@ from prometheus_client.samples import Sample
 from service.classifier import ModelInfo
 
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own variable
-MICROSECOND = 1e-6
 MEMORY = "process_resident_memory_bytes"
 MEMORY_SECONDS = 1.0  # between two looks at a worker's memory
 BUCKETS = (
-    *(n * MICROSECOND for n in (15, 30, 45, 60, 90, 125, 250, 500, 1e3, 2e3, 4e3, 8e3)),
+    *(n / 1e6 for n in (15, 30, 45, 60, 90, 125, 250, 500, 1e3, 2e3, 4e3, 8e3)),
     *(0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
 

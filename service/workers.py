@@ -72,13 +72,19 @@ class Supervisor:
         """Keep one worker running."""
         first = True
         while not self._stopping.is_set():
-            worker = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "service", "worker"),
-                *(str(self._listener.fileno()), str(os.getpid())),
-                env=os.environ | {MULTIPROCESS: self._directory},
-                pass_fds=[self._listener.fileno()],
-                start_new_session=True,  # a terminal's Ctrl-C comes to us, and we pass it on
-            )
+            try:
+                worker = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "service", "worker"),
+                    *(str(self._listener.fileno()), str(os.getpid())),
+                    env=os.environ | {MULTIPROCESS: self._directory},
+                    pass_fds=[self._listener.fileno()],
+                    start_new_session=True,  # a terminal's Ctrl-C comes to us, and we pass it on
+                )
+            except OSError as exc:  # no memory, or no process more: the other workers go on
+                fields = {"reason": exc.strerror}
+                logger.error("a worker cannot be started", extra={"fields": fields})
+                await self._pause()
+                continue
             self._workers.add(worker)
             if self._stopping.is_set():  # told while it was being started
                 self._send(worker, signal.SIGTERM)
@@ -92,8 +98,8 @@ class Supervisor:
                 self._status = START_FAILED
                 self._stop(signal.SIGTERM)
             else:
-                fields = {"pid": worker.pid, "status": status}
-                logger.error("a worker died and is replaced", extra={"fields": fields})
+                died = {"pid": worker.pid, "status": status}
+                logger.error("a worker died and is replaced", extra={"fields": died})
                 await self._pause()
             first = False
 

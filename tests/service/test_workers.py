@@ -1,5 +1,7 @@
 """Several workers look like one server, and go on when one of them dies."""
 
+import asyncio
+import errno
 import os
 import re
 import signal
@@ -13,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.workers import SupervisorError, supervise
+from service import workers as workers_module
+from service.workers import Supervisor, SupervisorError, supervise
 from tests.contract.conftest import serving
 
 BYTES = {"content-type": "application/octet-stream"}
@@ -119,6 +122,27 @@ def test_without_a_writable_directory_it_ends_in_one_sentence(
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     with socket.socket() as unused, pytest.raises(SupervisorError, match="set TMPDIR"):
         supervise(2, unused)
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when memory or processes run out for a moment; the others must not end with it."""
+    monkeypatch.setattr(workers_module, "RESTART_AFTER_SECONDS", 0.01)
+    tries = 0
+
+    async def fail(*_: object, **__: object) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", fail)
+    with socket.socket() as unused:
+        assert asyncio.run(Supervisor(unused, str(tmp_path)).run(1)) == 0
+    assert tries == 3
+    assert caplog.text.count("a worker cannot be started") == 3
 
 
 def alive(pid: int) -> bool:
