@@ -294,7 +294,7 @@ class Gate:
         if path in self._open_paths or path.startswith(self._open_prefixes):
             return
         scheme, _, given = exchange.headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.lstrip(), self._key):
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
             raise Unauthorized(
                 "Send the API key as `Authorization: Bearer KEY`.",
                 headers={"WWW-Authenticate": 'Bearer realm="bn-lenet"'},

@@ -207,7 +207,7 @@ class Connection(HttpToolsProtocol):
                 data = self._without_offer() + data[offer.args[0] :]
         same = self._in_body and cycle is self.cycle
         if same and len(cycle.body) == before and not cycle.response_started:
-            self._head_bytes += size
+            self._head_bytes += size  # fields after the body, or what goes with a piece's length
         elif not self._awaits_head():
             self._head_bytes = 0
         if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():

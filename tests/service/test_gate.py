@@ -83,7 +83,7 @@ class TestAdmission:
             refused = await ask(app)
             seconds.append(time.perf_counter() - begin)
             assert refused.status == 503
-        assert min(seconds) < 0.0005  # the fastest: the others tell of the machine's other work
+        assert min(seconds) < 0.001  # the fastest: the others tell of the machine's other work
         assert refused.headers["retry-after"] == "1"
         assert b'"code":"overloaded"' in refused.body
         assert (await ask(app, b"", method="GET", target="/readyz")).status == 200
@@ -219,7 +219,7 @@ class TestKey:
             ({"Authorization": "Bearer opensesame2"}, 401),
             ({"Authorization": "Bearer ä"}, 401),
             ({"Authorization": "Basic opensesame"}, 401),
-            ({"Authorization": "bearer  opensesame"}, 200),  # RFC 9110, section 11.4
+            ({"Authorization": "bearer  opensesame "}, 200),  # RFC 9110, sections 5.5 and 11.4
             (KEY, 200),
         ],
     )
