@@ -1,11 +1,13 @@
 """`POST /predict` in detail: any body of any type, ties, and what never gets to the model."""
 
 import asyncio
+import gzip
 import io
 import json
 import math
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -36,8 +38,42 @@ documents = st.recursive(
 nearly_pixels = st.lists(
     st.lists(st.integers(0, 255) | scalars, min_size=27, max_size=29), min_size=27, max_size=29
 )
+
+
+def encoded(size: tuple[int, int], form: str) -> bytes:
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize(size).save(file, form)
+    return file.getvalue()
+
+
+PICTURES = [
+    encoded(size, f) for size in ((28, 28), (40, 30)) for f in ("PNG", "JPEG", "GIF", "BMP")
+]
+
+
+@st.composite
+def damaged_pictures(draw: st.DrawFn) -> bytes:
+    """Draw a picture's file with a few bytes changed or its end cut off."""
+    data = bytearray(draw(st.sampled_from(PICTURES)))
+    for place in draw(st.lists(st.integers(0, len(data) - 1), max_size=3)):
+        data[place] = draw(st.integers(0, 255))
+    return bytes(data[: draw(st.none() | st.integers(0, len(data)))])
+
+
+pictures = st.sampled_from(PICTURES) | damaged_pictures()
+parts = st.tuples(st.sampled_from(["image", "file"]), st.booleans(), pictures).map(
+    lambda part: (
+        b'--b\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n'
+        % (part[0].encode(), b'; filename="a"' * part[1], part[2])
+    )
+)
+forms = st.tuples(st.lists(parts, max_size=3), st.sampled_from([b"--b--\r\n", b"--b", b""])).map(
+    lambda form: b"".join(form[0]) + form[1]
+)
 bodies = (
     st.binary(max_size=2000)
+    | pictures
+    | forms
     | documents.map(json.dumps).map(str.encode)
     | st.one_of(documents, nearly_pixels).map(lambda d: json.dumps({"pixels": d}).encode())
     | st.binary(min_size=784, max_size=784)
@@ -55,6 +91,13 @@ types = st.sampled_from(
         "",
     ]
 ) | st.text(st.characters(max_codepoint=255, exclude_categories=["Cc"]), max_size=20)
+packers: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    "identity": bytes,
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "gzip, br": bytes,
+}
 queries = st.sampled_from(["", "?top_k=3", "?top_k=x", "?echo=pixels", "?preprocessing=dataset"])
 
 
@@ -63,12 +106,15 @@ def app(classifier: Classifier) -> Gate:
     return create_app(Settings(), classifier)
 
 
-@given(bodies, types, queries)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(bodies, types, queries, st.sampled_from(list(packers)), st.booleans())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 async def test_any_body_of_any_type_gets_an_answer_or_a_refusal(
-    app: Gate, body: bytes, content_type: str, query: str
+    app: Gate, body: bytes, content_type: str, query: str, encoding: str, packed: bool
 ) -> None:
-    headers = {"Content-Type": content_type.encode("latin-1").decode("latin-1")}
+    headers = {"Content-Type": content_type}
+    if encoding:
+        headers["Content-Encoding"] = encoding
+        body = packers[encoding](body) if packed else body
     answer = await ask_latin(app, body, f"/predict{query}", headers)
     assert answer.status in {200, 400, 413, 415, 422}, answer.body
     if answer.status == 200:
