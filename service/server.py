@@ -186,7 +186,7 @@ class Connection(HttpToolsProtocol):
         if self.pipeline:  # else uvicorn does so; it knows only the last that came
             self._current.disconnected = True
         super().connection_lost(exc)
-        if self.cycle is not None:
+        if not self._answered():
             self.app.leave(self._current.scope)
 
     def data_received(self, data: bytes) -> None:
