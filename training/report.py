@@ -204,8 +204,6 @@ def _fit_command(config: Config) -> str:
             command += f" --{option.replace('_', '-')} {getattr(recipe, option)}"
     if config.batch_norm != "torch":
         command += f" --batch-norm {config.batch_norm}"
-    if config.holdout:
-        command += f" --holdout {config.holdout}"
     return f"{command} --device {config.device} --threads {config.threads}"
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -106,9 +105,7 @@ class Fitting:
                     ),
                 ]
         for optimizer in optimizers:
-            with warnings.catch_warnings():  # on a GPU AdamW expects that every step is captured
-                warnings.filterwarnings("ignore", "This instance was constructed with capturable")
-                optimizer.step()  # at a learning rate of zero
+            optimizer.step()  # at a learning rate of zero
             for state in optimizer.state.values():
                 for tensor in state.values():
                     tensor.zero_()

@@ -12,6 +12,23 @@ def test_a_file_is_made_and_replaced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
+def test_the_file_itself_is_never_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between any two bytes would leave it half written."""
+    written, write = [], Path.write_bytes
+
+    def note(path: Path, data: bytes) -> int:
+        written.append(path)
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", note)
+    write_whole(tmp_path / "a", b"new")
+    assert len(written) == 1
+    assert written[0] != tmp_path / "a"
+    assert written[0].parent == tmp_path  # elsewhere it might be on another disk
+
+
 def test_a_full_disk_leaves_the_old_file_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

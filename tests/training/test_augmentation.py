@@ -115,6 +115,8 @@ def test_brightness_contrast_and_gamma_follow_their_formulas() -> None:
 def test_sharpness_blurs_some_and_sharpens_others_of_its_share(images: Tensor) -> None:
     view = Augmentation(sharpness=1.0, sharpness_share=0.25)(images, seeded())
     assert torch.equal(view[100:], images[100:])
+    assert view.min() >= 0
+    assert view.max() <= 1
     detail = [(x[:100].diff(dim=3) ** 2).sum((1, 2, 3)) for x in (view, images)]
     sharper = (detail[0] > detail[1]).float().mean()
     assert 0.3 < sharper < 0.7

@@ -102,6 +102,8 @@ def test_quiet_prints_nothing_and_json_one_line(tmp_path: Path) -> None:
     result = succeed(*FIT, "--out", tmp_path / "b", "--json", "--holdout", 100)
     assert result.stderr == ""
     assert json.loads(result.stdout)["scores"]["moving"]["accuracy"] > 0
+    judged = [Run(tmp_path / name).results()["judged_on"] for name in ("a", "b")]
+    assert judged == ["test set", "held-out images"]
 
 
 def test_options_override_the_recipe(tmp_path: Path) -> None:
@@ -299,6 +301,8 @@ def test_the_temperature_comes_from_held_out_images(tmp_path: Path) -> None:
     export = ("export", tmp_path / "a", "--out", tmp_path / "m.onnx")
     assert "held no images out" in fail(*export, "--held-out", tmp_path / "a")
     assert "by another recipe" in fail(*export, "--seeds-from", tmp_path / "other")
+    assert "held some out" in fail("export", tmp_path / "held", "--out", tmp_path / "m.onnx")
+    assert "have the same seed" in fail(*export, "--seeds-from", tmp_path / "." / "a" / ".." / "a")
     assert not (tmp_path / "m.onnx").exists()
     succeed(*export, "--held-out", tmp_path / "held")
     temperature = Run(tmp_path / "held").results()["temperature"]

@@ -395,3 +395,10 @@ def test_the_mirrors_are_the_official_ones() -> None:
         "raw.githubusercontent.com",
         "fashion-mnist.s3-website.eu-central-1.amazonaws.com",
     ]
+
+
+def test_the_arrays_may_be_written_to(fashion_mnist: FashionMNIST) -> None:
+    """Torch warns of arrays that may not."""
+    for split in (fashion_mnist.train, fashion_mnist.test):
+        assert split.images.flags.writeable
+        assert split.labels.flags.writeable

@@ -7,6 +7,7 @@ from onnx import TensorProto, helper
 
 from training.dataset import FashionMNIST, Split
 from training.evaluation import (
+    Evaluation,
     EvaluationError,
     Probabilities,
     calibration_error,
@@ -73,6 +74,19 @@ def test_an_evaluation_counts_what_the_classifier_says(fashion_mnist: FashionMNI
     assert set(result.robustness.values()) == {shirts_t / 100}
     assert result.robust_mean == pytest.approx(shirts_t / 100)
     assert result.robust_worst[1] == shirts_t / 100
+
+
+def test_a_right_class_given_no_probability_costs_much_but_not_everything() -> None:
+    split = Split(np.zeros((2, 28, 28), np.uint8), np.array([0, 1], np.uint8))
+    result = evaluate(lambda _: rows((0, 1.0), (0, 1.0)), split)
+    assert result.nll == pytest.approx(-np.log(np.finfo(np.float32).tiny) / 2)
+
+
+def test_the_worst_change_is_that_with_the_least_accuracy() -> None:
+    changes = {"blur": 0.9, "shift": 0.7, "scale": 0.8}
+    result = Evaluation(1, 1.0, 0.0, 0.0, [], [], [], changes)
+    assert result.robust_worst == ("shift", 0.7)
+    assert result.robust_mean == pytest.approx(0.8)
 
 
 def test_files_that_are_no_model_are_told(tmp_path: Path) -> None:

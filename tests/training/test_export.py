@@ -282,6 +282,21 @@ def test_another_class_than_the_models_is_never_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_fails_its_own_self_test_is_never_written(
+    fitted: BNLeNet, some: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = export_module._run
+
+    def off(proto: onnx.ModelProto, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        probabilities, *rest = right(proto, images)
+        return [probabilities + np.float32(2e-5 * (len(images) == 6)), *rest]
+
+    monkeypatch.setattr(export_module, "_run", off)
+    with pytest.raises(ExportError, match=r"fails its own self-test by 2\.\de-05: nothing was"):
+        export(fitted, PROVENANCE, some, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ties_are_listed_and_not_hidden(fitted: BNLeNet, some: Split, tmp_path: Path) -> None:
     """Two twin classes, one a hair better in float64 than float32's softmax can tell."""
     twins = copy.deepcopy(fitted)

@@ -27,7 +27,7 @@ from training.fit import (
     with_statistics,
 )
 from training.model import BNLeNet, initialise, norm_layers
-from training.recipes import Recipe
+from training.recipes import Recipe, Statistics
 from training.run import Config, Epoch, Run
 from training.step import Fitting
 
@@ -93,6 +93,9 @@ def test_the_best_recipe_learns(few: FashionMNIST, best: Recipe) -> None:
     longer = replace(best, epochs=12)
     fitted = fit(few, longer)
     assert fitted.scores["moving"].accuracy > 0.7
+    assert fitted.epochs[-1].accuracy == fitted.scores["moving"].accuracy  # the average's
+    last_rate = longer.learning_rate * longer.rate(1 - 1 / (12 * 9))
+    assert fitted.epochs[-1].learning_rate == pytest.approx(last_rate)
     assert set(fitted.scores) == {"moving", "population", "clean"}
 
 
@@ -132,6 +135,24 @@ def test_population_statistics_are_of_images_as_the_last_epochs_change_them(
         assert not torch.equal(mean, first[name][0])
     unchanged_at_last = replace(best, finish_augmentation=Augmentation())
     assert set(fit(few, unchanged_at_last).scores) == {"moving", "population"}
+
+
+@pytest.mark.parametrize("kind", ["moving", "population"])
+def test_what_is_told_of_a_fit_is_by_the_recipes_statistics(
+    few: FashionMNIST, chapter: Recipe, kind: Statistics
+) -> None:
+    recipe = replace(chapter, epochs=6, batch_size=32, statistics=kind)
+    fitted = fit(few, recipe, holdout=300)
+    images, labels = (tensor[800:] for tensor in on_device(few.train, "cpu"))
+    models = {
+        "moving": fitted.model,
+        "population": with_statistics(fitted.model, fitted.population),
+    }
+    assert fitted.temperature == best_temperature(models[kind], images, labels)
+    confusion = np.array(fitted.confusion)
+    assert confusion.trace() / 300 == pytest.approx(fitted.scores[kind].accuracy)
+    assert fitted.scores["population"] != fitted.scores["moving"]
+    assert confusion.sum(1).tolist() == np.bincount(few.train.labels[800:]).tolist()
 
 
 def test_held_out_images_are_not_trained_on(few: FashionMNIST, chapter: Recipe) -> None:

@@ -25,6 +25,13 @@ def test_the_set_is_the_sixteen_changes_of_its_definition(images: NDArray[np.uin
         assert not np.array_equal(result, images), name
 
 
+def test_no_image_is_lost_where_there_are_many(fashion_mnist: FashionMNIST) -> None:
+    many = fashion_mnist.test.images[:1100]
+    change = perturbations()["contrast 0.6"]
+    halves = [change(many[:550]), change(many[550:])]
+    assert np.array_equal(change(many), np.concatenate(halves))
+
+
 def test_shifts_move_the_content_and_bring_in_background(images: NDArray[np.uint8]) -> None:
     down_left = perturbations()["shift (+2, -2)"](images)
     assert np.array_equal(down_left[:, 2:, :-2], images[:, :-2, 2:])
@@ -57,6 +64,11 @@ def test_resampling_is_torchs_grid_sample(
     floats = images.astype(float)
     theirs = F.grid_sample(torch.from_numpy(floats)[:, None], grid, align_corners=False)
     np.testing.assert_allclose(resample(floats, degrees, scale), theirs[:, 0].numpy(), atol=1e-9)
+
+
+def test_the_scale_is_nine_tenths(images: NDArray[np.uint8]) -> None:
+    smaller = resample(images.astype(float), scale=0.9)
+    assert np.array_equal(perturbations()["scale 0.9"](images), np.rint(smaller))
 
 
 def test_blur_and_unsharp_mask_are_those_of_the_gaussian(images: NDArray[np.uint8]) -> None:

@@ -108,6 +108,27 @@ def test_an_epoch_is_written_whole_and_read_back(run: Run) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint.safetensors", "state.safetensors"])
+def test_a_full_disk_leaves_the_epoch_before(
+    run: Run, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, state = Path.write_bytes, {"done": torch.tensor([7])}
+
+    def full(path: Path, data: bytes) -> int:
+        if name in path.name:
+            write(path, data[:5])
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    run.save_epoch([FIRST], checkpoint(), state)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=rf"No space left on device: .*/{name}"):
+        run.save_epoch([FIRST, FIRST], checkpoint(), {"done": torch.tensor([14])})
+    into = {"done": torch.zeros(1, dtype=torch.int64)}
+    assert run.load_state(into) == [FIRST]
+    assert into == state
+
+
 def test_metrics_beyond_the_saved_state_are_dropped(run: Run) -> None:
     """A kill between the two writes leaves a line of an epoch that will be fitted again."""
     state = {"done": torch.tensor([7])}

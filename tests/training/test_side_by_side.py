@@ -69,6 +69,7 @@ def test_every_seed_fits_as_it_would_alone(
             assert a.loss == pytest.approx(b.loss, rel=1e-5)
             assert a.train_accuracy == pytest.approx(b.train_accuracy, abs=2 / 1100)
             assert a.learning_rate == b.learning_rate
+            assert a.images_per_second * a.seconds >= len(SEEDS) * 1100  # those of all seeds
         for kind, score in joined.scores.items():
             assert score.loss == pytest.approx(alone.scores[kind].loss, rel=1e-3)
         for name, parameter in alone.model.named_parameters():

@@ -7,13 +7,52 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
 from torch import Tensor
 
 from training.augmentation import Augmentation
 from training.dataset import FashionMNIST
 from training.fit import on_device
+from training.model import BNLeNet, initialise, norm_layers
+from training.muon import Muon
 from training.recipes import Recipe
 from training.step import Captured, Fitting, unchanged
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_steps_are_those_of_the_optimisers_called_by_hand(
+    few: FashionMNIST, best: Recipe, optimizer: Literal["sgd", "muon"]
+) -> None:
+    """Decay, schedule and AdamW's count of steps included, from the first step on."""
+    recipe = replace(best, optimizer=optimizer, augmentation=Augmentation(), weight_decay=5.0)
+    images, labels = on_device(few.train, "cpu")
+    fitting = Fitting(recipe, images, labels, [7])
+    model = BNLeNet()
+    initialise(model, 7)
+    last = [model.linear3.weight]
+    hidden = [p for p in model.parameters() if p.ndim > 1 and p is not last[0]]
+    norms = [p for layer in norm_layers(model).values() for p in layer.parameters()]
+    rate, other_rate = torch.zeros(()), torch.zeros(())
+    others = [*norms, model.linear3.bias]
+    by_hand: list[torch.optim.Optimizer]
+    if optimizer == "muon":
+        adamw = torch.optim.AdamW([*last, *others], other_rate, (0.9, 0.99), weight_decay=0)
+        by_hand = [Muon(hidden, rate, 5.0), adamw]
+    else:
+        sgd = torch.optim.SGD([*hidden, *last], rate, weight_decay=5.0)
+        by_hand = [sgd, torch.optim.SGD(others, rate)]
+    for step in range(6):
+        rows = torch.arange(step * 128, step * 128 + 128)
+        fitting.step(rows)
+        rate.fill_(0.02 * recipe.rate(step / 36))
+        other_rate.fill_(0.01 * recipe.rate(step / 36))
+        model.zero_grad()
+        torch.autograd.backward([F.cross_entropy(model(images[rows] / 255), labels[rows])])
+        for each in by_hand:
+            each.step()
+    for name, parameter in model.named_parameters():
+        ours = fitting.model.get_parameter(name)
+        torch.testing.assert_close(ours, parameter, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
@@ -47,17 +86,6 @@ def test_an_epoch_begins_alike_whatever_was_before(few: FashionMNIST, best: Reci
     for sums in (used.loss, used.correct, used.finite_steps):
         assert not sums.any()
     assert used.augmentation == best.finish_augmentation
-
-
-def test_on_a_gpu_no_optimiser_warns_of_a_step_before_the_capture(
-    few: FashionMNIST, best: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Warnings are errors here; the device is the CPU, only said to be a GPU."""
-    images = on_device(few.train, "cpu")
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
-    stream = MagicMock(is_capturing=lambda: False)
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream)
-    Fitting(best, *images).step(torch.arange(128))
 
 
 def test_warming_up_after_the_last_step_reads_no_further_than_the_schedule(
