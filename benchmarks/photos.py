@@ -185,7 +185,8 @@ def _accuracy(classifier: Classifier, images: Pixels, labels: Pixels) -> float:
 
 @click.command()
 @click.argument("count", type=click.IntRange(1, 10_000), default=10_000)
-def main(count: int) -> None:
+@click.option("--scenes/--no-scenes", default=True, help="Lay garments into scenes as well.")
+def main(count: int, scenes: bool) -> None:
     """Convert the first COUNT test images back from photographs, and print what it costs.
 
     Scenes take the first 1,000 of them at most. The last line is the same as JSON.
@@ -193,7 +194,8 @@ def main(count: int) -> None:
     test = load().test
     classifier = Classifier.load(Settings().model_path)
     layouts = [(count, ground, format_) for ground, format_ in product(GROUNDS, FORMATS)]
-    layouts += [(min(count, SCENE_IMAGES), scene, "JPEG") for scene in SCENES]
+    if scenes:
+        layouts += [(min(count, SCENE_IMAGES), scene, "JPEG") for scene in SCENES]
     click.echo("| background | file | images | accuracy | points lost | ms a picture |")
     click.echo("|---|---|---|---|---|---|")
     rows = []

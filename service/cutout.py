@@ -15,11 +15,11 @@ from PIL import Image, ImageFilter
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
-# Grey levels, 0-255. Chosen by accuracy on synthetic photographs (docs/performance.md).
+# Grey levels, 0-255, and shares. Chosen by accuracy on made-up photographs (docs/performance.md).
 PLAIN_SPREAD = 4.0  # median distance of a plain background's border from its smooth model
 FAINTEST = 3.0  # the least distance from the background that can be told from noise
 BINS = 16  # of each of the three colour axes
-ROUNDS = 3  # of learning both colours anew; more let the garment's spread into the background
+ROUNDS = 3  # of learning the colours of both anew; six or ten were no better
 REACH = 0.04  # of the longest edge: how far from the main part others are still its own
 LINE = 0.02  # half the thickness of a joint between boards, as a share of the longest edge
 
@@ -154,6 +154,8 @@ def _unlike_border(colours: Floats) -> Mask:
 def _grow(seeds: Mask, allowed: Mask) -> Mask:
     """Return the allowed pixels that are connected to a seed, by rows and columns."""
     reached = seeds & allowed
+    if not reached.any():
+        return reached
     sweeps = []
     for view, open_ in zip(_four_ways(reached), _four_ways(allowed), strict=True):
         index = np.arange(1, view.shape[1] + 1, dtype=np.int16)
