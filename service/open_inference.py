@@ -347,7 +347,6 @@ def open_inference_router(
             raise NotReady("The server is about to stop; send requests elsewhere.")
 
     router = APIRouter(tags=["open inference protocol"])
-    models = APIRouter()  # once with the version in the path, and once without
 
     @router.get("/v2", summary="Server metadata")
     @router.get("/v2/", include_in_schema=False)  # thus in the specification's OpenAPI file
@@ -371,7 +370,6 @@ def open_inference_router(
         return _response(await index_handle(request.scope["exchange"]))  # type: ignore[return-value] # ready-made, but documented
 
     @router.get("/v2/models/stats", summary="Statistics of all models")
-    @models.get("/stats", summary="Model statistics")
     async def statistics() -> AllStatistics:
         metrics.flush()
         samples = await run_in_threadpool(metrics.samples)  # with many workers it reads many files
@@ -379,52 +377,60 @@ def open_inference_router(
             model_stats=[_statistics(model, samples, [*other_paths, *infer_paths])]
         )
 
-    @models.get("", summary="Model metadata")
-    async def model_metadata() -> ModelMetadata:
-        return ModelMetadata(
-            name=model.name,
-            versions=[model.version],
-            platform=PLATFORM,
-            inputs=[_metadata(*INPUT)],
-            outputs=[_metadata(*OUTPUT)],
-            parameters=ModelParameters(provider=model.provider),
+    def models_router(prefix: str, *checks: Any) -> APIRouter:
+        # The prefix is the router's own: what an including router adds is in no route's template,
+        # which logs and metrics tell.
+        models = APIRouter(prefix=prefix, dependencies=checks)
+        models.get("/stats", summary="Model statistics")(statistics)
+
+        @models.get("", summary="Model metadata")
+        async def model_metadata() -> ModelMetadata:
+            return ModelMetadata(
+                name=model.name,
+                versions=[model.version],
+                platform=PLATFORM,
+                inputs=[_metadata(*INPUT)],
+                outputs=[_metadata(*OUTPUT)],
+                parameters=ModelParameters(provider=model.provider),
+            )
+
+        @models.get("/ready", summary="Is the model ready?", dependencies=[Depends(check_ready)])
+        async def model_ready() -> ModelReady:
+            return ModelReady(name=model.name)
+
+        @models.get("/config", summary="Model configuration", response_model_exclude_none=True)
+        async def model_config() -> ModelConfig:
+            return ModelConfig(
+                name=model.name,
+                platform=PLATFORM,
+                backend="onnxruntime",
+                max_batch_size=MAX_BATCH_SIZE,
+                input=[_config(*INPUT, "FORMAT_NCHW")],
+                output=[_config(*OUTPUT)],
+            )
+
+        @models.post(
+            "/infer",
+            response_model=InferenceResponse,
+            summary="Classify images",
+            openapi_extra=INFER_REQUEST,
+            responses={200: {"content": {"application/json": {"example": _example(classifier)}}}},
         )
+        async def classify(request: Request) -> Response:
+            """Classify up to 256 images.
 
-    @models.get("/ready", summary="Is the model ready?", dependencies=[Depends(check_ready)])
-    async def model_ready() -> ModelReady:
-        return ModelReady(name=model.name)
+            Tensors are JSON or, after the JSON, binary. The header field
+            `Inference-Header-Content-Length` then tells the length of the JSON; 0 says that the
+            body is one image of 784 bytes and nothing else.
+            """
+            return _response(await infer_handle(request.scope["exchange"]))
 
-    @models.get("/config", summary="Model configuration", response_model_exclude_none=True)
-    async def model_config() -> ModelConfig:
-        return ModelConfig(
-            name=model.name,
-            platform=PLATFORM,
-            backend="onnxruntime",
-            max_batch_size=MAX_BATCH_SIZE,
-            input=[_config(*INPUT, "FORMAT_NCHW")],
-            output=[_config(*OUTPUT)],
-        )
-
-    @models.post(
-        "/infer",
-        response_model=InferenceResponse,
-        summary="Classify images",
-        openapi_extra=INFER_REQUEST,
-        responses={200: {"content": {"application/json": {"example": _example(classifier)}}}},
-    )
-    async def classify(request: Request) -> Response:
-        """Classify up to 256 images.
-
-        Tensors are JSON or, after the JSON, binary. The header field
-        `Inference-Header-Content-Length` then tells the length of the JSON; 0 says that the body
-        is one image of 784 bytes and nothing else.
-        """
-        return _response(await infer_handle(request.scope["exchange"]))
+        return models
 
     name, number = Depends(check_model), Depends(check_version)
-    router.include_router(models, prefix="/v2/models/{model_name}", dependencies=[name])
+    router.include_router(models_router("/v2/models/{model_name}", name))
     versioned = "/v2/models/{model_name}/versions/{model_version}"
-    router.include_router(models, prefix=versioned, dependencies=[name, number])
+    router.include_router(models_router(versioned, name, number))
     return router
 
 

@@ -59,6 +59,21 @@ async def test_the_document_has_every_body_form_and_every_error(
         assert reference == {"$ref": "#/components/schemas/Error"}
 
 
+async def test_every_documented_path_is_counted_by_its_template(
+    make_app: Callable[..., Gate],
+) -> None:
+    app = make_app()
+    paths = (await schema(app))["paths"]
+    templates = [path for path, operations in paths.items() if "get" in operations]
+    assert len([template for template in templates if "{" in template]) == 8
+    for template in templates:
+        target = template.format(model_name="bn-lenet", model_version="1")
+        assert (await ask(app, b"", method="GET", target=target)).status == 200
+    text = (await ask(app, b"", method="GET", target="/metrics")).body.decode()
+    for template in templates:
+        assert f'http_requests_total{{method="GET",route="{template}",status="200"}} 1.0' in text
+
+
 async def test_a_key_is_documented_where_one_is_set(make_app: Callable[..., Gate]) -> None:
     assert "securitySchemes" not in (await schema(make_app()))["components"]
     with_key = await schema(make_app(api_key="opensesame"))
