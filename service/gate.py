@@ -83,6 +83,7 @@ class Gate:
         hot_paths: handlers by method and exact path.
         draining: the server is about to stop; every answer closes its connection.
         in_flight: requests to hot paths that have arrived and have no answer yet.
+        timeout: the seconds that a request may take; the server gives its head no more.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Gate:
         most = settings.max_body_bytes
         self._room = Room(most, BODIES_IN_MEMORY * most, self._make_room)
         self._max_in_flight = settings.max_in_flight
-        self._timeout = settings.request_timeout_seconds
+        self.timeout = settings.request_timeout_seconds
         self._key: bytes | None = None
         if settings.api_key is not None:
             self._key = settings.api_key.get_secret_value().encode()
@@ -179,7 +180,7 @@ class Gate:
             if self._sweep_timer is None:
                 self._sweep()
             answer = await handler(exchange)
-            if perf_counter() - exchange.started > self._timeout:
+            if perf_counter() - exchange.started > self.timeout:
                 raise self._too_late(exchange)
             return answer
         except ServiceError as error:
@@ -318,7 +319,7 @@ class Gate:
         """End requests past their deadline. One timer for all costs less than one for each."""
         now = perf_counter()
         for exchange in self._inside:
-            if now - exchange.started < self._timeout:
+            if now - exchange.started < self.timeout:
                 break
             self._expire(exchange)
         self._metrics.in_flight.set(self.in_flight)

@@ -176,9 +176,10 @@ class Connection(HttpToolsProtocol):
         self._in_body = False
         self._head_bytes = 0
         self._unsent = 0
-        self._patience = HEAD_SECONDS
+        self._head_seconds = min(HEAD_SECONDS, self.app.timeout)
+        self._patience = self._head_seconds
         self._waiting_since = self.loop.time()
-        self._watch = self.loop.call_later(LOOK_EVERY_SECONDS, self._look)
+        self._look_later()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop looking, and let the request that is being answered know."""
@@ -197,7 +198,7 @@ class Connection(HttpToolsProtocol):
         if self._awaits_head():
             if self._head_bytes == 0:
                 self._waiting_since = self.loop.time()
-                self._patience = HEAD_SECONDS
+                self._patience = self._head_seconds
             self._head_bytes += size
         while data:
             try:
@@ -281,7 +282,11 @@ class Connection(HttpToolsProtocol):
                 self._refuse(SlowRequest("The request came too slowly; send all of it at once."))
             else:
                 self.transport.close()
-        self._watch = self.loop.call_later(LOOK_EVERY_SECONDS, self._look)
+        self._look_later()
+
+    def _look_later(self) -> None:
+        seconds = min(LOOK_EVERY_SECONDS, self._head_seconds)
+        self._watch = self.loop.call_later(seconds, self._look)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
         """Answer what is not HTTP, but not before or within the answers to what came before it."""

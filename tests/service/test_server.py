@@ -225,6 +225,16 @@ class TestRudeClients:
                 answer = httpx.post(f"{address}/predict", content=bytes(784), headers=BYTES)
                 assert answer.status_code == 200
 
+    def test_a_slow_head_has_the_deadline_of_the_whole_request(
+        self, start: Callable[..., Any]
+    ) -> None:
+        address, _ = start(request_timeout_seconds=0.5)
+        with connect(address) as connection:
+            begin = time.monotonic()
+            connection.sendall(HEAD)
+            assert connection.makefile("rb").readline() == b"HTTP/1.1 408 Request Timeout\r\n"
+            assert 0.4 < time.monotonic() - begin < 3
+
     def test_a_byte_at_a_time_ends_with_408(self, start: Callable[..., Any]) -> None:
         address, _ = start(request_timeout_seconds=0.5)
         with connect(address) as connection:
