@@ -7,6 +7,7 @@ arXiv 1708.07747, section 2). This file knows nothing of HTTP or of the model.
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,6 +54,8 @@ UPRIGHT = {  # what undoes each value of EXIF's Orientation (tag 0x0112)
 Image.MAX_IMAGE_PIXELS = None  # ours are lower; its warning would get into the log
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker uses one core
 PngImagePlugin.MAX_TEXT_MEMORY = 2**22  # of compressed comments that nobody reads
+# Told on standard error else, though such a picture is read like any other (see `_upright`).
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 Preprocessing = Literal["auto", "none", "dataset"]
 Pixels = NDArray[np.uint8]
 

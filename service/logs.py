@@ -40,12 +40,13 @@ class TextFormatter(logging.Formatter):
 
 
 def configure(settings: Settings) -> None:
-    """Send every logger's lines to standard error, in the form and from the level set."""
+    """Send all log lines and warnings to standard error, in the form and from the level set."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter() if settings.log_format == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
+    logging.captureWarnings(True)
     for noisy in ("asyncio", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # It logs each damaged form, which is the client's fault, before it raises that to us.

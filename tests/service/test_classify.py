@@ -408,6 +408,16 @@ class TestTerminal:
         assert len(other.splitlines()) == 2
 
 
+def test_damaged_exif_is_told_to_nobody(photos: list[Path], tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.jpg"
+    Image.open(photos[0]).save(damaged, exif=b"Exif\0\0MM\0*rubbish")
+    done = subprocess.run(
+        [sys.executable, "-m", "service", "classify", damaged], capture_output=True, check=True
+    )
+    assert done.stderr == b""
+    assert done.stdout.count(b"\n") == 1
+
+
 def test_completion_is_as_the_help_says() -> None:
     assert "_BN_LENET_SERVICE_COMPLETE=bash_source" in CliRunner().invoke(main, ["--help"]).stdout
     asked = {

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,7 @@ def restore_logging() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 def write(capsys: pytest.CaptureFixture[str], **settings: str) -> list[str]:
@@ -56,6 +58,16 @@ def test_a_form_that_the_parser_complains_of_is_no_line(capsys: pytest.CaptureFi
     logs.configure(Settings())
     logging.getLogger("python_multipart.multipart").error("No boundary given")
     assert capsys.readouterr().err == ""
+
+
+def test_warnings_are_lines_in_the_same_form(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        logs.configure(Settings(log_format="json"))
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert line["level"] == "warning"
+    assert "DeprecationWarning: old" in line["message"]
 
 
 def test_warning_leaves_out_the_access_log(capsys: pytest.CaptureFixture[str]) -> None:
