@@ -155,7 +155,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     for kind in (signal.SIGCONT, signal.SIGTERM):
         if process.poll() is None:
             process.send_signal(kind)
-    with suppress(subprocess.TimeoutExpired):
+    with suppress(subprocess.TimeoutExpired):  # killed below
         process.wait(STOP_SECONDS)
     with suppress(ProcessLookupError):  # nothing was left behind
         os.killpg(process.pid, signal.SIGKILL)

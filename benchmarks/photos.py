@@ -76,8 +76,8 @@ def enlarged(pixels: Pixels, ground: str, smoothly: bool, random: Random) -> Ima
 def wall(height: int, width: int, random: Random, low: float, high: float) -> Floats:
     """Return a wall [height, width, 3] of any colour in a range, under uneven light."""
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None]
-    across, down, rim = random.uniform(-0.08, 0.08), random.uniform(-0.08, 0.08), 0.12
-    light = 1 + across * x + down * y - random.uniform(0, rim) * (x * x + y * y)
+    across, down = random.uniform(-0.08, 0.08, 2)
+    light = 1 + across * x + down * y - random.uniform(0, 0.12) * (x * x + y * y)
     return np.asarray(random.uniform(low, high, 3) * light[..., None])
 
 
@@ -89,8 +89,8 @@ def boards(height: int, width: int, random: Random, low: float, high: float) -> 
     wood = random.uniform(low, high) * np.array([1.0, 0.85, 0.7]) ** (1 - low / 255)
     picture = wood * (0.85 + 0.3 * lying[..., None])
     every = int(random.integers(60, 140))
-    for thickness in range(3):
-        picture[thickness::every] *= 0.5
+    for row in range(3):
+        picture[row::every] *= 0.5  # the joints
     return picture.transpose(1, 0, 2) if length == height else picture
 
 

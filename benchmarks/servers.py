@@ -97,7 +97,7 @@ def timed(images: NDArray[np.uint8], report: Path) -> None:
         return classifier
 
     loops: list[float] = []
-    Classifier.load = load_timed  # type: ignore[assignment, method-assign] # as above
+    Classifier.load = load_timed  # type: ignore[assignment, method-assign] # so that `run` loads it timed
     run(settings, bind(settings))
     loops.append(tight_loop(load(settings.model_path, settings.device), images))
 

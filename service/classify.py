@@ -54,7 +54,7 @@ def local(settings: Settings, preprocessing: Preprocessing, top_k: int) -> Ask:
         ModelError: the model cannot be loaded.
     """
     from service.classifier import Classifier  # noqa: PLC0415 - `remote` needs no ONNX Runtime
-    from service.predict import Renderer  # noqa: PLC0415 - nor the framework
+    from service.predict import Renderer  # noqa: PLC0415 - `remote` needs no framework
 
     classifier = Classifier.load(settings.model_path, settings.device)
     render = Renderer(classifier.info)
@@ -81,7 +81,7 @@ def remote(url: str, settings: Settings, preprocessing: Preprocessing, top_k: in
             key = f"Bearer {settings.api_key.get_secret_value()}".encode().decode("latin-1")
             request.add_unredirected_header("Authorization", key)
         try:
-            with urlopen(request, timeout=TIMEOUT_SECONDS) as response:  # noqa: S310 - as above
+            with urlopen(request, timeout=TIMEOUT_SECONDS) as response:  # noqa: S310 - the request above, http or https
                 body = response.read()
         except HTTPError as exc:
             raise _refusal(exc) from None
@@ -94,7 +94,8 @@ def remote(url: str, settings: Settings, preprocessing: Preprocessing, top_k: in
         try:
             answer: dict[str, Any] = json.loads(body)
             for each in answer["predictions"]:  # other services have the path, too
-                each["label"] + f"{each['probability']:.4f}"
+                if not isinstance(each["label"], str) or not isinstance(each["probability"], float):
+                    raise TypeError("no prediction")
         except (ValueError, TypeError, KeyError):
             raise ServiceError(
                 f"What answers at {url} is not this service.", code="unreachable"

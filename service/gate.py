@@ -194,7 +194,7 @@ class Gate:
             if exchange.gone:
                 return Answer(b"", CLIENT_GONE)
             return self._refuse(self._too_late(exchange), exchange)
-        except Exception:
+        except Exception:  # a bug of ours: logged with its traceback, told without
             return self._refuse(self._failure(exchange), exchange)
         finally:
             self._inside.pop(exchange, None)
@@ -224,7 +224,7 @@ class Gate:
                 answer = None
         except ServiceError as error:
             answer = self._refuse(error, exchange)
-        except Exception:
+        except Exception:  # as in _work
             answer = self._refuse(self._failure(exchange), exchange)
         if answer is not None and status == 0:
             status = answer.status
@@ -251,7 +251,7 @@ class Gate:
         The answer is out, but closing at once with unread data would reset the connection, and
         the client might never see the answer. So what comes is thrown away for a moment.
         """
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError):  # it had its moment
             async with asyncio.timeout(LINGER_SECONDS):
                 while (await exchange.receive()).get("more_body"):
                     pass

@@ -68,7 +68,7 @@ class Inference:
         if images is not None:
             try:
                 probabilities, seconds = self._run(images)
-            except Exception as exc:
+            except Exception as exc:  # raised again in each request that waits for it
                 self._fail(batch, exc)
             else:
                 self.runs.ran(len(images), seconds)

@@ -98,7 +98,8 @@ def run(settings: Settings, listener: socket.socket, supervisor: int | None = No
         raise _cannot_listen(url(listener), exc) from exc
     gc.collect()
     gc.freeze()  # what lives as long as the process need not be looked through again and again
-    with contextlib.suppress(ValueError, OSError):  # as many connections as we are allowed
+    # As many connections as we are allowed; where even that is refused, as many as we have.
+    with contextlib.suppress(ValueError, OSError):
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     Server(app, settings, supervisor).run([listener])

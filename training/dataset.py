@@ -238,7 +238,7 @@ def _fetch(url: str, part: Path, progress: Progress) -> bool:
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310 - addresses are ours, never a user's
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)  # noqa: S310 - as above
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)  # noqa: S310 - ours, see above
     except HTTPError as exc:
         if exc.code == 416 and have:  # already complete, or longer than the file
             return True

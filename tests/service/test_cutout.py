@@ -21,9 +21,11 @@ def coat(shape: tuple[int, int] = (160, 120)) -> Mask:
     return mask
 
 
-def laid(mask: Mask, ground: int | Mask = 235, garment: int = 60) -> NDArray[np.uint8]:
-    picture = np.full((*mask.shape, 3), 235, np.int16)
-    picture[:] = np.asarray(ground)[..., None]
+def laid(
+    mask: Mask, background: int | NDArray[np.int_] = 235, garment: int = 60
+) -> NDArray[np.uint8]:
+    picture = np.empty((*mask.shape, 3), np.int16)
+    picture[:] = np.asarray(background)[..., None]
     picture[mask] = garment
     noise = np.random.default_rng(0).integers(-2, 3, picture.shape)
     return (picture + noise).clip(0, 255).astype(np.uint8)
@@ -61,38 +63,36 @@ def test_real_garments_are_found_in_scenes(scene: str, fashion_mnist: FashionMNI
     assert np.median(overlaps) > (0.6 if scene == "dark boards" else 0.8)
 
 
-def test_joints_between_boards_are_not_the_garments() -> None:
-    ground = np.full((160, 120), 235)
-    ground[20::37] = 90
+def ground(*places: tuple[slice, slice], level: int = 30) -> NDArray[np.int_]:
+    """Return a light background with something darker at some places."""
+    picture = np.full((160, 120), 235)
+    for place in places:
+        picture[place] = level
+    return picture
+
+
+ALL = slice(None)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        ground((slice(20, None, 37), ALL), level=90),
+        ground((slice(135, None), slice(90, None)), (slice(0, 12), slice(0, 40))),
+        ground((slice(145, 153), slice(50, 58))),
+    ],
+    ids=["joints between boards", "things that the border cuts off", "a small thing below"],
+)
+def test_what_else_lies_there_is_not_the_garments(others: NDArray[np.int_]) -> None:
     mask = coat()
-    found = cut_out(laid(mask, ground))
-    assert overlap(found, mask) > 0.9
-    assert ends(found, mask) <= 2
-
-
-def test_things_that_the_border_cuts_off_are_not_the_garments() -> None:
-    ground = np.full((160, 120), 235)
-    ground[135:, 90:] = 30  # the corner of something
-    ground[:12, :40] = 120
-    mask = coat()
-    found = cut_out(laid(mask, ground))
-    assert overlap(found, mask) > 0.9
-    assert ends(found, mask) <= 2
-
-
-def test_small_things_beside_the_garment_are_not_its_own() -> None:
-    ground = np.full((160, 120), 235)
-    ground[145:153, 50:58] = 30  # below it
-    mask = coat()
-    found = cut_out(laid(mask, ground))
+    found = cut_out(laid(mask, others))
     assert overlap(found, mask) > 0.9
     assert ends(found, mask) <= 2
 
 
 def test_dust_beside_the_garment_is_not_its_own() -> None:
-    ground = np.full((160, 120), 235)
-    ground[100:102, 25:27] = 30  # under a sleeve
-    found = cut_out(laid(coat(), ground))
+    dusty = ground((slice(100, 102), slice(25, 27)))  # under a sleeve
+    found = cut_out(laid(coat(), dusty))
     assert found is not None
     assert not found.mask[95:107, 20:32].any()
 
@@ -125,7 +125,7 @@ def test_a_rim_around_nothing_is_filled() -> None:
     thick = rim.copy()
     thick[1:] |= rim[:-1]
     thick[:, 1:] |= rim[:, :-1]
-    found = cut_out(laid(thick & mask, ground=np.full(mask.shape, 40), garment=160))
+    found = cut_out(laid(thick & mask, np.full(mask.shape, 40), garment=160))
     assert overlap(found, mask) > 0.9
 
 
