@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from service.classifier import Classifier
-from service.image import decode
+from service.model.classifier import Classifier
+from service.pictures.image import decode
 from service.settings import Settings
 from training.dataset import load
 

@@ -17,8 +17,8 @@ import numpy as np
 import uvicorn
 from numpy.typing import NDArray
 
-from service.classifier import Classifier
-from service.server import KEEP_ALIVE_SECONDS, bind, run
+from service.http.server import KEEP_ALIVE_SECONDS, bind, run
+from service.model.classifier import Classifier
 from service.settings import Settings
 
 WARM_UP = 100

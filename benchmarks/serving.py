@@ -44,7 +44,7 @@ from benchmarks.load import (
     serving,
 )
 from benchmarks.peers import PEERS
-from service.classifier import Classifier, ModelError
+from service.model.classifier import Classifier, ModelError
 from service.settings import Settings
 from training.dataset import DatasetError, load
 

@@ -34,17 +34,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from training.dataset import DatasetError, FashionMNIST, Split, load
-from training.fit import (
+from training.fitting.fit import (
     evaluate,
     fit,
     fit_side_by_side,
     on_device,
     stop_if_diverged,
 )
+from training.fitting.recipes import RECIPES, Recipe
+from training.fitting.run import Epoch
+from training.fitting.step import Captured, Fitting
 from training.model import BNLeNet, initialise
-from training.recipes import RECIPES, Recipe
-from training.run import Epoch
-from training.step import Captured, Fitting
 
 BATCH_SIZES = (128, 512)
 CHAPTER = RECIPES["chapter"]

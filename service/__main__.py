@@ -93,7 +93,7 @@ def classify(
     if url is not None:
         ask = remote(url, settings, preprocessing, top_k)
     else:
-        from service.classifier import ModelError  # noqa: PLC0415 - brings ONNX Runtime; --url needs none
+        from service.model.classifier import ModelError  # noqa: PLC0415 - brings ONNX Runtime; --url needs none
 
         try:
             ask = local(settings, preprocessing, top_k)
@@ -114,10 +114,10 @@ def _settings() -> "Settings":
 def _serve(inherited: socket.socket | None, supervisor: int | None = None) -> None:
     settings = _settings()
 
-    from service import logs  # noqa: PLC0415 - a wrong setting is told before all this is loaded
-    from service.classifier import ModelError  # noqa: PLC0415 - brings ONNX Runtime
-    from service.server import StartError, bind, run  # noqa: PLC0415 - brings FastAPI
-    from service.workers import START_FAILED, SupervisorError, supervise  # noqa: PLC0415 - brings prometheus_client
+    from service.http.server import StartError, bind, run  # noqa: PLC0415 - brings FastAPI
+    from service.http.workers import START_FAILED, SupervisorError, supervise  # noqa: PLC0415 - brings prometheus_client
+    from service.model.classifier import ModelError  # noqa: PLC0415 - brings ONNX Runtime
+    from service.telemetry import logs  # noqa: PLC0415 - a wrong setting is told before all this is loaded
 
     logs.configure(settings)
     try:

@@ -10,13 +10,13 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from service import open_inference, operations, page, predict
-from service.classifier import CPU, Classifier
 from service.errors import BadRequest, InvalidInput, MethodNotAllowed, NotFound, ServiceError
-from service.gate import Gate, error_answer
-from service.inference import Inference, ThreadedInference
-from service.metrics import Metrics
+from service.http.gate import Gate, error_answer
+from service.model.classifier import CPU, Classifier
+from service.model.inference import Inference, ThreadedInference
+from service.routes import open_inference, operations, page, predict
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 
 OPEN_PATHS = frozenset(
     {"/", "/static/*", "/docs", "/openapi.json", "/livez", "/readyz", "/metrics", "/v2/health/*"}

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from service.errors import ServiceError
-from service.image import Preprocessing, decode
+from service.pictures.image import Preprocessing, decode
 from service.settings import Settings
 
 MAX_BYTES = 100 * 2**20  # of a file; no picture within the decoder's limits needs more
@@ -53,8 +53,8 @@ def local(settings: Settings, preprocessing: Preprocessing, top_k: int) -> Ask:
     Raises:
         ModelError: the model cannot be loaded.
     """
-    from service.classifier import Classifier  # noqa: PLC0415 - `remote` needs no ONNX Runtime
-    from service.predict import Renderer  # noqa: PLC0415 - `remote` needs no framework
+    from service.model.classifier import Classifier  # noqa: PLC0415 - `remote` needs no ONNX Runtime
+    from service.routes.predict import Renderer  # noqa: PLC0415 - `remote` needs no framework
 
     classifier = Classifier.load(settings.model_path, settings.device)
     render = Renderer(classifier.info)

@@ -1,6 +1,6 @@
 """Every way a request can fail: one small tree, each class with its status and its code.
 
-Nothing here knows a framework; `service.gate` turns these into answers.
+Nothing here knows a framework; `service.http.gate` turns these into answers.
 """
 
 # ruff: noqa: N818 - the classes carry the names that HTTP gives these answers

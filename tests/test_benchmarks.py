@@ -11,7 +11,7 @@ from rich.progress import Progress
 import benchmarks.training as bench
 from benchmarks import photos
 from training.dataset import FashionMNIST, Split
-from training.recipes import RECIPES
+from training.fitting.recipes import RECIPES
 
 
 @pytest.fixture

@@ -24,15 +24,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from training import report
 from training.atomic import write_whole
 from training.dataset import CLASS_NAMES, DatasetError, FashionMNIST, load
-from training.evaluation import Evaluation, EvaluationError, evaluate, onnx_classifier
+from training.evaluation import report
+from training.evaluation.measures import Evaluation, EvaluationError, evaluate, onnx_classifier
 from training.export import ExportError, Provenance, export
-from training.fit import FitError, Fitted, check, fit_side_by_side
-from training.recipes import RECIPES
-from training.run import Config, Epoch, Run, RunError
-from training.step import Fitting
+from training.fitting.fit import FitError, Fitted, check, fit_side_by_side
+from training.fitting.recipes import RECIPES
+from training.fitting.run import Config, Epoch, Run, RunError
+from training.fitting.step import Fitting
 from training.studies import batch_size, statistics
 from training.studies.records import Records, conditions
 

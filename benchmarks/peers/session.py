@@ -9,7 +9,7 @@ import onnxruntime
 
 
 def load() -> onnxruntime.InferenceSession:
-    """Open the file at BENCH_MODEL with the options of `service/classifier.py`."""
+    """Open the file at BENCH_MODEL with the options of `service/model/classifier.py`."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from service.app import create_app
-from service.classifier import Classifier
-from service.gate import Gate
+from service.http.gate import Gate
+from service.model.classifier import Classifier
 from service.settings import Settings
 
 Weights = dict[str, NDArray[np.float32]]

@@ -15,9 +15,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from service.app import Error, create_app
-from service.classifier import Classifier
-from service.gate import Gate
-from service.predict import Prediction
+from service.http.gate import Gate
+from service.model.classifier import Classifier
+from service.routes.predict import Prediction
 from service.settings import Settings
 from tests.service.conftest import ask
 
@@ -118,10 +118,10 @@ for name in ("torch", "onnx", "onnxscript", "training"):
     sys.modules[name] = None  # importing it fails
 from pathlib import Path
 from service.app import create_app
-from service.classifier import Classifier
+from service.model.classifier import Classifier
 from service.settings import Settings
 create_app(Settings(), Classifier.load(Path(sys.argv[1])))
-import service.__main__, service.server, service.workers
+import service.__main__, service.http.server, service.http.workers
 """
 
 

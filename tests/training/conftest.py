@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training.dataset import FashionMNIST, Split
-from training.recipes import RECIPES, Recipe
+from training.fitting.recipes import RECIPES, Recipe
 
 
 @pytest.fixture(autouse=True)

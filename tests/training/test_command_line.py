@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 
 import training.__main__ as command_line
 from training.dataset import DatasetError, FashionMNIST
-from training.recipes import RECIPES, Recipe
-from training.run import Run
-from training.step import Fitting
+from training.fitting.recipes import RECIPES, Recipe
+from training.fitting.run import Run
+from training.fitting.step import Fitting
 
 FIT = ("fit", "--epochs", "2", "--device", "cpu")
 

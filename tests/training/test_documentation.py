@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
 from PIL import Image
 
-from training import report
 from training.dataset import FashionMNIST
-from training.fit import on_device
+from training.evaluation import report
+from training.fitting.fit import on_device
+from training.fitting.run import Run
 from training.model import BNLeNet, initialise
-from training.run import Run
 from training.studies import batch_size
 from training.studies.records import Records
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 import training.__main__ as command_line
 from training.dataset import FashionMNIST, Split
-from training.fit import evaluate, fit, on_device, predict
+from training.fitting.fit import evaluate, fit, on_device, predict
+from training.fitting.recipes import Recipe
+from training.fitting.run import RunError
 from training.model import BNLeNet, initialise
-from training.recipes import Recipe
-from training.run import RunError
 from training.studies import batch_size, statistics
 from training.studies.records import Records
 

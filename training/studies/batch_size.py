@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from training.dataset import Split
-from training.fit import on_device, predict
+from training.evaluation.report import save_figure, table
+from training.fitting.fit import on_device, predict
 from training.model import BNLeNet
-from training.report import save_figure, table
 from training.studies.records import Records, in_words
 
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from training.atomic import write_whole
-from training.run import RunError
+from training.fitting.run import RunError
 
 
 def conditions(**settings: Any) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import torch
 from matplotlib.figure import Figure
 
 from training.dataset import FashionMNIST
-from training.fit import evaluate, fit, on_device, population_statistics, with_statistics
-from training.recipes import Recipe
-from training.report import save_figure, table
-from training.step import Fitting
+from training.evaluation.report import save_figure, table
+from training.fitting.fit import evaluate, fit, on_device, population_statistics, with_statistics
+from training.fitting.recipes import Recipe
+from training.fitting.step import Fitting
 from training.studies.records import Records, in_words
 
 KINDS = {"moving": "moving averages", "few": "2,432 images", "population": "all 60,000 images"}
@@ -124,7 +124,7 @@ averages that training left;
 with statistics recomputed over {FEW:,} training images drawn at random, about as many as a moving
 average with momentum 0.9 and batches of 128 effectively holds; and over all \
 {records.conditions["images"]:,} of them
-(`population_statistics` in `training/fit.py`).
+(`population_statistics` in `training/fitting/fit.py`).
 
 ![Test accuracy by epoch, a line for each seed](statistics.png)
 

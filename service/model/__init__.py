@@ -1,0 +1,1 @@
+"""The model file: what it promises, how it is opened and run."""

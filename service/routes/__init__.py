@@ -1,0 +1,1 @@
+"""What clients can call: prediction, the Open Inference Protocol, operations, the page."""

@@ -1,0 +1,516 @@
+"""The Open Inference Protocol, version 2, over HTTP: its routes and their schemas.
+
+As specified at github.com/kserve/open-inference-protocol, with those of Triton's extensions that
+the server's metadata lists (docs/protocol in github.com/triton-inference-server/server).
+"""
+
+import re
+import zlib
+from collections.abc import Sequence
+from importlib.metadata import version
+from time import perf_counter
+from typing import Annotated, Any, Literal
+
+import orjson
+from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from prometheus_client.samples import Sample
+from pydantic import BaseModel, Field
+
+from service.errors import BadRequest, NotFound, NotReady
+from service.http.exchange import Answer, Exchange
+from service.http.gate import Gate, Handler
+from service.model.classifier import INPUT, OUTPUT, Classifier, ModelInfo
+from service.model.inference import Inference
+from service.routes.tensors import IMAGE_SHAPE, MAX_BATCH_SIZE, decode, encode
+from service.telemetry.metrics import Metrics
+
+EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
+PLATFORM = "onnxruntime_onnx"  # Triton's name for it
+DATATYPES = {"tensor(uint8)": "UINT8", "tensor(float)": "FP32"}
+MAX_INDEX_BYTES = 2**10  # of a request for the index, whose one field is a boolean
+WORTH_COMPRESSING = 500  # bytes; less fits one packet anyway
+REFUSED = re.compile(rb"q=0(\.0*)?").fullmatch
+OCTETS = (b"content-type", b"application/octet-stream")
+
+
+class ServerMetadata(BaseModel):
+    """The server, and the extensions that it supports in full."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ServerLive(BaseModel):
+    """The process answers."""
+
+    live: Literal[True] = True
+
+
+class ServerReady(BaseModel):
+    """The model can take requests."""
+
+    ready: Literal[True] = True
+
+
+class ModelReady(BaseModel):
+    """The model of this name can take requests."""
+
+    name: str
+    ready: Literal[True] = True
+
+
+class TensorMetadata(BaseModel):
+    """A tensor of the model; -1 stands for the batch."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelParameters(BaseModel):
+    """What the protocol has no field for."""
+
+    provider: Annotated[str, Field(description="The execution provider that it really has.")]
+
+
+class ModelMetadata(BaseModel):
+    """What the model takes and gives."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+    parameters: ModelParameters
+
+
+class TensorConfig(BaseModel):
+    """A tensor in Triton's words: its shape without the batch."""
+
+    name: str
+    data_type: str
+    format: str | None = None
+    dims: list[int]
+
+
+class ModelConfig(BaseModel):
+    """The model's configuration in Triton's words."""
+
+    name: str
+    platform: str
+    backend: str
+    max_batch_size: int
+    input: list[TensorConfig]
+    output: list[TensorConfig]
+
+
+class Duration(BaseModel):
+    """How often something happened, and how long it took in all."""
+
+    count: int = 0
+    ns: int = 0
+
+
+class InferenceStatistics(BaseModel):
+    """Where the time went."""
+
+    success: Annotated[Duration, Field(description="Answered requests, arrival to answer.")]
+    fail: Annotated[Duration, Field(description="Refused or failed requests.")]
+    queue: Annotated[Duration, Field(description="Waiting for the model.")]
+    compute_input: Annotated[Duration, Field(description="From complete bodies to pixels.")]
+    compute_infer: Annotated[Duration, Field(description="Runs of the model.")]
+    compute_output: Annotated[Duration, Field(description="From probabilities to answers.")]
+    cache_hit: Duration = Duration()
+    cache_miss: Duration = Duration()
+
+
+class ModelStatistics(BaseModel):
+    """What the model has done since the start, by `POST /predict` and by this protocol."""
+
+    name: str
+    version: str
+    last_inference: Annotated[int, Field(description="Milliseconds since 1970.")]
+    inference_count: Annotated[int, Field(description="Images classified.")]
+    execution_count: Annotated[int, Field(description="Runs of the model, each of a batch.")]
+    inference_stats: InferenceStatistics
+    batch_stats: list[Any] = []
+
+
+class AllStatistics(BaseModel):
+    """The statistics of all models, of which there is one."""
+
+    model_stats: list[ModelStatistics]
+
+
+class IndexedModel(BaseModel):
+    """A model in the repository."""
+
+    name: str
+    version: str
+    state: Literal["READY"] = "READY"
+    reason: str = ""
+
+
+class InferenceOutput(BaseModel):
+    """A tensor of the answer."""
+
+    name: str
+    datatype: Literal["FP32", "BYTES"]
+    shape: list[int]
+    parameters: dict[str, Any] | None = None
+    data: Annotated[
+        list[float] | list[str] | None, Field(description="Row by row, unless sent as binary.")
+    ] = None
+
+
+class InferenceResponse(BaseModel):
+    """The answer to an inference request."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[InferenceOutput]
+
+
+def infer_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handler:
+    """Return the one implementation of the infer routes, for the gate and for the framework."""
+    observe_decode, observe_encode = metrics.decode.observe, metrics.encode.observe
+
+    async def handle(exchange: Exchange) -> Answer:
+        headers = exchange.headers
+        body = await exchange.body()
+        begin = perf_counter()
+        request = decode(body, headers.get(b"inference-header-content-length"))
+        observe_decode(perf_counter() - begin)
+        probabilities = await infer(request.pixels)
+        begin = perf_counter()
+        body, json_length = encode(model, request, probabilities)
+        answer = Answer(body)
+        if json_length is not None:
+            length = (b"inference-header-content-length", b"%d" % json_length)
+            answer = Answer(body, headers=[OCTETS, length])
+        if len(body) >= WORTH_COMPRESSING and b"accept-encoding" in headers:
+            answer = _compress(answer, headers[b"accept-encoding"])
+        observe_encode(perf_counter() - begin)
+        return answer
+
+    return handle
+
+
+def index_handler(model: ModelInfo) -> Handler:
+    """Return the implementation of the repository's index, which reads a body like `infer`."""
+    index = orjson.dumps([IndexedModel(name=model.name, version=model.version).model_dump()])
+
+    async def handle(exchange: Exchange) -> Answer:
+        announced = exchange.headers.keys() & {b"content-length", b"transfer-encoding"}
+        body = (await exchange.body() if announced else b"") or b"{}"
+        try:
+            if len(body) > MAX_INDEX_BYTES:
+                raise ValueError
+            ready = orjson.loads(body).get("ready")
+        except (ValueError, AttributeError):
+            raise _bad_index() from None
+        if ready is not None and type(ready) is not bool:
+            raise _bad_index()
+        return Answer(index)  # the one model is ready, so the index of ready models is the same
+
+    return handle
+
+
+def _bad_index() -> BadRequest:
+    return BadRequest('Send no body, or the JSON object {"ready": true}.', code="invalid_input")
+
+
+def _compress(answer: Answer, accepted: bytes) -> Answer:
+    """Compress with the best method that the field `Accept-Encoding` names, if any.
+
+    This is for inference alone: one client undoes it there and nowhere else.
+    """
+    offers = dict(map(_offer, accepted.lower().split(b",")))
+    for name, window in ((b"gzip", 31), (b"deflate", 15)):
+        if name in offers and not REFUSED(offers[name]):
+            body = zlib.compress(answer.body, 1, window)
+            return Answer(body, 200, [*answer.headers, (b"content-encoding", name)])
+    return answer
+
+
+def _offer(text: bytes) -> tuple[bytes, bytes]:
+    name, _, weight = text.partition(b";")
+    return name.strip(), weight.strip()
+
+
+def _response(answer: Answer) -> Response:
+    headers = {name.decode(): value.decode() for name, value in answer.headers}
+    return Response(answer.body, answer.status, headers)
+
+
+def _metadata(name: str, kind: str, shape: list[int]) -> TensorMetadata:
+    return TensorMetadata(name=name, datatype=DATATYPES[kind], shape=[-1, *shape])
+
+
+def _config(name: str, kind: str, dims: list[int], form: str | None = None) -> TensorConfig:
+    return TensorConfig(name=name, data_type=f"TYPE_{DATATYPES[kind]}", format=form, dims=dims)
+
+
+def _statistics(
+    model: ModelInfo, samples: Sequence[Sample], routes: Sequence[str]
+) -> ModelStatistics:
+    """Translate the metrics into Triton's words."""
+
+    def total(name: str, **labels: str) -> float:
+        wanted = labels.items()
+        return sum(s.value for s in samples if s.name == name and wanted <= s.labels.items())
+
+    def duration(name: str, **labels: str) -> Duration:
+        seconds = total(f"{name}_sum", **labels)
+        return Duration(count=int(total(f"{name}_count", **labels)), ns=round(seconds * 1e9))
+
+    success, fail = Duration(), Duration()
+    for route in routes:
+        every = duration("http_request_duration_seconds", route=route)
+        good = duration("http_request_duration_seconds", route=route, status="200")
+        success.count += good.count
+        success.ns += good.ns
+        fail.count += every.count - good.count
+        fail.ns += every.ns - good.ns
+    runs = duration("bnlenet_inference_duration_seconds")
+    return ModelStatistics(
+        name=model.name,
+        version=model.version,
+        last_inference=int(total("bnlenet_last_inference_timestamp_seconds") * 1e3),
+        inference_count=int(total("bnlenet_images_total")),
+        execution_count=runs.count,
+        inference_stats=InferenceStatistics(
+            success=success,
+            fail=fail,
+            queue=duration("bnlenet_queue_duration_seconds"),
+            compute_input=duration("bnlenet_decode_duration_seconds"),
+            compute_infer=runs,
+            compute_output=duration("bnlenet_encode_duration_seconds"),
+        ),
+    )
+
+
+def _example(classifier: Classifier) -> dict[str, Any]:
+    """Return the real answer to the documentation's request."""
+    request = decode(orjson.dumps(EXAMPLE))
+    body, _ = encode(classifier.info, request, classifier.probabilities(request.pixels))
+    answer: dict[str, Any] = orjson.loads(body)
+    return answer
+
+
+def open_inference_router(
+    classifier: Classifier,
+    infer: Inference,
+    metrics: Metrics,
+    gate: Gate,
+    other_paths: Sequence[str],
+) -> APIRouter:
+    """Return the documented routes, and give the busy ones to the gate.
+
+    Args:
+        classifier: the model.
+        infer: the way to it.
+        metrics: what the statistics are made of.
+        gate: takes hot paths, and knows whether the server is about to stop.
+        other_paths: the other ways to the model, for the statistics.
+    """
+    model = classifier.info
+    path, infer_handle = f"/v2/models/{model.name}", infer_handler(model, infer, metrics)
+    infer_paths = [f"{path}/infer", f"{path}/versions/{model.version}/infer"]
+    for infer_path in infer_paths:
+        gate.hot_paths["POST", infer_path] = infer_handle
+    index_handle = index_handler(model)
+    gate.hot_paths["POST", "/v2/repository/index"] = index_handle
+
+    def check_model(
+        model_name: Annotated[str, Path(description=f"`{model.name}`", examples=[model.name])],
+    ) -> None:
+        if model_name != model.name:
+            raise NotFound(f"There is no such model here, only {model.name}.", code="unknown_model")
+
+    def check_version(
+        model_version: Annotated[
+            str, Path(description=f"`{model.version}`", examples=[model.version])
+        ],
+    ) -> None:
+        if model_version != model.version:
+            raise NotFound(
+                f"There is no such version of the model, only {model.version}.",
+                code="unknown_version",
+            )
+
+    def check_ready() -> None:
+        if gate.draining:
+            raise NotReady("The server is about to stop; send requests elsewhere.")
+
+    router = APIRouter(tags=["open inference protocol"])
+
+    @router.get("/v2", summary="Server metadata")
+    @router.get("/v2/", include_in_schema=False)  # thus in the specification's OpenAPI file
+    async def server_metadata() -> ServerMetadata:
+        return ServerMetadata(
+            name="bn-lenet-service", version=version("bn-lenet"), extensions=EXTENSIONS
+        )
+
+    @router.get("/v2/health/live", summary="Is the process alive?")
+    async def live() -> ServerLive:
+        return ServerLive()
+
+    @router.get(
+        "/v2/health/ready", summary="May requests come?", dependencies=[Depends(check_ready)]
+    )
+    async def ready() -> ServerReady:
+        return ServerReady()
+
+    @router.post("/v2/repository/index", summary="List the models", openapi_extra=INDEX_REQUEST)
+    async def index(request: Request) -> list[IndexedModel]:
+        return _response(await index_handle(request.scope["exchange"]))  # type: ignore[return-value] # ready-made, but documented
+
+    @router.get("/v2/models/stats", summary="Statistics of all models")
+    async def statistics() -> AllStatistics:
+        metrics.flush()
+        samples = await run_in_threadpool(metrics.samples)  # with many workers it reads many files
+        return AllStatistics(
+            model_stats=[_statistics(model, samples, [*other_paths, *infer_paths])]
+        )
+
+    def models_router(prefix: str, *checks: Any) -> APIRouter:
+        # The prefix is the router's own: what an including router adds is in no route's template,
+        # which logs and metrics tell.
+        models = APIRouter(prefix=prefix, dependencies=checks)
+        models.get("/stats", summary="Model statistics")(statistics)
+
+        @models.get("", summary="Model metadata")
+        async def model_metadata() -> ModelMetadata:
+            return ModelMetadata(
+                name=model.name,
+                versions=[model.version],
+                platform=PLATFORM,
+                inputs=[_metadata(*INPUT)],
+                outputs=[_metadata(*OUTPUT)],
+                parameters=ModelParameters(provider=model.provider),
+            )
+
+        @models.get("/ready", summary="Is the model ready?", dependencies=[Depends(check_ready)])
+        async def model_ready() -> ModelReady:
+            return ModelReady(name=model.name)
+
+        @models.get("/config", summary="Model configuration", response_model_exclude_none=True)
+        async def model_config() -> ModelConfig:
+            return ModelConfig(
+                name=model.name,
+                platform=PLATFORM,
+                backend="onnxruntime",
+                max_batch_size=MAX_BATCH_SIZE,
+                input=[_config(*INPUT, "FORMAT_NCHW")],
+                output=[_config(*OUTPUT)],
+            )
+
+        @models.post(
+            "/infer",
+            response_model=InferenceResponse,
+            summary="Classify images",
+            openapi_extra=INFER_REQUEST,
+            responses={200: {"content": {"application/json": {"example": _example(classifier)}}}},
+        )
+        async def classify(request: Request) -> Response:
+            """Classify up to 256 images.
+
+            Tensors are JSON or, after the JSON, binary. The header field
+            `Inference-Header-Content-Length` then tells the length of the JSON; 0 says that the
+            body is one image of 784 bytes and nothing else.
+            """
+            return _response(await infer_handle(request.scope["exchange"]))
+
+        return models
+
+    name, number = Depends(check_model), Depends(check_version)
+    router.include_router(models_router("/v2/models/{model_name}", name))
+    versioned = "/v2/models/{model_name}/versions/{model_version}"
+    router.include_router(models_router(versioned, name, number))
+    return router
+
+
+PARAMETERS = {"type": "object", "description": "Those not named here are ignored."}
+
+
+def _object(required: list[str], **properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": required, "properties": properties}
+
+
+def _one(item: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": item, "minItems": 1, "maxItems": 1}
+
+
+def _parameters(**properties: dict[str, Any]) -> dict[str, Any]:
+    return {**PARAMETERS, "properties": properties}
+
+
+BOOLEAN = {"type": "boolean"}
+INPUT_SCHEMA = _object(
+    ["name", "shape", "datatype"],
+    name={"const": INPUT[0]},
+    shape={
+        "type": "array",
+        "prefixItems": [
+            {"type": "integer", "minimum": 1, "maximum": MAX_BATCH_SIZE},
+            *({"const": length} for length in IMAGE_SHAPE),
+        ],
+        "minItems": 4,
+        "maxItems": 4,
+    },
+    datatype={"enum": ["UINT8", "FP32"]},
+    data={
+        "type": "array",
+        "description": "Whole numbers from 0 to 255 in either datatype, 0 being the background;"
+        " nested or flat, row by row. Absent when binary.",
+    },
+    parameters=_parameters(binary_data_size={"type": "integer"}),
+)
+OUTPUT_SCHEMA = _object(
+    ["name"],
+    name={"const": OUTPUT[0]},
+    parameters=_parameters(
+        binary_data=BOOLEAN,
+        classification={
+            "type": "integer",
+            "minimum": 0,
+            "description": "Answer the k most probable classes as `value:index:label`.",
+        },
+    ),
+)
+EXAMPLE_IMAGE = [[[[(row * column) % 256 for column in range(28)] for row in range(28)]]]
+EXAMPLE = {
+    "id": "42",
+    "inputs": [
+        {"name": INPUT[0], "shape": [1, *IMAGE_SHAPE], "datatype": "UINT8", "data": EXAMPLE_IMAGE}
+    ],
+}
+INFER_REQUEST = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": _object(
+                    ["inputs"],
+                    id={"type": "string"},
+                    parameters=_parameters(binary_data_output=BOOLEAN),
+                    inputs=_one(INPUT_SCHEMA),
+                    outputs=_one(OUTPUT_SCHEMA),
+                ),
+                "example": EXAMPLE,
+            },
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    },
+}
+INDEX_REQUEST = {
+    "requestBody": {
+        "content": {
+            "application/json": {"schema": _object([], ready={"type": ["boolean", "null"]})}
+        }
+    }
+}

@@ -1,0 +1,79 @@
+"""Health, readiness and metrics, for those who run the service."""
+
+from typing import Literal
+
+from fastapi import APIRouter, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel
+
+from service.errors import NotReady
+from service.http.gate import Gate
+from service.model.classifier import ModelInfo
+from service.telemetry.metrics import Metrics
+
+
+class Live(BaseModel):
+    """The process answers."""
+
+    status: Literal["live"] = "live"
+
+
+class ReadyModel(BaseModel):
+    """The model that passed its self-test, and the execution provider that it really has."""
+
+    name: str
+    version: str
+    revision: str
+    provider: str
+    test_accuracy: str
+
+
+class Ready(BaseModel):
+    """The service can take traffic."""
+
+    status: Literal["ready"] = "ready"
+    model: ReadyModel
+
+
+def operations_router(model: ModelInfo, metrics: Metrics, gate: Gate) -> APIRouter:
+    """Return the routes.
+
+    Args:
+        model: what is served; it was loaded and tested before the application was made.
+        metrics: what `/metrics` tells.
+        gate: knows whether the server is about to stop, and how many requests are inside.
+    """
+    router = APIRouter(tags=["operations"])
+    ready = Ready(
+        model=ReadyModel(
+            name=model.name,
+            version=model.version,
+            revision=model.revision,
+            provider=model.provider,
+            test_accuracy=model.metadata.get("test_accuracy", "unknown"),
+        )
+    )
+
+    # HEAD too: what many load balancers ask unless told otherwise.
+    @router.head("/livez", include_in_schema=False)
+    @router.get("/livez", summary="Is the process alive?")
+    async def livez() -> Live:
+        return Live()
+
+    @router.head("/readyz", include_in_schema=False)
+    @router.get("/readyz", summary="May traffic come?")
+    async def readyz() -> Ready:
+        """Say ready when the model is loaded, agreed with its self-test, and no stop is near."""
+        if gate.draining:
+            raise NotReady("The server is about to stop; send requests elsewhere.")
+        return ready
+
+    @router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
+    async def prometheus() -> Response:
+        metrics.in_flight.set(gate.in_flight)
+        metrics.flush()
+        text = await run_in_threadpool(metrics.render)  # with many workers it reads many files
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router

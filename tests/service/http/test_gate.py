@@ -1,0 +1,384 @@
+"""What the gate promises for every request, tested on the whole application without a network."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from service.http import gate as gate_module
+from service.http.exchange import Answer, Exchange
+from service.http.gate import Gate
+from tests.service.conftest import BYTES, Conversation, ask
+
+pytestmark = pytest.mark.anyio
+MakeApp = Callable[..., Gate]
+ORIGIN = "https://shop.example"
+PREFLIGHT = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+KEY = {"Authorization": "Bearer opensesame"}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.005)
+
+
+def never_ready(app: Gate) -> asyncio.Event:
+    """Make `POST /predict` read the body and then wait for the event returned."""
+    event = asyncio.Event()
+
+    async def handler(exchange: Exchange) -> Answer:
+        await exchange.body()
+        await event.wait()
+        return Answer(b"{}")
+
+    app.hot_paths["POST", "/predict"] = handler
+    return event
+
+
+async def test_the_documented_route_and_the_hot_path_give_the_same(make_app: MakeApp) -> None:
+    """The framework, given the same request, answers with the same handler."""
+    hot, documented = make_app(), make_app()
+    documented.hot_paths.clear()
+    requests: list[dict[str, Any]] = [
+        {},
+        {"target": "/predict?top_k=3&echo=pixels"},
+        {"target": "/predict?top_k=11"},
+        {"body": bytes(783)},
+        {"body": b"{", "headers": {"Content-Type": "application/json"}},
+        {"headers": {"Content-Type": "text/plain"}},
+        {"headers": {"Content-Length": "100000000"}},
+        {"headers": {"Content-Encoding": "br"}},
+    ]
+    for wanted in requests:
+        request = {**wanted, "headers": {"X-Request-ID": "same", **wanted.get("headers", {})}}
+        one, other = await ask(hot, **request), await ask(documented, **request)
+        assert (one.status, one.body) == (other.status, other.body)
+        assert one.headers["content-type"] == other.headers["content-type"]
+        assert one.headers.get("accept-encoding") == other.headers.get("accept-encoding")
+
+
+async def test_every_hot_path_is_documented_and_routed(make_app: MakeApp) -> None:
+    app = make_app()
+    schema = app.framework.openapi()  # type: ignore[attr-defined] # it is FastAPI
+    for method, path in app.hot_paths:
+        template = path.replace("/bn-lenet", "/{model_name}").replace("/1/", "/{model_version}/")
+        assert method.lower() in schema["paths"][template]
+
+
+class TestAdmission:
+    async def test_one_request_too_many_gets_503_at_once(self, make_app: MakeApp) -> None:
+        app = make_app(max_in_flight=2)
+        done = never_ready(app)
+        inside = [Conversation(app, send_headers=BYTES) for _ in range(2)]
+        for conversation in inside:
+            conversation.send(bytes(784))
+        await until(lambda: app.in_flight == 2)
+        seconds = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            refused = await ask(app)
+            seconds.append(time.perf_counter() - begin)
+            assert refused.status == 503
+        assert min(seconds) < 0.001  # the fastest: the others tell of the machine's other work
+        assert refused.headers["retry-after"] == "1"
+        assert b'"code":"overloaded"' in refused.body
+        assert (await ask(app, b"", method="GET", target="/readyz")).status == 200
+        assert (await ask(app, b"", method="GET", target="/livez")).status == 200
+        done.set()
+        for conversation in inside:
+            await conversation.answer()
+            assert conversation.status == 200
+        assert app.in_flight == 0
+        assert (await ask(app)).status == 200
+
+    async def test_requests_are_counted_when_they_arrive(self, make_app: MakeApp) -> None:
+        """A burst waits in the event loop before it runs; what is too much of it is refused."""
+        app = make_app(max_in_flight=3)
+        burst = [Conversation(app, send_headers=BYTES) for _ in range(10)]
+        for conversation in burst:
+            app.arrive(conversation.scope)
+            conversation.send(bytes(784))
+        for conversation in burst:
+            await conversation.answer()
+        assert [c.status for c in burst] == [200] * 3 + [503] * 7
+
+    async def test_a_slow_sender_makes_room_for_others(
+        self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(gate_module, "SLOW_AFTER_SECONDS", 0.05)
+        app = make_app(max_in_flight=1)
+        slow = Conversation(app, send_headers=BYTES)
+        slow.send(b"a", more=True)
+        await until(lambda: app.in_flight == 1)
+        assert (await ask(app)).status == 503
+        await asyncio.sleep(0.06)
+        assert (await ask(app)).status == 200
+        assert (await slow.answer())["code"] == "request_timeout"
+        assert slow.status == 408
+
+    async def test_a_slow_sender_makes_memory_for_others(
+        self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Eight bodies that never end fill what is kept for bodies."""
+        monkeypatch.setattr(gate_module, "SLOW_AFTER_SECONDS", 0.05)
+        app = make_app(max_body_bytes=1024)
+        headers = {**BYTES, "Content-Length": "1024"}
+        slow = [Conversation(app, send_headers=headers) for _ in range(8)]
+        for conversation in slow:
+            conversation.send(bytes(1023), more=True)
+        await until(lambda: app.in_flight == 8)
+
+        async def ask_in_pieces() -> int:
+            other = Conversation(app, send_headers=BYTES)
+            other.send(bytes(400), more=True)
+            await asyncio.sleep(0.01)
+            other.send(bytes(384))
+            await other.answer()
+            return other.status
+
+        assert await ask_in_pieces() == 503
+        await asyncio.sleep(0.06)
+        assert await ask_in_pieces() == 200
+        assert (await slow[0].answer())["code"] == "request_timeout"
+        assert not slow[1].closed
+        for conversation in slow[1:]:
+            conversation.leave()
+            await conversation.answer()
+
+    async def test_work_for_a_client_that_leaves_ends(self, make_app: MakeApp) -> None:
+        app = make_app()
+        never_ready(app)
+        gone = Conversation(app, send_headers=BYTES)
+        gone.send(bytes(784))
+        await until(lambda: app.in_flight == 1)
+        app.leave(gone.scope)
+        await gone.answer()
+        assert (gone.status, app.in_flight) == (499, 0)
+        app.leave(gone.scope)  # is too late to change anything
+        app.leave({})
+
+    async def test_a_client_that_leaves_gives_its_place_back(self, make_app: MakeApp) -> None:
+        app = make_app(max_in_flight=1)
+        gone = Conversation(app, send_headers=BYTES)
+        gone.send(b"half", more=True)
+        gone.leave()
+        await gone.answer()
+        assert app.in_flight == 0
+        assert (await ask(app)).status == 200
+
+
+class TestDeadline:
+    async def test_a_body_that_comes_too_slowly_is_408(self, make_app: MakeApp) -> None:
+        app = make_app(request_timeout_seconds=0.2)
+        slow = Conversation(app, send_headers=BYTES)
+        begin = time.perf_counter()
+        while not slow.closed and time.perf_counter() - begin < 5:
+            slow.send(b"a", more=True)
+            await asyncio.sleep(0.02)
+        assert 0.2 <= time.perf_counter() - begin < 1
+        assert (await slow.answer())["code"] == "request_timeout"
+        assert slow.status == 408
+        assert slow.headers["connection"] == "close"
+
+    async def test_no_body_at_all_is_408(self, make_app: MakeApp) -> None:
+        slow = Conversation(make_app(request_timeout_seconds=0.1), send_headers=BYTES)
+        assert (await slow.answer())["code"] == "request_timeout"
+
+    async def test_work_that_takes_too_long_is_504(self, make_app: MakeApp) -> None:
+        app = make_app(request_timeout_seconds=0.1)
+        never_ready(app)
+        refused = await ask(app)
+        assert refused.status == 504
+        assert b'"code":"deadline_exceeded"' in refused.body
+        assert app.in_flight == 0
+
+    async def test_an_answer_that_is_ready_too_late_is_504(self, make_app: MakeApp) -> None:
+        """Work on the event loop cannot be cut short, but its answer is too late all the same."""
+        app = make_app(request_timeout_seconds=0.05)
+
+        async def handler(exchange: Exchange) -> Answer:
+            await exchange.body()
+            time.sleep(0.06)  # noqa: ASYNC251 - blocks on purpose
+            return Answer(b"{}")
+
+        app.hot_paths["POST", "/predict"] = handler
+        assert (await ask(app)).status == 504
+
+
+class TestKey:
+    @pytest.mark.parametrize(
+        ("headers", "status"),
+        [
+            ({}, 401),
+            ({"Authorization": "opensesame"}, 401),
+            ({"Authorization": "Bearer wrong"}, 401),
+            ({"Authorization": "Bearer opensesame2"}, 401),
+            ({"Authorization": "Bearer ä"}, 401),
+            ({"Authorization": "Basic opensesame"}, 401),
+            ({"Authorization": "bearer  opensesame "}, 200),  # RFC 9110, sections 5.5 and 11.4
+            (KEY, 200),
+        ],
+    )
+    async def test_predictions_need_it(
+        self, make_app: MakeApp, headers: dict[str, str], status: int
+    ) -> None:
+        answer = await ask(make_app(api_key="opensesame"), headers=headers)
+        assert answer.status == status
+        assert ("www-authenticate" in answer.headers) == (status == 401)
+
+    @pytest.mark.parametrize("target", ["/livez", "/readyz", "/metrics", "/docs", "/openapi.json"])
+    async def test_health_metrics_and_documentation_do_not(
+        self, make_app: MakeApp, target: str
+    ) -> None:
+        answer = await ask(make_app(api_key="opensesame"), b"", method="GET", target=target)
+        assert answer.status == 200
+
+    async def test_everything_else_does_even_what_does_not_exist(self, make_app: MakeApp) -> None:
+        app = make_app(api_key="opensesame")
+        assert (await ask(app, b"", method="GET", target="/nothing")).status == 401
+        answer = await ask(app, b"", method="GET", target="/nothing", headers=KEY)
+        assert answer.status == 404
+
+    async def test_without_one_set_no_key_is_needed(self, make_app: MakeApp) -> None:
+        assert (await ask(make_app())).status == 200
+
+
+class TestCrossOrigin:
+    async def test_it_is_off_by_default(self, make_app: MakeApp) -> None:
+        answer = await ask(make_app(), headers={"Origin": ORIGIN})
+        assert answer.status == 200
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+        preflight = await ask(make_app(), b"", method="OPTIONS", headers=PREFLIGHT)
+        assert preflight.status == 405
+
+    async def test_a_listed_origin_may_call(self, make_app: MakeApp) -> None:
+        app = make_app(cors_origins=(ORIGIN,), api_key="opensesame")
+        preflight = await ask(app, b"", method="OPTIONS", headers={**PREFLIGHT, **KEY})
+        assert preflight.status == 200
+        assert preflight.headers["access-control-allow-origin"] == ORIGIN
+        assert "POST" in preflight.headers["access-control-allow-methods"]
+        assert "Authorization" in preflight.headers["access-control-allow-headers"]
+        for headers in ({**KEY, "Origin": ORIGIN}, {"Origin": ORIGIN}):
+            answer = await ask(app, headers=headers)
+            assert answer.headers["access-control-allow-origin"] == ORIGIN
+            assert answer.headers["vary"] == "Origin"
+            # Without it, a page cannot tell where an answer's binary tensors begin.
+            exposed = answer.headers["access-control-expose-headers"]
+            assert "Inference-Header-Content-Length" in exposed
+            assert "access-control-allow-credentials" not in answer.headers
+
+    async def test_a_preflight_carries_no_key(self, make_app: MakeApp) -> None:
+        """Browsers send none with it."""
+        app = make_app(cors_origins=(ORIGIN,), api_key="opensesame")
+        assert (await ask(app, b"", method="OPTIONS", headers=PREFLIGHT)).status == 200
+
+    async def test_another_origin_may_not(self, make_app: MakeApp) -> None:
+        app = make_app(cors_origins=(ORIGIN,))
+        other = {**PREFLIGHT, "Origin": "https://other.example"}
+        assert (await ask(app, b"", method="OPTIONS", headers=other)).status == 400
+        answer = await ask(app, headers={"Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in answer.headers
+
+    async def test_a_star_allows_all_without_credentials(self, make_app: MakeApp) -> None:
+        answer = await ask(make_app(cors_origins=("*",)), headers={"Origin": ORIGIN})
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert "access-control-allow-credentials" not in answer.headers
+
+
+class TestFailures:
+    @pytest.mark.parametrize("hot", [True, False])
+    async def test_a_bug_is_a_500_that_tells_no_internals(
+        self, make_app: MakeApp, caplog: pytest.LogCaptureFixture, hot: bool
+    ) -> None:
+        app = make_app()
+
+        async def on_hot_path(exchange: Exchange) -> Answer:
+            raise RuntimeError(f"secret detail of {exchange}")
+
+        async def in_framework() -> None:
+            raise RuntimeError("secret detail")
+
+        app.hot_paths["POST", "/hot"] = on_hot_path
+        app.framework.add_api_route("/other", in_framework, methods=["POST"])  # type: ignore[attr-defined] # it is FastAPI
+        target = "/hot" if hot else "/other"
+        answer = await ask(app, headers={"X-Request-ID": "mine"}, target=target)
+        assert answer.status == 500
+        assert answer.headers["x-request-id"] == "mine"
+        assert b"secret" not in answer.body
+        assert b'"request_id":"mine"' in answer.body
+        (failure,) = (r for r in caplog.records if r.exc_info)
+        assert failure.__dict__["fields"] == {"request_id": "mine"}
+        assert (await ask(app)).status == 200
+
+    async def test_no_part_of_an_image_is_logged(
+        self, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG)
+        app = make_app()
+        marker = b"MARKERMARKER" * 100
+        for content_type in ("application/json", "image/png", "application/octet-stream"):
+            await ask(app, marker, headers={"Content-Type": content_type})
+        assert len([r for r in caplog.records if r.name == "service.access"]) == 3
+        assert "MARKER" not in "".join(str(r.__dict__) for r in caplog.records)
+
+
+async def test_answers_while_draining_close_their_connections(make_app: MakeApp) -> None:
+    app = make_app()
+    assert "connection" not in (await ask(app)).headers
+    app.draining = True
+    assert (await ask(app)).headers["connection"] == "close"
+    ready = await ask(app, b"", method="GET", target="/readyz")
+    assert (ready.status, ready.headers["connection"]) == (503, "close")
+    assert (await ask(app, b"", method="GET", target="/livez")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "code"),
+    [
+        ("POST", "/predict", b"payload_too_large"),
+        ("POST", "/nothing", b"not_found"),
+        ("PUT", "/predict", b"method_not_allowed"),
+        ("POST", "/v2/models/another/infer", b"unknown_model"),
+    ],
+)
+async def test_a_large_refused_upload_lingers_before_it_closes(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, method: str, target: str, code: bytes
+) -> None:
+    monkeypatch.setattr(gate_module, "LINGER_SECONDS", 0.1)
+    app = make_app()
+    upload = Conversation(app, method, target, {**BYTES, "Content-Length": "1000000000"})
+    await until(lambda: code in upload.body)
+    assert upload.headers["connection"] == "close"
+    assert not upload.closed
+    assert app.in_flight == 0
+    upload.send(bytes(1000), more=True)
+    await upload.answer()
+    assert upload.closed
+
+
+async def test_a_small_refused_upload_keeps_its_connection(make_app: MakeApp) -> None:
+    answer = await ask(make_app(api_key="opensesame"))
+    assert answer.status == 401
+    assert "connection" not in answer.headers
+
+
+async def test_each_request_is_one_log_line(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "service.access")
+    app = make_app()
+    await ask(app, headers={"X-Request-ID": "mine"})
+    await ask(app, b"", method="GET", target="/nothing/else?secret=1")
+    first, second = (r.__dict__["fields"] for r in caplog.records if r.name == "service.access")
+    assert 0 < first.pop("milliseconds") < 1000
+    assert first == {
+        "request_id": "mine",
+        "method": "POST",
+        "route": "/predict",
+        "status": 200,
+    }
+    assert (second["route"], second["status"]) == ("unmatched", 404)

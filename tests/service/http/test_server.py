@@ -1,0 +1,489 @@
+"""The real process: how it starts, what it does with rude clients, and how it stops."""
+
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.http import server
+from service.http.gate import Gate
+from service.settings import Settings
+from tests.contract.conftest import ROOT, serving
+
+BYTES = {"content-type": "application/octet-stream"}
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+
+
+@pytest.fixture
+def start(tmp_path: Path, artefact: Path) -> Iterator[Callable[..., Any]]:
+    """Return what starts a server with settings of the test's own; it gives address and process."""
+    with ExitStack() as running:
+
+        def start(**settings: object) -> tuple[str, subprocess.Popen[bytes]]:
+            settings = {"model_path": artefact, **settings}
+            return running.enter_context(serving(tmp_path / "log", **settings))
+
+        yield start
+
+
+def connect(address: str) -> socket.socket:
+    parts = urlsplit(address)
+    return socket.create_connection((parts.hostname, parts.port), timeout=10)
+
+
+@contextmanager
+def serving_here(app: Gate, listener: socket.socket) -> Iterator[server.Server]:
+    """Serve in this process, where a test can change the server's constants and look inside."""
+    running = server.Server(app, Settings())
+    thread = threading.Thread(target=running.run, args=([listener],))
+    thread.start()
+    try:
+        while not running.started:
+            time.sleep(0.01)
+        yield running
+    finally:
+        running.should_exit = True
+        thread.join(10)
+
+
+def refuse_to_start(**settings: str) -> tuple[int, str]:
+    """Run the service, which must end by itself, and return its status and what it said."""
+    environment = {k: v for k, v in os.environ.items() if k.startswith(("PATH", "PROMETHEUS"))}
+    environment |= {"BNLENET_PORT": "0"}
+    environment |= {f"BNLENET_{k.upper()}": v for k, v in settings.items()}
+    command = [sys.executable, "-m", "service"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+class TestStart:
+    @pytest.mark.parametrize("workers", ["1", "2"])
+    def test_a_missing_model_is_one_sentence(self, workers: str) -> None:
+        status, said = refuse_to_start(model_path="/nowhere/model.onnx", workers=workers)
+        assert status == 1
+        sentences = said.splitlines()
+        assert len(set(sentences)) == 1
+        assert sentences[0].startswith("Error: The model file /nowhere/model.onnx cannot be read")
+
+    def test_a_damaged_model_is_one_sentence(self, tmp_path: Path, artefact: Path) -> None:
+        damaged = tmp_path / "damaged.onnx"
+        damaged.write_bytes(artefact.read_bytes()[:100_000])
+        status, said = refuse_to_start(model_path=str(damaged))
+        assert (status, said.count("\n")) == (1, 1)
+        assert said.startswith(f"Error: The model file {damaged} is damaged")
+
+    def test_a_wrong_setting_is_one_sentence(self) -> None:
+        status, said = refuse_to_start(port="http")
+        assert (status, said.count("\n")) == (2, 1)
+        assert said.startswith("Error: BNLENET_PORT is set wrongly: ")
+
+    def test_a_port_in_use_is_one_sentence(self, artefact: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            status, said = refuse_to_start(model_path=str(artefact), port=str(port))
+        assert (status, said.count("\n")) == (1, 1)
+        assert said.startswith(f"Error: Cannot listen on 127.0.0.1:{port} (Address already in use)")
+
+    def test_a_host_that_is_not_ours_is_one_sentence(self, artefact: Path) -> None:
+        status, said = refuse_to_start(model_path=str(artefact), host="192.0.2.1")
+        assert (status, said.count("\n")) == (1, 1)
+
+    def test_a_host_that_is_no_name_is_one_sentence(self) -> None:
+        with pytest.raises(server.StartError, match=r"Cannot listen on a\.\.b:0"):
+            server.bind(Settings(host="a..b", port=0))
+
+    def test_a_port_taken_while_the_model_was_loaded_is_one_sentence(self, artefact: Path) -> None:
+        settings = Settings(port=0, model_path=artefact)
+        with server.bind(settings) as listener, socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(listener.getsockname())
+            other.listen()
+            with pytest.raises(server.StartError, match=r"\(Address already in use\)"):
+                server.run(settings, listener)
+
+    def test_a_directory_for_metrics_that_is_none_is_one_sentence(
+        self, artefact: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
+        status, said = refuse_to_start(model_path=str(artefact))
+        assert (status, said.count("\n")) == (1, 1)
+        assert said.startswith("Error: PROMETHEUS_MULTIPROC_DIR is /nowhere")
+
+    def test_an_ipv6_address_is_told_as_a_url(self) -> None:
+        with socket.socket(socket.AF_INET6) as unbound:
+            assert server.url(unbound) == "http://[::]:0"
+
+    def test_it_is_small_and_soon_ready(self, start: Callable[..., Any]) -> None:
+        """Measured in CPU time: wall time tells more about the machine's other work."""
+        address, process = start()
+        assert httpx.get(f"{address}/readyz").status_code == 200
+        stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        assert (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK") < 1.5
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        resident = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert resident
+        assert int(resident[1]) < 150_000
+
+
+class TestRudeClients:
+    def test_a_thousand_idle_connections_cost_nobody_anything(
+        self, start: Callable[..., Any]
+    ) -> None:
+        address, _ = start()
+        with ExitStack() as idle:
+            for _ in range(800):
+                idle.enter_context(connect(address))
+            for _ in range(200):
+                idle.enter_context(connect(address)).sendall(b"POST /predict HTTP/1.1\r\nHost:")
+            with httpx.Client(base_url=address) as client:
+                for _ in range(20):
+                    answer = client.post("/predict", content=bytes(784), headers=BYTES)
+                    assert answer.status_code == 200
+                    assert answer.elapsed.total_seconds() < 1
+
+    def test_connections_without_a_request_are_closed(
+        self, monkeypatch: pytest.MonkeyPatch, make_app: Callable[..., Gate]
+    ) -> None:
+        """Never used, stopped within a head, and idle after an answer: each has its time."""
+        for name, seconds in [("HEAD", 0.3), ("KEEP_ALIVE", 4.0), ("LOOK_EVERY", 0.05)]:
+            monkeypatch.setattr(server, f"{name}_SECONDS", seconds)
+        listener = server.bind(Settings(port=0))
+        address = server.url(listener)
+        with serving_here(make_app(), listener):
+            begin = time.monotonic()
+            lives = []
+            for sent in (
+                b"",
+                b"GET /livez HTTP/1.1\r\nHost:",
+                b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n",
+            ):
+                connection = connect(address)
+                connection.sendall(sent)
+                lives.append(connection)
+            ends, answers = [], []
+            for connection in lives:
+                answers.append(connection.makefile("rb").read())
+                ends.append(time.monotonic() - begin)
+                connection.close()
+        assert 0.3 <= ends[0] <= ends[1] < 4 <= ends[2]
+        assert answers[0] == b""
+        assert answers[1].startswith(b"HTTP/1.1 408 ")
+        assert answers[2].startswith(b"HTTP/1.1 200 ")
+
+    def test_a_client_that_takes_no_answer_is_left(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        make_app: Callable[..., Gate],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(server, "LOOK_EVERY_SECONDS", 0.5)
+        listener = server.bind(Settings(port=0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with serving_here(make_app(), listener) as running, connect(server.url(listener)) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+            deadline = time.monotonic() + 20
+            while running.server_state.total_requests == 0:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            while running.server_state.connections or running.server_state.tasks:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert running.server_state.total_requests < 1000
+        assert "Exception" not in caplog.text
+
+    def test_slow_senders_cost_nobody_anything(self, start: Callable[..., Any]) -> None:
+        """As many of them as places inside: after two seconds they have to make room."""
+        address, _ = start(max_in_flight=10, request_timeout_seconds=60)
+        with ExitStack() as slow:
+            connections = [slow.enter_context(connect(address)) for _ in range(10)]
+            for connection in connections:
+                connection.sendall(HEAD + b"Content-Length: 784\r\n\r\n")
+            for _ in range(22):
+                time.sleep(0.1)
+                for connection in connections:
+                    connection.sendall(b"a")
+            for _ in range(20):
+                answer = httpx.post(f"{address}/predict", content=bytes(784), headers=BYTES)
+                assert answer.status_code == 200
+
+    def test_a_slow_head_has_the_deadline_of_the_whole_request(
+        self, start: Callable[..., Any]
+    ) -> None:
+        address, _ = start(request_timeout_seconds=0.5)
+        with connect(address) as connection:
+            begin = time.monotonic()
+            connection.sendall(HEAD)
+            assert connection.makefile("rb").readline() == b"HTTP/1.1 408 Request Timeout\r\n"
+            assert 0.4 < time.monotonic() - begin < 3
+
+    def test_a_byte_at_a_time_ends_with_408(self, start: Callable[..., Any]) -> None:
+        address, _ = start(request_timeout_seconds=0.5)
+        with connect(address) as connection:
+            connection.sendall(HEAD + b"Content-Length: 784\r\n\r\n")
+            begin = time.monotonic()
+            connection.settimeout(0.1)
+            answer = b""
+            while not answer and time.monotonic() - begin < 5:
+                connection.sendall(b"a")
+                try:
+                    answer = connection.recv(10_000)
+                except TimeoutError:
+                    continue
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"connection: close" in answer
+        assert 0.4 < time.monotonic() - begin < 2
+
+    def test_clients_that_go_away_half_way_leave_nothing_behind(
+        self, start: Callable[..., Any]
+    ) -> None:
+        address, _ = start(max_in_flight=1)
+        for _ in range(20):
+            with connect(address) as connection:
+                connection.sendall(HEAD + b"Content-Length: 784\r\n\r\nhalf")
+        with httpx.Client(base_url=address) as client:
+            deadline = time.monotonic() + 5
+            while "\nhttp_requests_in_flight 0.0" not in client.get("/metrics").text:
+                assert time.monotonic() < deadline
+            assert client.post("/predict", content=bytes(784), headers=BYTES).status_code == 200
+
+    def test_pictures_of_clients_that_left_are_not_decoded(self, start: Callable[..., Any]) -> None:
+        """They wait for the decoder's thread one after the other, and so would everybody else."""
+        address, _ = start()
+        file = io.BytesIO()
+        noise = np.random.default_rng(0).integers(0, 256, (1200, 1200), dtype=np.uint8)
+        Image.fromarray(noise).save(file, "PNG")
+        post = HEAD.replace(b"application/octet-stream", b"image/png")
+        post += b"Content-Length: %d\r\n\r\n" % file.tell() + file.getvalue()
+        with ExitStack() as clients:
+            for _ in range(30):
+                clients.enter_context(connect(address)).sendall(post)
+        deadline = time.monotonic() + 10
+        while not (text := httpx.get(f"{address}/metrics").text).count("in_flight 0.0"):
+            assert time.monotonic() < deadline
+        left = re.search(r'route="/predict",status="499"} (.*)', text)
+        decoded = re.search(r"bnlenet_decode_duration_seconds_count (.*)", text)
+        assert left
+        assert decoded
+        assert float(left[1]) > float(decoded[1])
+
+    def test_overload_is_refused_quickly_while_health_stays_green(
+        self, start: Callable[..., Any]
+    ) -> None:
+        address, _ = start(max_in_flight=2)
+        with ExitStack() as inside, httpx.Client(base_url=address) as client:
+            for _ in range(2):
+                connection = inside.enter_context(connect(address))
+                connection.sendall(HEAD + b"Content-Length: 784\r\n\r\nhalf")
+            for _ in range(10):  # their requests may be read after ours
+                refused = client.post("/predict", content=bytes(784), headers=BYTES)
+                if refused.status_code == 503:
+                    break
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"] == "1"
+            assert refused.json()["code"] == "overloaded"
+            assert client.get("/livez").status_code == 200
+            assert client.get("/readyz").status_code == 200
+
+    def test_a_connection_goes_on_after_a_small_upload_was_refused(
+        self, start: Callable[..., Any]
+    ) -> None:
+        """The rest of the body, longer than a head may be, is thrown away; then comes a request."""
+        address, _ = start(api_key="opensesame")
+        with connect(address) as connection:
+            connection.sendall(HEAD + b"Content-Length: 60000\r\n\r\n" + bytes(10_000))
+            answers = connection.makefile("rb")
+            assert answers.readline().startswith(b"HTTP/1.1 401 ")
+            for _ in range(50):
+                connection.sendall(bytes(1000))
+                time.sleep(0.001)
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert b"HTTP/1.1 200 OK\r\n" in answers.read()
+
+    def test_fields_after_a_body_are_bounded_and_change_nothing(
+        self, start: Callable[..., Any]
+    ) -> None:
+        address, _ = start()
+        chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n310\r\n" + bytes(784) + b"\r\n0\r\n"
+        with connect(address) as connection:
+            connection.sendall(chunked + b"X-Request-ID: late\r\nContent-Encoding: br\r\n\r\n")
+            answer = connection.recv(10_000)
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert b"late" not in answer
+        with connect(address) as connection:
+            connection.sendall(chunked)
+            with suppress(ConnectionError):  # it closes before all is sent
+                for _ in range(1000):
+                    connection.sendall(b"X-Field: " + b"a" * 1000 + b"\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 431 ")
+
+    def test_the_end_of_an_upload_is_no_head(self, start: Callable[..., Any]) -> None:
+        """The next request's head comes in the same piece, and its body later."""
+        address, _ = start()
+        with connect(address) as connection:
+            connection.sendall(HEAD + b"Content-Length: 80000\r\n\r\n" + bytes(40_000))
+            time.sleep(0.2)
+            connection.sendall(bytes(40_000) + HEAD + b"Content-Length: 784\r\n\r\n")
+            time.sleep(0.2)
+            connection.sendall(bytes(784))
+            connection.shutdown(socket.SHUT_WR)
+            answers = connection.makefile("rb").read()
+        assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"422", b"200"]
+
+    def test_offers_of_other_protocols_are_declined(self, start: Callable[..., Any]) -> None:
+        """Java's client offers HTTP/2 so, with a body, in one packet or several."""
+        address, _ = start()
+        offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+        post = HEAD + offer + b"Content-Length: 784\r\n\r\n"
+        get = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+        last = get.replace(b"upgrade\r\n", b"upgrade, close\r\n")
+        with connect(address) as connection, connection.makefile("rb") as answers:
+            for piece in (post + bytes(784) + get + post, bytes(400), bytes(384) + last):
+                connection.sendall(piece)
+                time.sleep(0.1)
+            assert re.findall(rb"HTTP/1.1 \d+", answers.read()) == [b"HTTP/1.1 200"] * 4
+        with connect(address) as connection:
+            connection.sendall(b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
+
+    def test_what_is_no_http_is_told_after_the_answers_before_it(
+        self, start: Callable[..., Any]
+    ) -> None:
+        """An answer to one must not be taken for the answer to another."""
+        address, _ = start()
+        post = HEAD + b"Content-Length: 784\r\n\r\n" + bytes(784)
+        chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+        for sent, statuses in (
+            (post + b"NONSENSE\r\n\r\n", [b"200"]),
+            (post + post + b"NONSENSE\r\n\r\n", [b"200", b"200"]),
+            (chunked + b"NONSENSE\r\n\r\n", [b"400"]),
+        ):
+            with connect(address) as connection, connection.makefile("rb") as answers:
+                connection.sendall(sent)
+                assert re.findall(rb"HTTP/1.1 (\d+)", answers.read()) == statuses
+        with connect(address) as connection, connection.makefile("rb") as answers:
+            connection.sendall(chunked + b"a00001\r\n" + bytes(0xA00001) + b"\r\n")
+            assert answers.readline().startswith(b"HTTP/1.1 413 ")
+            connection.sendall(b"NONSENSE\r\n\r\n")
+            assert b"HTTP/1.1" not in answers.read()
+
+    def test_pipelined_requests_are_answered_in_order(self, start: Callable[..., Any]) -> None:
+        address, _ = start()
+        one = HEAD + b"Content-Length: 784\r\nX-Request-ID: %d\r\n\r\n" + bytes(784)
+        with connect(address) as connection:
+            connection.sendall(b"".join(one.replace(b"%d", b"%d" % i) for i in range(20)))
+            text = b""
+            while text.count(b'"model"') < 20:
+                text += connection.recv(100_000)
+        assert re.findall(rb"x-request-id: (\d+)", text) == [b"%d" % i for i in range(20)]
+
+
+class TestStop:
+    def test_it_drains_before_it_stops(self, start: Callable[..., Any]) -> None:
+        """Not ready at once, still serving for the grace period, in flight finished, exit 0."""
+        address, process = start(drain_seconds=1)
+        half = connect(address)
+        half.sendall(HEAD + b"Content-Length: 784\r\n\r\n" + bytes(400))
+        idle = httpx.Client(base_url=address)
+        assert idle.get("/readyz").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert idle.get("/readyz").status_code == 503
+        answer = httpx.post(f"{address}/predict", content=bytes(784), headers=BYTES)
+        assert answer.status_code == 200
+        assert answer.headers["connection"] == "close"
+        time.sleep(1)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{address}/livez")
+        half.sendall(bytes(384))
+        assert half.recv(100).startswith(b"HTTP/1.1 200 OK")
+        half.close()
+        assert process.wait(5) == 0
+
+    def test_no_request_is_lost_when_it_stops_under_load(self, start: Callable[..., Any]) -> None:
+        """Clients that honour `Connection: close` and stop when told see no failure."""
+        address, process = start(drain_seconds=1)
+        outcomes: list[int] = []
+        stopping = threading.Event()
+
+        def client() -> None:
+            with httpx.Client(base_url=address) as client:
+                while not stopping.is_set():
+                    answer = client.post("/predict", content=bytes(784), headers=BYTES)
+                    outcomes.append(answer.status_code)
+
+        threads = [threading.Thread(target=client) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.7)
+        stopping.set()
+        for thread in threads:
+            thread.join()
+        assert process.wait(5) == 0
+        assert len(outcomes) > 50
+        assert set(outcomes) == {200}
+
+    def test_ctrl_c_does_not_wait(self, start: Callable[..., Any]) -> None:
+        _, process = start(drain_seconds=60)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 0
+
+    def test_ctrl_c_twice_is_no_failure(self, start: Callable[..., Any], tmp_path: Path) -> None:
+        _, process = start()
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.03)  # stopping takes longer, and two at once would be one
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 0
+        assert "Traceback" not in (tmp_path / "log").read_text()
+
+    def test_a_second_signal_ends_the_drain(self, start: Callable[..., Any]) -> None:
+        _, process = start(drain_seconds=60)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+
+    def test_a_slow_sender_cannot_hold_it_up(self, start: Callable[..., Any]) -> None:
+        address, process = start(drain_seconds=0, request_timeout_seconds=0.5)
+        with connect(address) as connection:
+            connection.sendall(HEAD + b"Content-Length: 784\r\n\r\nhalf")
+            time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+        assert process.wait(5) == 0
+
+
+def test_all_lines_are_json_where_json_is_set(start: Callable[..., Any], tmp_path: Path) -> None:
+    address, process = start(log_format="json")
+    httpx.post(f"{address}/predict", content=bytes(784), headers={**BYTES, "x-request-id": "mine"})
+    with connect(address) as connection:
+        connection.sendall(b"NONSENSE\r\n\r\n")
+        connection.recv(1000)
+    process.send_signal(signal.SIGTERM)
+    process.wait(10)
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert {"service", "service.access", "uvicorn.error"} == {line["logger"] for line in lines}
+    request, nonsense = (line for line in lines if line["logger"] == "service.access")
+    assert (request["request_id"], request["route"]) == ("mine", "/predict")
+    assert (nonsense["route"], nonsense["status"]) == ("unmatched", 400)

@@ -1,0 +1,180 @@
+"""Requests that are there together go through the model together, and each gets its own answer."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from service.model.inference import Inference, ThreadedInference
+from service.telemetry.metrics import Runs
+
+pytestmark = pytest.mark.anyio
+
+
+class Device:
+    """A stand-in for the model that tells images apart: a row of its answer repeats the pixel.
+
+    Attributes:
+        batches: how many images it was given, run by run.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.free = threading.Event()
+        self.free.set()
+
+    def probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.batches.append(len(pixels))
+        assert self.free.wait(10)
+        if (pixels == 255).any():
+            raise RuntimeError("the device failed")
+        return np.repeat(pixels[:, 0, 0, :1], 10, axis=1).astype(np.float32)
+
+
+def image(value: int, count: int = 1) -> NDArray[np.uint8]:
+    return np.full((count, 1, 28, 28), value, np.uint8)
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    device = Device()
+    yield device
+    device.free.set()
+
+
+def crowd(kind: type[Inference], device: Any, **options: int) -> Inference:
+    return kind(device, Runs(), lambda: False, **options)
+
+
+KINDS = pytest.mark.parametrize("kind", [Inference, ThreadedInference])
+
+
+@KINDS
+async def test_each_caller_gets_the_answer_for_its_own_images(
+    kind: type[Inference], device: Device
+) -> None:
+    infer = crowd(kind, device)
+    counts = [1 + value % 3 for value in range(200)]
+    answers = await asyncio.gather(
+        *(infer(image(value, count)) for value, count in enumerate(counts))
+    )
+    for value, (answer, count) in enumerate(zip(answers, counts, strict=True)):
+        assert np.array_equal(answer, np.full((count, 10), value, np.float32))
+    assert infer.runs.images == sum(device.batches) == sum(counts)
+    assert len(device.batches) < 200
+
+
+async def test_one_turn_of_the_loop_is_one_run(device: Device) -> None:
+    await asyncio.gather(*(crowd_of_one(device)(image(i)) for i in range(3)))
+    infer = crowd(Inference, device)
+    device.batches.clear()
+    await asyncio.gather(*(infer(image(i)) for i in range(20)))
+    assert device.batches == [20]
+
+
+def crowd_of_one(device: Any) -> Inference:
+    return Inference(device, Runs(), lambda: True)
+
+
+async def test_a_request_that_is_alone_runs_at_once(device: Device) -> None:
+    coroutine = crowd_of_one(device)(image(7))
+    with pytest.raises(StopIteration) as done:
+        coroutine.send(None)
+    assert done.value.value[0, 0] == 7
+
+
+@KINDS
+async def test_batches_have_their_limit_and_a_larger_request_goes_alone(
+    kind: type[Inference], device: Device
+) -> None:
+    infer = crowd(kind, device, max_batch=8)
+    await asyncio.gather(*(infer(image(i, count)) for i, count in enumerate([5, 3, 1, 20, 7, 1])))
+    allowed = {8, 1, 20}
+    assert sum(device.batches) == 37
+    assert set(device.batches) <= allowed | {5, 4, 7}
+    assert max(b for b in device.batches if b != 20) <= 8
+
+
+async def test_what_waits_when_the_device_becomes_free_goes_next(device: Device) -> None:
+    """The first goes alone and at once, all that came meanwhile go together: no timer anywhere."""
+    device.free.clear()
+    infer = crowd(ThreadedInference, device)
+    first = asyncio.ensure_future(infer(image(0)))
+    await settle()
+    assert device.batches == [1]
+    rest = [asyncio.ensure_future(infer(image(i))) for i in range(1, 30)]
+    await settle()
+    assert device.batches == [1]
+    device.free.set()
+    answers = await asyncio.gather(first, *rest)
+    assert device.batches == [1, 29]
+    assert [a[0, 0] for a in answers] == list(range(30))
+
+
+async def test_those_given_up_while_waiting_are_not_run(device: Device) -> None:
+    device.free.clear()
+    infer = crowd(ThreadedInference, device)
+    first = asyncio.ensure_future(infer(image(0)))
+    await settle()
+    waiting = [asyncio.ensure_future(infer(image(i))) for i in range(1, 6)]
+    await settle()
+    first.cancel()
+    waiting[1].cancel()
+    await settle()
+    device.free.set()
+    answers = await asyncio.gather(first, *waiting, return_exceptions=True)
+    assert device.batches == [1, 4]
+    gone = [i for i, a in enumerate(answers) if isinstance(a, asyncio.CancelledError)]
+    assert gone == [0, 2]
+    assert [a[0, 0] for a in answers if isinstance(a, np.ndarray)] == [1, 3, 4, 5]
+
+
+@KINDS
+async def test_a_failing_device_fails_those_in_the_batch_and_no_others(
+    kind: type[Inference], device: Device
+) -> None:
+    infer = crowd(kind, device, max_batch=2)
+    answers = await asyncio.gather(
+        *(infer(image(i, 2)) for i in (1, 255, 3)), return_exceptions=True
+    )
+    assert isinstance(answers[1], RuntimeError)
+    assert [a[0, 0] for a in (answers[0], answers[2])] == [1, 3]  # type: ignore[index] # arrays
+    assert (await infer(image(4)))[0, 0] == 4
+
+
+@KINDS
+async def test_runs_are_counted(kind: type[Inference], device: Device) -> None:
+    runs = Runs()
+    infer = kind(device, runs, lambda: False)  # type: ignore[arg-type] # a stand-in
+    await infer(image(1))
+    await infer(image(2, 3))
+    assert (sum(runs.counts), infer.runs.images) == (2, 4)
+    assert runs.seconds > 0
+
+
+def test_the_threaded_way_works_on_the_real_model_bit_for_bit(
+    classifier: Any, make_images: Callable[[int], NDArray[np.uint8]]
+) -> None:
+    images = make_images(100)
+
+    async def all_at_once(kind: type[Inference]) -> NDArray[np.float32]:
+        infer = kind(classifier, Runs(), lambda: False)
+        return np.concatenate(await asyncio.gather(*(infer(i[None]) for i in images)))
+
+    alone = np.concatenate([classifier.probabilities(i[None]) for i in images])
+    for kind in (Inference, ThreadedInference):
+        assert np.array_equal(asyncio.run(all_at_once(kind)), alone)
+
+
+@pytest.fixture
+def make_images() -> Callable[[int], NDArray[np.uint8]]:
+    return lambda n: np.random.default_rng(2).integers(0, 256, (n, 1, 28, 28), dtype=np.uint8)

@@ -1,0 +1,80 @@
+"""Health is about the process, readiness about traffic, and both tell the truth."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from service.http.gate import Gate
+from service.model.classifier import Classifier
+from tests.service.conftest import Conversation, ask
+
+pytestmark = pytest.mark.anyio
+
+
+async def get(app: Gate, target: str) -> Conversation:
+    return await ask(app, b"", method="GET", target=target)
+
+
+async def test_readiness_tells_the_model_and_its_real_provider(
+    make_app: Callable[..., Gate], classifier: Classifier
+) -> None:
+    ready = json.loads((await get(make_app(), "/readyz")).body)
+    assert ready == {
+        "status": "ready",
+        "model": {
+            "name": "bn-lenet",
+            "version": "1",
+            "revision": classifier.info.revision,
+            "provider": "CPUExecutionProvider",
+            "test_accuracy": "0.1000",
+        },
+    }
+
+
+async def test_a_draining_server_is_alive_but_not_ready(make_app: Callable[..., Gate]) -> None:
+    app = make_app()
+    app.draining = True
+    assert (await get(app, "/livez")).status == 200
+    refused = await get(app, "/readyz")
+    assert refused.status == 503
+    assert json.loads(refused.body)["code"] == "not_ready"
+    assert (await ask(app, b"", method="HEAD", target="/readyz")).status == 503
+    assert (await ask(app)).status == 200
+
+
+async def test_requests_inside_are_told(make_app: Callable[..., Gate]) -> None:
+    app = make_app()
+    slow = Conversation(app, send_headers={"Content-Length": "784"})
+    slow.send(b"a", more=True)
+    text = (await get(app, "/metrics")).body
+    assert b"\nhttp_requests_in_flight 1.0\n" in text
+    slow.leave()
+    await slow.answer()
+    answer = await get(app, "/metrics")
+    assert b"\nhttp_requests_in_flight 0.0\n" in answer.body
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+
+
+async def test_refusals_are_counted_by_their_code(make_app: Callable[..., Gate]) -> None:
+    app = make_app()
+    await ask(app, bytes(783))
+    await ask(app, b"{", headers={"Content-Type": "application/json"})
+    await get(app, "/nothing")
+    await get(app, "/v2/models/another")
+    text = (await get(app, "/metrics")).body.decode()
+    assert '\nbnlenet_rejected_total{reason="not_found"} 1.0\n' in text
+    assert '\nbnlenet_rejected_total{reason="unknown_model"} 1.0\n' in text
+    assert '\nbnlenet_rejected_total{reason="invalid_input"} 1.0\n' in text
+    assert '\nbnlenet_rejected_total{reason="malformed_json"} 1.0\n' in text
+
+
+async def test_a_request_whose_client_left_is_counted_as_499(
+    make_app: Callable[..., Gate],
+) -> None:
+    app = make_app()
+    gone = Conversation(app, send_headers={"Content-Length": "784"})
+    gone.leave()
+    await gone.answer()
+    text = (await get(app, "/metrics")).body.decode()
+    assert 'http_requests_total{method="POST",route="/predict",status="499"} 1.0' in text

@@ -1,0 +1,463 @@
+"""Inference requests are read as the protocol means them, and answered to the last bit."""
+
+import contextlib
+import json
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from service.errors import BadRequest, PayloadTooLarge, ServiceError
+from service.model.classifier import Classifier
+from service.routes.tensors import (
+    MAX_JSON_BRACKETS,
+    MAX_JSON_BYTES,
+    InferenceRequest,
+    decode,
+    encode,
+)
+
+Json = dict[str, Any]
+Pixels = NDArray[np.uint8]
+
+IMAGE: Pixels = (np.arange(784) % 256).astype(np.uint8).reshape(1, 1, 28, 28)
+SOME = arrays(np.uint8, st.tuples(*map(st.just, (3, 1, 28, 28))), elements=st.integers(0, 255))
+
+
+def request(pixels: Pixels = IMAGE, **tensor: Any) -> Json:
+    """Return a sound JSON request, unless a keyword changes its tensor; None leaves a field out."""
+    fields = {"name": "pixels", "shape": list(pixels.shape), "datatype": "UINT8"} | {
+        "data": pixels.ravel().tolist(),
+        **tensor,
+    }
+    return {"inputs": [{k: v for k, v in fields.items() if v is not None}]}
+
+
+def dump(document: Any) -> bytes:
+    return json.dumps(document).encode()
+
+
+def binary(tail: bytes, size: int | None = None, **tensor: Any) -> tuple[bytes, bytes]:
+    """Return a body with a binary tensor, and the length of its JSON."""
+    size = len(tail) if size is None else size
+    text = dump(request(data=None, parameters={"binary_data_size": size}, **tensor))
+    return text + tail, b"%d" % len(text)
+
+
+LAYOUTS: dict[str, Callable[[Pixels], Any]] = {
+    "flat": lambda p: p.ravel().tolist(),
+    "nested": lambda p: p.tolist(),
+    "a row an image": lambda p: p.reshape(len(p), -1).tolist(),
+}
+
+
+@pytest.mark.parametrize("datatype", ["UINT8", "FP32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(pixels=SOME)
+@settings(max_examples=10, deadline=None)
+def test_json_pixels_arrive_however_they_are_nested(
+    datatype: str, layout: str, pixels: Pixels
+) -> None:
+    for number in (np.uint8, np.float64):
+        if datatype == "UINT8" and number is np.float64:
+            continue  # 3.0 is not a UINT8
+        data = LAYOUTS[layout](pixels.astype(number))
+        read = decode(dump(request(pixels, datatype=datatype, data=data)))
+        assert np.array_equal(read.pixels, pixels)
+        assert read.pixels.dtype == np.uint8
+        assert read[1:] == (None, False, 0)
+
+
+@pytest.mark.parametrize("kind", ["<u1", "<f4"])
+@given(pixels=SOME)
+@settings(max_examples=10, deadline=None)
+def test_binary_pixels_arrive(kind: str, pixels: Pixels) -> None:
+    datatype = {"<u1": "UINT8", "<f4": "FP32"}[kind]
+    body, length = binary(pixels.astype(kind).tobytes(), shape=[3, 1, 28, 28], datatype=datatype)
+    assert np.array_equal(decode(body, length).pixels, pixels)
+
+
+def test_a_raw_body_is_one_image_and_answered_in_binary() -> None:
+    read = decode(IMAGE.tobytes(), b"0")
+    assert np.array_equal(read.pixels, IMAGE)
+    assert read[1:] == (None, True, 0)
+
+
+@pytest.mark.parametrize(
+    ("extra", "wanted"),
+    [
+        ({}, (None, False, 0)),
+        ({"id": "42"}, ("42", False, 0)),
+        ({"id": ""}, ("", False, 0)),
+        ({"id": None, "outputs": None, "parameters": None}, (None, False, 0)),
+        ({"outputs": []}, (None, False, 0)),
+        ({"outputs": [{"name": "probabilities"}]}, (None, False, 0)),
+        ({"parameters": {"binary_data_output": True}}, (None, True, 0)),
+        ({"parameters": {"priority": 1, "timeout": 5, "own": "x"}}, (None, False, 0)),
+        ({"model_name": "anything", "unknown": [1]}, (None, False, 0)),
+        ({"outputs": [{"name": "probabilities", "parameters": None}]}, (None, False, 0)),
+        (
+            {"outputs": [{"name": "probabilities", "parameters": {"classification": 3}}]},
+            (None, False, 3),
+        ),
+        (
+            {
+                "parameters": {"binary_data_output": True},
+                "outputs": [{"name": "probabilities", "parameters": {"binary_data": False}}],
+            },
+            (None, False, 0),
+        ),
+        (
+            {
+                "parameters": {"binary_data_output": True},
+                "outputs": [{"name": "probabilities", "parameters": {"content_type": "np"}}],
+            },
+            (None, True, 0),
+        ),
+    ],
+)
+def test_what_is_asked_for_is_understood_and_the_unknown_ignored(
+    extra: Json, wanted: tuple[str | None, bool, int]
+) -> None:
+    assert decode(dump({**request(parameters={"content_type": "np"}), **extra}))[1:] == wanted
+
+
+def test_the_largest_batch_is_taken_and_one_more_is_not() -> None:
+    batch = np.zeros((256, 1, 28, 28), np.uint8)
+    assert decode(dump(request(batch))).pixels.shape == batch.shape
+    with pytest.raises(ServiceError, match="256"):
+        decode(dump(request(np.zeros((257, 1, 28, 28), np.uint8))))
+
+
+def ragged(level: int) -> Any:
+    """Return nested pixels with a number moved from one list of some level to the next."""
+    data = IMAGE.reshape(28, 28).tolist()
+    data[1].append(data[2].pop())
+    return [[data]] if level else data
+
+
+FLAT: list[Any] = IMAGE.ravel().tolist()
+BAD_DATA: dict[str, Any] = {
+    "too few": FLAT[1:],
+    "too many": [*FLAT, 0],
+    "none": [],
+    "nested nothing": [[], []],
+    "ragged": ragged(0),
+    "ragged inside": ragged(1),
+    "a list among numbers": [*FLAT[1:], [0]],
+    "numbers among lists": [[0], *FLAT[1:]],
+    "negative": [-1, *FLAT[1:]],
+    "256": [256, *FLAT[1:]],
+    "huge": [10**30, *FLAT[1:]],
+    "infinite": [1e308 * 10, *FLAT[1:]],
+    "a fraction": [0.5, *FLAT[1:]],
+    "null": [None, *FLAT[1:]],
+    "true": [True, *FLAT[1:]],
+    "false nested": [[[[False, *FLAT[1:28]], *IMAGE[0, 0, 1:].tolist()]]],
+    "text": ["0", *FLAT[1:]],
+    "long text": ["0" * 10_000, *FLAT[1:]],
+    "objects": [{"0": 0}] * 784,
+    "empty texts": [*FLAT, "", ""],
+    "a string": "0" * 784,
+    "an object": {"0": 0},
+    "a count": 784,
+}
+
+
+@pytest.mark.parametrize("datatype", ["UINT8", "FP32"])
+@pytest.mark.parametrize("data", BAD_DATA.values(), ids=BAD_DATA)
+def test_data_that_are_not_pixels_are_refused(data: Any, datatype: str) -> None:
+    with pytest.raises(ServiceError) as refused:
+        decode(dump(request(data=data, datatype=datatype)))
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.5],
+        [-1],
+        [256],
+        [np.nan],
+        [np.inf],
+        [-np.inf],
+        [3.0000002384185791],
+        [1e-40],
+    ],
+)
+def test_binary_fp32_must_be_whole_numbers_in_range(values: list[float]) -> None:
+    pixels = np.zeros(784, "<f4")
+    pixels[: len(values)] = values
+    with pytest.raises(ServiceError, match="whole numbers from 0 to 255"):
+        decode(*binary(pixels.tobytes(), datatype="FP32"))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *([], [1], [784], [1, 784], [28, 28], [1, 28, 28], [1, 28, 28, 1], [1, 1, 28, 28, 1]),
+        *([0, 1, 28, 28], [-1, 1, 28, 28], [-1, -1, 28, 28], [1, 1, 784, 1], [2, 1, 28, 28]),
+        *([2**31, 1, 28, 28], [2**62, 1, 28, 28], [2**64, 1, 28, 28], [1, 1, 2**63, 2**63]),
+        *([True, True, 28, 28], [1.0, 1, 28, 28], ["1", 1, 28, 28], [None, 1, 28, 28]),
+        *([[1], 1, 28, 28], "1,1,28,28", 1, {}, None),
+    ],
+)
+def test_other_shapes_are_refused(shape: Any) -> None:
+    for body, length in [(dump(request(shape=shape)), None), binary(bytes(784), shape=shape)]:
+        with pytest.raises(ServiceError) as refused:
+            decode(body, length)
+        assert refused.value.status == 400
+
+
+def also(**extra: Any) -> Json:
+    return {**request(), **extra}
+
+
+def asking(*parameters: Any) -> list[Json]:
+    return [also(outputs=[{"name": "probabilities", "parameters": p}]) for p in parameters]
+
+
+TEXTS: list[Any] = ["", "input", "Pixels", 1, ["pixels"], None]
+TYPES: list[Any] = ["", "INT8", "INT64", "FP16", "FP64", "BOOL", "BYTES", "uint8", 1, [], None]
+LISTS: list[Any] = [None, [], {}, [None], [[]], "pixels", 1, [{}], [{"name": "scores"}]]
+OBJECTS: list[Any] = [[], "x", 1, True]
+IDS: list[Any] = [1, True, [], {}]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        *([], [request()], 1, "inputs", None, True, {}),
+        *({"inputs": inputs} for inputs in LISTS),
+        {"inputs": request()["inputs"] * 2},
+        *(request(name=name) for name in TEXTS),
+        *(request(datatype=datatype) for datatype in TYPES),
+        *(request(parameters=parameters) for parameters in OBJECTS),
+        request(data=None),
+        request(parameters={"binary_data_size": 784}),
+        request(data=None, parameters={"binary_data_size": 784}),
+        request(data=None, parameters={"shared_memory_region": "r"}),
+        *(also(id=value) for value in IDS),
+        *(also(parameters=value) for value in (*OBJECTS, {"binary_data_output": 1})),
+        *(also(outputs=outputs) for outputs in LISTS[2:]),
+        also(outputs=[{"name": "probabilities"}] * 2),
+        also(outputs=[{"name": "probabilities"}, {"name": "scores"}]),
+        *asking(*OBJECTS, {"binary_data": "yes"}, {"shared_memory_region": "r"}),
+        *asking(*({"classification": k} for k in (-1, 1.5, "3", True))),
+    ],
+)
+def test_other_documents_are_refused(document: Any) -> None:
+    with pytest.raises(ServiceError) as refused:
+        decode(dump(document))
+    assert (refused.value.status, refused.value.code) == (400, "invalid_input")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b" ", b"{", b"\x00", b"\xff\xfe", b'{"inputs": [NaN]}', dump(request()) + b"x"),
+        *(b"[" * 120, b"[" * 100_000, b'{"inputs":' * 5_000, b"[" * 5_000 + b"]" * 5_000),
+        b'{"id": "\xff", "inputs": []}',
+        b'{"id": "\\ud800", "inputs": []}',
+    ],
+)
+def test_what_is_not_json_is_refused(body: bytes) -> None:
+    for length in (None, b"%d" % len(body)):
+        with pytest.raises(ServiceError) as refused:
+            decode(body, length)
+        assert refused.value.status == 400
+
+
+def test_json_nested_120_deep_is_refused_as_data() -> None:
+    deep: Any = 0
+    for _ in range(120):
+        deep = [deep]
+    for document in (request(data=deep), {"inputs": deep}, {**request(), "parameters": deep}):
+        with pytest.raises(ServiceError) as refused:
+            decode(dump(document))
+        assert refused.value.code == "invalid_input"
+
+
+def test_json_beyond_any_sound_request_is_not_parsed() -> None:
+    with pytest.raises(PayloadTooLarge):
+        decode(dump(request()) + b" " * MAX_JSON_BYTES)
+
+
+@pytest.mark.parametrize("piece", ["[]", "{}"])
+def test_json_in_more_pieces_than_any_sound_request_is_not_parsed(piece: str) -> None:
+    """A million empty arrays would hold up the event loop for more than half a second."""
+    largest = json.dumps(request(np.zeros((256, 1, 28, 28), np.uint8)))
+    assert largest.count("[") < MAX_JSON_BRACKETS / 2
+    with pytest.raises(BadRequest, match="at most"):
+        decode(f'{{"inputs":[{",".join([piece] * MAX_JSON_BRACKETS)}]}}'.encode())
+
+
+@pytest.mark.parametrize(
+    "length",
+    [b"", b"-1", b"+5", b"1e3", b"0x10", b" 5", b"1_0", b"\xb2", b"9" * 5_000, b"784"],
+)
+def test_a_wrong_length_of_the_json_is_refused(length: bytes) -> None:
+    with pytest.raises(ServiceError, match="Inference-Header-Content-Length"):
+        decode(b"{}", length)
+
+
+@pytest.mark.parametrize("size", [0, 1, 783, 785, -784, 784 * 4, 2**31, 2**63])
+def test_a_binary_size_that_disagrees_is_refused(size: int) -> None:
+    for tail in (bytes(784), bytes(783), bytes(785), b""):
+        with pytest.raises(ServiceError) as refused:
+            decode(*binary(tail, size))
+        assert refused.value.status == 400
+
+
+def test_bytes_after_json_that_nobody_claims_are_refused() -> None:
+    text = dump(request())
+    with pytest.raises(ServiceError, match="3 bytes"):
+        decode(text + b"abc", b"%d" % len(text))
+    for size in (783, 785):
+        with pytest.raises(ServiceError, match="784 bytes"):
+            decode(bytes(size), b"0")
+
+
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["pixels", "probabilities", "UINT8", "FP32", 784, 28, [1, 1, 28, 28]]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+PLACES: list[list[Any]] = [
+    *(["id"], ["parameters"], ["parameters", "binary_data_output"], ["inputs"], ["inputs", 0]),
+    *(["inputs", 0, k] for k in ("name", "shape", "datatype", "data", "parameters")),
+    *(["inputs", 0, "shape", i] for i in range(4)),
+    *(["inputs", 0, "data", i] for i in (0, 783)),
+    *(["inputs", 0, "parameters", "binary_data_size"], ["outputs"], ["outputs", 0]),
+    *(["outputs", 0, "name"], ["outputs", 0, "parameters"]),
+    *(["outputs", 0, "parameters", k] for k in ("binary_data", "classification")),
+]
+
+
+def sound(tail: bytes) -> Json:
+    outputs = [{"name": "probabilities", "parameters": {"binary_data": True, "classification": 2}}]
+    base = request(data=None, parameters={"binary_data_size": 784}) if tail else request()
+    return {"id": "1", "parameters": {"binary_data_output": False}, "outputs": outputs, **base}
+
+
+def put(document: Any, place: list[Any], value: Any) -> None:
+    """Change a document at a place, if it still has that place."""
+    *path, last = place
+    with contextlib.suppress(KeyError, IndexError, TypeError):
+        for step in path:
+            document = document[step]
+        document[last] = value
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> tuple[bytes, bytes | None]:
+    """Return a body and the length of its JSON, sound but for a few changes."""
+    tail = bytes(784) if draw(st.booleans()) else b""
+    document = sound(tail)
+    changes = draw(st.lists(st.tuples(st.sampled_from(PLACES), JUNK), max_size=3))
+    for place, value in changes:
+        put(document, place, value)
+    text = dump(document)
+    if draw(st.integers(0, 4)) == 0:
+        at = draw(st.integers(0, len(text)))
+        text = text[:at] + draw(st.binary(max_size=3)) + text[at + draw(st.integers(0, 3)) :]
+    right = b"%d" % len(text) if tail else None
+    length = draw(st.just(right) | st.none() | st.integers(-2, 3000).map(lambda n: b"%d" % n))
+    return text + draw(st.just(tail) | st.binary(max_size=5)), length
+
+
+@given(mutated())
+@settings(max_examples=100, deadline=None)
+def test_any_request_is_read_or_refused(case: tuple[bytes, bytes | None]) -> None:
+    try:
+        read = decode(*case)
+    except ServiceError as error:
+        refused = error
+    else:
+        assert read.pixels.shape == (len(read.pixels), 1, 28, 28)
+        assert read.pixels.dtype == np.uint8
+        assert 1 <= len(read.pixels) <= 256
+        assert read.id is None or isinstance(read.id, str)
+        assert isinstance(read.binary, bool)
+        assert read.classification >= 0
+        return
+    assert 400 <= refused.status < 500
+
+
+@pytest.fixture(scope="module")
+def probabilities(classifier: Classifier) -> NDArray[np.float32]:
+    random = np.random.default_rng(0)
+    return classifier.probabilities(random.integers(0, 256, (5, 1, 28, 28), np.uint8))
+
+
+def test_json_probabilities_read_back_as_the_same_bits(
+    classifier: Classifier, probabilities: NDArray[np.float32]
+) -> None:
+    body, length = encode(classifier.info, InferenceRequest(IMAGE, "a"), probabilities)
+    answer = json.loads(body)
+    data = answer["outputs"][0].pop("data")
+    assert length is None
+    assert np.array_equal(np.array(data).reshape(5, 10), probabilities.astype(np.float64))
+    assert answer == {
+        "model_name": "bn-lenet",
+        "model_version": "1",
+        "id": "a",
+        "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [5, 10]}],
+    }
+
+
+def test_binary_probabilities_are_the_same_bits(
+    classifier: Classifier, probabilities: NDArray[np.float32]
+) -> None:
+    request = InferenceRequest(IMAGE, binary=True)
+    body, length = encode(classifier.info, request, probabilities)
+    answer = json.loads(body[:length])
+    assert body[length:] == struct.pack("<50f", *probabilities.ravel())
+    assert answer["outputs"][0]["parameters"] == {"binary_data_size": 200}
+    assert "data" not in answer["outputs"][0]
+    assert "id" not in answer
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 11, 10**9])
+def test_classification_lists_the_most_probable_classes(
+    classifier: Classifier, probabilities: NDArray[np.float32], count: int
+) -> None:
+    """As value, index and label; no more than there are, like Triton."""
+    expected = [
+        f"{float(row[i])!r}:{i}:{classifier.info.classes[i]}"
+        for row in probabilities
+        for i in np.argsort(-row, kind="stable")[:count]
+    ]
+    plain, _ = encode(classifier.info, InferenceRequest(IMAGE, classification=count), probabilities)
+    (output,) = json.loads(plain)["outputs"]
+    assert (output["datatype"], output["shape"]) == ("BYTES", [5, min(count, 10)])
+    assert output["data"] == expected
+
+    body, length = encode(
+        classifier.info, InferenceRequest(IMAGE, None, True, count), probabilities
+    )
+    tail = body[length:]
+    assert json.loads(body[:length])["outputs"][0]["parameters"]["binary_data_size"] == len(tail)
+    texts = []
+    while tail:
+        (size,) = struct.unpack_from("<I", tail)
+        texts.append(tail[4 : 4 + size].decode())
+        tail = tail[4 + size :]
+    assert texts == expected
+
+
+def test_equally_probable_classes_come_by_their_number(classifier: Classifier) -> None:
+    even = np.full((1, 10), 0.1, np.float32)
+    body, _ = encode(classifier.info, InferenceRequest(IMAGE, classification=4), even)
+    assert [text.split(":")[1] for text in json.loads(body)["outputs"][0]["data"]] == list("0123")

@@ -1,0 +1,145 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from training.dataset import FashionMNIST, Split
+from training.evaluation.measures import (
+    Evaluation,
+    EvaluationError,
+    Probabilities,
+    calibration_error,
+    confusion_matrix,
+    evaluate,
+    onnx_classifier,
+)
+
+
+def rows(*confidences: tuple[int, float]) -> Probabilities:
+    """Make probability rows: the class named gets the confidence, the others share the rest."""
+    made = np.empty((len(confidences), 10), np.float32)
+    for row, (answer, confidence) in zip(made, confidences, strict=True):
+        row[:] = (1 - confidence) / 9
+        row[answer] = confidence
+    return made
+
+
+def test_calibration_error_of_a_case_worked_out_by_hand() -> None:
+    """Bin (9/15, 10/15]: confidences 0.61 right, 0.65 wrong; bin (14/15, 1]: 0.95 and 1.0, right.
+
+    |1/2 - 0.63| * 2/4 + |1 - 0.975| * 2/4 = 0.065 + 0.0125.
+    """
+    probabilities = rows((0, 0.61), (1, 0.65), (2, 0.95), (3, 1.0))
+    labels = np.array([0, 9, 2, 3], np.uint8)
+    assert calibration_error(probabilities, labels) == pytest.approx(0.0775, abs=1e-6)
+
+
+def test_confidence_on_the_edge_of_a_bin_belongs_to_the_lower_one() -> None:
+    """0.5 closes bin (0, 1/2]; there its gap and that of 0.45 cancel, apart they would add up."""
+    labels = np.array([0, 9], np.uint8)
+    found = calibration_error(rows((0, 0.5), (1, 0.45)), labels, bins=2)
+    assert found == pytest.approx((0.5 - 0.45) / 2, abs=1e-6)
+
+
+def test_confusion_has_true_classes_in_rows() -> None:
+    matrix = confusion_matrix(np.array([1, 1, 2]), np.array([0, 0, 2], np.uint8))
+    assert matrix[0, 1] == 2
+    assert matrix[2, 2] == 1
+    assert matrix.sum() == 3
+
+
+def test_an_evaluation_counts_what_the_classifier_says(fashion_mnist: FashionMNIST) -> None:
+    """A classifier that knows the clean images by heart and says 0 to all others."""
+    split = Split(fashion_mnist.test.images[:100], fashion_mnist.test.labels[:100])
+    answers = split.labels.copy()
+    answers[answers == 6] = 0
+
+    def classify(images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Probabilities:
+        known = np.array_equal(images, split.images)
+        return rows(*[(int(answer) if known else 0, 0.91) for answer in answers])
+
+    result = evaluate(classify, split)
+    shirts, shirts_t = int((split.labels == 6).sum()), int((split.labels == 0).sum())
+    assert result.images == 100
+    assert result.accuracy == pytest.approx(1 - shirts / 100)
+    assert result.recall[6] == 0
+    assert result.precision[6] == 0
+    assert result.recall[0] == 1
+    assert result.precision[0] == pytest.approx(shirts_t / (shirts_t + shirts))
+    assert result.confusion[6][0] == shirts
+    right, wrong = -np.log(0.91), -np.log(0.01)
+    assert result.nll == pytest.approx(right * (1 - shirts / 100) + wrong * shirts / 100, rel=1e-5)
+    assert set(result.robustness.values()) == {shirts_t / 100}
+    assert result.robust_mean == pytest.approx(shirts_t / 100)
+    assert result.robust_worst[1] == shirts_t / 100
+
+
+def test_a_right_class_given_no_probability_costs_much_but_not_everything() -> None:
+    split = Split(np.zeros((2, 28, 28), np.uint8), np.array([0, 1], np.uint8))
+    result = evaluate(lambda _: rows((0, 1.0), (0, 1.0)), split)
+    assert result.nll == pytest.approx(-np.log(np.finfo(np.float32).tiny) / 2)
+
+
+def test_the_worst_change_is_that_with_the_least_accuracy() -> None:
+    changes = {"blur": 0.9, "shift": 0.7, "scale": 0.8}
+    result = Evaluation(1, 1.0, 0.0, 0.0, [], [], [], changes)
+    assert result.robust_worst == ("shift", 0.7)
+    assert result.robust_mean == pytest.approx(0.8)
+
+
+def test_files_that_are_no_model_are_told(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="there is no model file"):
+        onnx_classifier(tmp_path / "none.onnx")
+    (tmp_path / "text.onnx").write_text("hello")
+    with pytest.raises(EvaluationError, match=r"cannot load .*is it an ONNX model"):
+        onnx_classifier(tmp_path / "text.onnx")
+
+
+def model_file(
+    folder: Path, kind: int, shape: list[str | int | None], node: onnx.NodeProto
+) -> Path:
+    """Write a model of one node from `pixels` to `probabilities`, float32 [batch, 10]."""
+    graph = helper.make_graph(
+        [node],
+        "foreign",
+        [helper.make_tensor_value_info("pixels", kind, shape)],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", 10])],
+    )
+    opset = [helper.make_opsetid("", 20)]
+    path = folder / "foreign.onnx"
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=opset), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(TensorProto.FLOAT, ["batch", 1, 28, 28]), (TensorProto.UINT8, ["batch", 3, 32, 32])],
+)
+def test_models_for_other_images_are_told(
+    kind: int, shape: list[str | int | None], tmp_path: Path
+) -> None:
+    ten = helper.make_tensor("ten", TensorProto.FLOAT, [1, 10], [0.1] * 10)
+    node = helper.make_node("Constant", [], ["probabilities"], value=ten)
+    with pytest.raises(EvaluationError, match=r"not one of ours: it does not take `pixels`, uint8"):
+        onnx_classifier(model_file(tmp_path, kind, shape, node))
+
+
+def test_models_without_our_probabilities_are_told(tmp_path: Path) -> None:
+    node = helper.make_node("Cast", ["pixels"], ["probabilities"], to=TensorProto.FLOAT)
+    path = model_file(tmp_path, TensorProto.UINT8, ["batch", 1, 28, 28], node)
+    model = onnx.load(path)
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("other", TensorProto.FLOAT, None))
+    model.graph.node[0].output[0] = "other"
+    onnx.save(model, path)
+    with pytest.raises(EvaluationError, match="and give `probabilities`, float32"):
+        onnx_classifier(path)
+
+
+def test_probabilities_that_are_no_numbers_are_told(tmp_path: Path) -> None:
+    ten = helper.make_tensor("ten", TensorProto.FLOAT, [1, 10], [float("nan")] * 10)
+    node = helper.make_node("Constant", [], ["probabilities"], value=ten)
+    path = model_file(tmp_path, TensorProto.UINT8, ["batch", 1, 28, 28], node)
+    with pytest.raises(EvaluationError, match="no finite numbers"):
+        onnx_classifier(path)(np.zeros((1, 28, 28), np.uint8))

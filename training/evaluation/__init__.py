@@ -1,0 +1,1 @@
+"""Accuracy, calibration, robustness, pictures and the model card."""

@@ -1,0 +1,1 @@
+"""Recipes, augmentation, optimisers, the step, the loop and the run folder."""

@@ -1,0 +1,273 @@
+"""The run folder: what a fit leaves behind; a kill at any moment loses one epoch at most.
+
+config.json              recipe, seed, device, versions, data set
+metrics.jsonl            one line an epoch
+checkpoint.safetensors   the model's state_dict; at the end also
+                             `population.<layer>.mean`, `.variance`
+state.safetensors        all that a resumed fit needs; gone when the fit is complete
+results.json             written last: accuracy with each kind of statistics
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from training.atomic import write_whole
+from training.batch_norm import set_statistics
+from training.fitting.augmentation import Augmentation
+from training.fitting.recipes import Recipe, Statistics
+from training.model import BNLeNet, norm_layers
+
+MOMENTS = ("mean", "variance")
+"""What the checkpoint holds of each layer's population statistics."""
+
+
+class RunError(Exception):
+    """A run folder cannot be used as asked; the message is one sentence that says what to do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What was asked for; equal configurations on one machine's CPU give equal weights.
+
+    Attributes:
+        recipe: how to fit.
+        seed: of the weights, the order of the images and the augmentation.
+        device: "cpu" or "cuda".
+        batch_norm: whose layer normalises, ours ("scratch") or torch's ("torch").
+        holdout: how many of the last training images are kept for validation.
+        threads: how many threads torch computes with.
+        dataset_sha256: `FashionMNIST.sha256`.
+        versions: of python, torch and numpy.
+    """
+
+    recipe: Recipe
+    seed: NonNegativeInt
+    device: Literal["cpu", "cuda"]
+    batch_norm: Literal["scratch", "torch"]
+    holdout: NonNegativeInt
+    threads: PositiveInt
+    dataset_sha256: str
+    versions: dict[str, str]
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Config":
+        """Undo `asdict`, also after a round trip through JSON.
+
+        Raises:
+            TypeError, KeyError, ValueError: these are no such fields, or of other types.
+        """
+        recipe = fields["recipe"]
+        augmentations = {
+            name: Augmentation(**recipe[name]) for name in ("augmentation", "finish_augmentation")
+        }
+        config = cls(**{**fields, "recipe": Recipe(**recipe | augmentations)})
+        try:
+            return TypeAdapter(cls).validate_python(asdict(config))
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of metrics.jsonl: accuracies from 0 to 1, the loss in nats, times by the clock.
+
+    `accuracy` is that on the images held out (the test set when none are), with moving statistics;
+    nothing is chosen by it. `learning_rate` is that of the last step; `images_per_second` counts
+    those of all seeds trained side by side.
+    """
+
+    epoch: int
+    loss: float
+    train_accuracy: float
+    accuracy: float
+    learning_rate: float
+    images_per_second: float
+    seconds: float
+
+
+class Run:
+    """A run folder on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def create(cls, folder: Path, config: Config) -> "Run":
+        """Make a new run folder.
+
+        Raises:
+            RunError: the folder exists and is not empty, or cannot be made.
+        """
+        run = cls(folder)
+        run.must_be_new()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run.write_json("config.json", asdict(config))
+        except OSError as error:
+            raise RunError(f"cannot write the run folder {folder}: {error.strerror}.") from error
+        return run
+
+    def must_be_new(self) -> None:
+        """Refuse a folder that holds anything.
+
+        Raises:
+            RunError: it does, or is no folder that can be looked into.
+        """
+        try:
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise RunError(
+                    f"{self.folder} already exists: continue it with --resume, or choose another "
+                    "--out."
+                )
+        except OSError as error:
+            raise RunError(f"cannot read the folder {self.folder}: {error.strerror}.") from error
+
+    def config(self) -> Config:
+        """Read config.json.
+
+        Raises:
+            RunError: this is no run folder.
+        """
+        try:
+            return Config.from_fields(json.loads((self.folder / "config.json").read_text()))
+        except FileNotFoundError as error:
+            raise RunError(f"{self.folder} is no run folder: it has no config.json.") from error
+        except (TypeError, KeyError, ValueError) as error:
+            raise RunError(f"{self.folder / 'config.json'} is damaged ({error}).") from error
+
+    @property
+    def complete(self) -> bool:
+        """Whether the fit came to its end."""
+        return (self.folder / "results.json").exists()
+
+    def metrics(self) -> list[Epoch]:
+        """Read metrics.jsonl; empty before the end of the first epoch.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        file = self.folder / "metrics.jsonl"
+        try:
+            return [Epoch(**json.loads(line)) for line in file.read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+        except (TypeError, ValueError) as error:
+            raise RunError(f"{file} is damaged ({error}).") from error
+
+    def results(self) -> dict[str, Any]:
+        """Read results.json.
+
+        Raises:
+            RunError: the fit is not complete, or they are damaged.
+        """
+        self.config()  # says so when this is no run folder at all
+        file = self.folder / "results.json"
+        if not self.complete:
+            raise RunError(f"{self.folder} is not complete: continue it with fit --resume.")
+        try:
+            results: dict[str, Any] = json.loads(file.read_text())
+            if missing := {"scores", "confusion", "temperature", "seconds"} - results.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        except (ValueError, AttributeError) as error:
+            raise RunError(f"{file} is damaged ({error}).") from error
+        return results
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """Read checkpoint.safetensors: float32 tensors on the CPU.
+
+        Raises:
+            RunError: there is none yet, or it is damaged.
+        """
+        return self._tensors("checkpoint.safetensors")
+
+    def model(self, statistics: Statistics = "moving") -> BNLeNet:
+        """Return the model of the checkpoint, float32 on the CPU, in prediction mode.
+
+        Raises:
+            RunError: there is no checkpoint yet, it is damaged, or it has not these statistics.
+        """
+        batch_norm = self.config().batch_norm
+        tensors = self.checkpoint()
+        model = BNLeNet(batch_norm).eval().requires_grad_(False)
+        names = model.state_dict().keys()
+        try:
+            model.load_state_dict({name: tensors[name] for name in names})
+            if statistics == "population":
+                for name, layer in norm_layers(model).items():
+                    mean, variance = (tensors[f"population.{name}.{m}"] for m in MOMENTS)
+                    set_statistics(layer, mean, variance)
+        except KeyError as error:
+            raise RunError(
+                f"the checkpoint in {self.folder} lacks {error.args[0]}: continue it with --resume."
+            ) from error
+        except RuntimeError as error:  # of another shape
+            raise RunError(f"the checkpoint in {self.folder} is of another model.") from error
+        return model
+
+    def save_epoch(
+        self,
+        metrics: Sequence[Epoch],
+        checkpoint: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+    ) -> None:
+        """Write all there is after an epoch; the state last, since a resumed fit trusts it."""
+        lines = [json.dumps(asdict(epoch)) + "\n" for epoch in metrics]
+        self.write("metrics.jsonl", "".join(lines).encode())
+        self.save_checkpoint(checkpoint)
+        # One key of metadata only: safetensors writes several in random order.
+        self.write("state.safetensors", save(dict(state), {"epochs": str(len(metrics))}))
+
+    def save_checkpoint(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write checkpoint.safetensors."""
+        self.write("checkpoint.safetensors", save(dict(tensors)))
+
+    def load_state(self, into: Mapping[str, Tensor]) -> list[Epoch]:
+        """Copy the saved state into tensors, in place; return the metrics of the epochs it covers.
+
+        Raises:
+            RunError: the saved state is damaged or of another model.
+        """
+        file = self.folder / "state.safetensors"
+        if not file.exists():
+            return []
+        tensors = self._tensors(file.name)
+        with safe_open(file, "pt") as opened:
+            epochs = int((opened.metadata() or {}).get("epochs", 0))
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in into.items()}:
+            raise RunError(f"{file} belongs to another model: start again in another folder.")
+        metrics = self.metrics()
+        if not 1 <= epochs <= len(metrics):
+            raise RunError(f"{self.folder} lacks metrics of its epochs: start again elsewhere.")
+        for name, tensor in into.items():
+            tensor.copy_(tensors[name])
+        return metrics[:epochs]
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write results.json and drop the state."""
+        self.write_json("results.json", results)
+        (self.folder / "state.safetensors").unlink(missing_ok=True)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON file, whole or not at all."""
+        self.write(name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, whole or not at all."""
+        write_whole(self.folder / name, data)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        try:
+            return load_file(self.folder / name)
+        except FileNotFoundError as error:
+            raise RunError(f"{self.folder} has no {name} yet: let one epoch end first.") from error
+        except (OSError, SafetensorError) as error:  # an OSError when it is no file
+            raise RunError(f"{self.folder / name} is damaged ({error}).") from error
