@@ -33,6 +33,8 @@ LOGIT_TOLERANCE = 1e-4
 SELF_TEST_TOLERANCE = 1e-5
 """Largest difference of a probability that a server's start-up self-test lets pass."""
 
+NO_DIGEST = "0" * 64  # stands in the digest's place while the digest is computed
+
 SELF_TEST_FORMULA = "pixels[k][i][j] = |(16 i + 4 k j) mod 511 - 255|, k = 0..5, i, j = 0..27"
 
 
@@ -161,6 +163,7 @@ def export(
                     "tolerance": SELF_TEST_TOLERANCE,
                 }
             ),
+            "digest": NO_DIGEST,  # the last entry, so that it ends the file
         },
     )
     self_test_error = float(np.abs(_run(proto, pixels)[0] - self_test).max())
@@ -168,7 +171,7 @@ def export(
         raise ExportError(
             f"the file fails its own self-test by {self_test_error:.1e}: nothing was written."
         )
-    data = proto.SerializeToString(deterministic=True)
+    data = with_digest(proto.SerializeToString(deterministic=True))
     _write(out, data)
     return ExportReport(
         path=out,
@@ -227,6 +230,23 @@ def build_model(folded: nn.Sequential, metadata: Mapping[str, str]) -> onnx.Mode
     helper.set_model_props(proto, dict(metadata))
     onnx.checker.check_model(proto, full_check=True)
     return proto
+
+
+def with_digest(data: bytes) -> bytes:
+    """Return a model file's bytes with their digest in place of the 64 zeros that end them.
+
+    The digest is the SHA-256, in hexadecimal, of the file with these 64 zeros. So it covers every
+    byte, and a reader can check it before it parses anything.
+
+    Args:
+        data: a model whose last metadata entry is `digest`, with the value `NO_DIGEST`.
+
+    Raises:
+        ValueError: the bytes do not end with that value.
+    """
+    if not data.endswith(NO_DIGEST.encode()):
+        raise ValueError("the digest must be the last metadata entry")
+    return data[: -len(NO_DIGEST)] + hashlib.sha256(data).hexdigest().encode()
 
 
 def divide_logits(folded: nn.Sequential, temperature: float) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from training import export as export_module
 from training import folding
 from training.dataset import CLASS_NAMES, FashionMNIST, Split
-from training.export import ExportError, ExportReport, Provenance, build_model, export
+from training.export import ExportError, ExportReport, Provenance, build_model, export, with_digest
 from training.folding import fold_batch_norm
 from training.model import BNLeNet, initialise
 
@@ -136,6 +137,7 @@ def test_the_metadata_are_the_contracts(exported: ExportReport) -> None:
     """Read as the service reads them, through ONNX Runtime."""
     session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
+    metadata.pop("digest")  # has a test of its own
     self_test = json.loads(metadata.pop("self_test"))
     assert json.loads(metadata.pop("classes")) == list(CLASS_NAMES)
     assert json.loads(metadata.pop("versions")) == {
@@ -155,6 +157,24 @@ def test_the_metadata_are_the_contracts(exported: ExportReport) -> None:
         "temperature": "1.0",
     }
     assert self_test.keys() == {"formula", "pixels", "probabilities", "tolerance"}
+
+
+def test_the_digest_ends_the_file_and_covers_every_other_byte(exported: ExportReport) -> None:
+    data = exported.path.read_bytes()
+    digest = onnx.load_from_string(data).metadata_props[-1]
+    assert digest.key == "digest"
+    assert data.endswith(b"\x72\x4a\x0a\x06digest\x12\x40" + digest.value.encode())
+    assert hashlib.sha256(data[:-64] + b"0" * 64).hexdigest() == digest.value
+
+
+def test_a_digest_goes_nowhere_but_at_the_end() -> None:
+    zeros = b"0" * 64
+    assert (
+        with_digest(b"model" + zeros)
+        == b"model" + hashlib.sha256(b"model" + zeros).hexdigest().encode()
+    )
+    with pytest.raises(ValueError, match="last metadata entry"):
+        with_digest(b"model" + zeros + b"more")
 
 
 def test_the_self_test_is_the_formulas_and_the_unfolded_models(
