@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from service.model.classifier import Classifier
-from service.pictures.image import decode
+from service.pictures.conversion import read_picture
 from service.settings import Settings
 from training.dataset import load
 
@@ -171,7 +171,7 @@ def measure(
             file, format_, **({"quality": 85} if format_ == "JPEG" else {"compress_level": 1})
         )
         begin = perf_counter()
-        converted[index] = decode(file.getvalue()).pixels
+        converted[index] = read_picture(file.getvalue()).pixels
         seconds.append(perf_counter() - begin)
     accuracy, native = (_accuracy(classifier, some, labels) for some in (converted, images))
     milliseconds = 1000 * float(np.median(seconds))

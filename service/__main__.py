@@ -94,7 +94,9 @@ def classify(
         ask = remote(url, settings, preprocessing, top_k)
     else:
         from service.model.classifier import ModelError  # noqa: PLC0415 - brings ONNX Runtime; --url needs none
+        from service.pictures.decoding import configure_pillow  # noqa: PLC0415 - brings Pillow; --url needs none
 
+        configure_pillow()
         try:
             ask = local(settings, preprocessing, top_k)
         except ModelError as exc:

@@ -14,6 +14,7 @@ from service.errors import BadRequest, InvalidInput, MethodNotAllowed, NotFound,
 from service.http.gate import Gate, error_answer
 from service.model.classifier import CPU, Classifier
 from service.model.inference import Inference, ThreadedInference
+from service.pictures.decoding import configure_pillow
 from service.routes import open_inference, operations, page, predict
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
@@ -41,6 +42,7 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
     Returns:
         an ASGI application; the FastAPI application is its attribute `framework`.
     """
+    configure_pillow()
     model = classifier.info
     metrics = Metrics(model)
     framework = FastAPI(

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from service.errors import ServiceError
-from service.pictures.image import Preprocessing, decode
+from service.pictures.conversion import Preprocessing, read_picture
 from service.settings import Settings
 
 MAX_BYTES = 100 * 2**20  # of a file; no picture within the decoder's limits needs more
@@ -60,7 +60,7 @@ def local(settings: Settings, preprocessing: Preprocessing, top_k: int) -> Ask:
     render = Renderer(classifier.info)
 
     def ask(data: bytes) -> dict[str, Any]:
-        image = decode(data, preprocessing)
+        image = read_picture(data, preprocessing)
         probabilities = classifier.probabilities(image.pixels.reshape(1, 1, *image.pixels.shape))
         answer: dict[str, Any] = json.loads(render(probabilities, image, top_k, echo=False))
         return answer

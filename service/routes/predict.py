@@ -26,14 +26,14 @@ from service.http.exchange import Answer, Exchange
 from service.http.gate import Handler
 from service.model.classifier import Classifier, ModelInfo
 from service.model.inference import Inference
-from service.pictures.image import Decoded, Preprocessing, decode, is_small, open_picture, read
+from service.pictures.conversion import ModelInput, Preprocessing, read_picture
+from service.pictures.decoding import is_raw_28x28
 from service.telemetry.metrics import Metrics
 
 PATH = "/predict"
 SIDE = 28
 SIZE = SIDE * SIDE
 MAX_JSON_BYTES = 2**18  # ten times what 784 numbers take however they are laid out
-MAX_LOOK_BYTES = 2**14  # of a file whose header is read on the event loop
 MAX_WAITING_BYTES = 64 * 2**20  # of pictures' files that wait for the decoder's thread
 MAX_DELIMITERS = 100  # of a form, which needs two; its parser is slow where they come
 PREPROCESSING = frozenset(get_args(Preprocessing))
@@ -101,7 +101,7 @@ class Renderer:
         self._end = b'","model":%b' % orjson.dumps(served_by)
 
     def __call__(
-        self, probabilities: NDArray[np.float32], image: Decoded, top_k: int, echo: bool
+        self, probabilities: NDArray[np.float32], image: ModelInput, top_k: int, echo: bool
     ) -> bytes:
         """Return the answer as JSON.
 
@@ -138,18 +138,15 @@ class Pictures:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
         self._waiting = 0
 
-    async def decode(self, data: bytes, preprocessing: Preprocessing) -> Decoded:
+    async def decode(self, data: bytes, preprocessing: Preprocessing) -> ModelInput:
         """Decode a file; when the request ends before its turn comes, it is never decoded.
 
         Raises:
-            ServiceError: as `service.pictures.image.decode` does.
+            ServiceError: as `service.pictures.conversion.read_picture` does.
             Overloaded: too many files wait already.
         """
-        if len(data) <= MAX_LOOK_BYTES:
-            image = open_picture(data)
-            if is_small(image):
-                return read(image, preprocessing)
-            del image  # waiting decoders would hold memory; opening one again takes microseconds
+        if preprocessing != "dataset" and is_raw_28x28(data):
+            return read_picture(data, preprocessing)
         if self._waiting and self._waiting + len(data) > MAX_WAITING_BYTES:
             raise Overloaded(
                 "Too many pictures are waiting; try again in a second.",
@@ -158,7 +155,7 @@ class Pictures:
         self._waiting += len(data)
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._thread, decode, data, preprocessing)
+            return await loop.run_in_executor(self._thread, read_picture, data, preprocessing)
         finally:
             self._waiting -= len(data)
 
@@ -188,7 +185,7 @@ def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Han
 
 def example(classifier: Classifier) -> dict[str, Any]:
     """Return the real answer to the documentation's image."""
-    image = Decoded(np.array(RING, np.uint8), "none")
+    image = ModelInput(np.array(RING, np.uint8), "none")
     probabilities = classifier.probabilities(image.pixels.reshape(1, 1, SIDE, SIDE))
     answer: dict[str, Any] = orjson.loads(
         Renderer(classifier.info)(probabilities, image, top_k=3, echo=False)
@@ -236,7 +233,7 @@ def _parameters(exchange: Exchange) -> tuple[int, Preprocessing, bool]:
     return int(top_k), cast(Preprocessing, preprocessing), echo is not None
 
 
-def _read(content_type: bytes, body: bytes) -> Decoded | bytes:
+def _read(content_type: bytes, body: bytes) -> ModelInput | bytes:
     """Turn a body into pixels or, if it has a picture, into that picture's file."""
     media_type = content_type.partition(b";")[0].strip().lower()
     if media_type == b"application/octet-stream":
@@ -252,7 +249,9 @@ def _read(content_type: bytes, body: bytes) -> Decoded | bytes:
             "Say what the body is in Content-Type: application/json, application/octet-stream,"
             " image/png (or another picture format), or multipart/form-data."
         )
-    return Decoded(pixels, "none")  # pixels are what the model takes; there is nothing to convert
+    return ModelInput(
+        pixels, "none"
+    )  # pixels are what the model takes; there is nothing to convert
 
 
 def _from_bytes(body: bytes) -> NDArray[np.uint8]:

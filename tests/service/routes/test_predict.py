@@ -9,7 +9,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from service.app import create_app
 from service.errors import Overloaded
 from service.http.gate import Gate
 from service.model.classifier import Classifier
-from service.pictures.image import Decoded
+from service.pictures.conversion import ModelInput, Preprocessing
 from service.routes.predict import RING, Pictures, Renderer, example
 from service.settings import Settings
 from tests.service.conftest import Conversation, ask
@@ -183,7 +184,7 @@ async def test_the_answer_is_that_of_the_network_in_float64(app: Gate, reference
 
 
 def test_of_equally_probable_classes_the_lower_id_comes_first(classifier: Classifier) -> None:
-    image = Decoded(np.zeros((28, 28), np.uint8), "none")
+    image = ModelInput(np.zeros((28, 28), np.uint8), "none")
     probabilities = np.array(
         [[0.1, 0.2, 0.05, 0.2, 0.1, 0.2, 0.05, 0.05, 0.025, 0.025]], np.float32
     )
@@ -196,7 +197,7 @@ def test_of_equally_probable_classes_the_lower_id_comes_first(classifier: Classi
 def test_json_carries_every_float32_exactly(
     classifier: Classifier, values: list[float], top_k: int
 ) -> None:
-    image = Decoded(np.zeros((28, 28), np.uint8), "none")
+    image = ModelInput(np.zeros((28, 28), np.uint8), "none")
     body = Renderer(classifier.info)(np.array([values], np.float32), image, top_k, echo=False)
     answer = json.loads(body)
     expected = sorted(enumerate(values), key=lambda pair: -pair[1])[:top_k]
@@ -205,7 +206,7 @@ def test_json_carries_every_float32_exactly(
 
 
 def test_notes_of_the_conversion_are_passed_on(classifier: Classifier) -> None:
-    image = Decoded(np.zeros((28, 28), np.uint8), "dataset", ('The "border" was guessed.',))
+    image = ModelInput(np.zeros((28, 28), np.uint8), "dataset", ('The "border" was guessed.',))
     probabilities = np.full((1, 10), 0.1, np.float32)
     answer = json.loads(Renderer(classifier.info)(probabilities, image, 1, echo=True))
     assert answer["preprocessing"] == "dataset"
@@ -255,12 +256,12 @@ def turn(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[bytes]]
     """Hold the decoder up until the event; list what it was given."""
     event, decoded = threading.Event(), list[bytes]()
 
-    def decode(data: bytes, _: str) -> Decoded:
+    def decode(data: bytes, _: str) -> ModelInput:
         decoded.append(data)
         event.wait(10)
-        return Decoded(np.zeros((28, 28), np.uint8), "dataset")
+        return ModelInput(np.zeros((28, 28), np.uint8), "dataset")
 
-    monkeypatch.setattr("service.routes.predict.decode", decode)
+    monkeypatch.setattr("service.routes.predict.read_picture", decode)
     return event, decoded
 
 
@@ -295,9 +296,29 @@ async def test_files_that_wait_are_bounded_but_one_may_always_come(
     await pictures.decode(photo, "auto")
 
 
-async def test_what_is_taken_as_it_is_needs_no_thread() -> None:
-    file = io.BytesIO()
-    Image.new("L", (28, 28)).save(file, "PNG")
-    before = threading.active_count()
-    assert (await Pictures().decode(file.getvalue(), "auto")).preprocessing == "none"
-    assert threading.active_count() == before
+async def test_only_a_raw_28_by_28_png_is_decoded_on_the_event_loop(
+    photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metadata is parsed in the pictures' thread, however small the file."""
+    threads: list[int] = []
+
+    def read(_: bytes, __: str) -> ModelInput:
+        threads.append(threading.get_ident())
+        return ModelInput(np.zeros((28, 28), np.uint8), "none")
+
+    monkeypatch.setattr("service.routes.predict.read_picture", read)
+    raw, commented, comment = io.BytesIO(), io.BytesIO(), PngInfo()
+    comment.add_text("Comment", "short")
+    Image.new("L", (28, 28)).save(raw, "PNG")
+    Image.new("L", (28, 28)).save(commented, "PNG", pnginfo=comment)
+    pictures = Pictures()
+    for data, preprocessing in (
+        (raw.getvalue(), "auto"),
+        (raw.getvalue(), "none"),
+        (raw.getvalue(), "dataset"),
+        (commented.getvalue(), "auto"),
+        (photo, "auto"),
+    ):
+        await pictures.decode(data, cast(Preprocessing, preprocessing))
+    loop = threading.get_ident()
+    assert [thread == loop for thread in threads] == [True, True, False, False, False]

@@ -1,0 +1,143 @@
+"""Converts pictures to the model's 28x28 pixels, the way Fashion-MNIST was made.
+
+The way is that of Xiao, Rasul and Vollgraf, 2017, arXiv 1708.07747, section 2. This file knows
+nothing of HTTP or of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from service.errors import InvalidInput
+from service.pictures.cutout import cut_out, eroded
+from service.pictures.decoding import (
+    gray_pixels,
+    is_animated,
+    is_gray_28x28,
+    open_picture,
+    reduced,
+)
+
+SIDE = 28
+WORKING_SIDE = 160  # where the garment is told from its background; 128 costs a point
+Preprocessing = Literal["auto", "none", "dataset"]
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """The pixels that the model sees, and how they came about.
+
+    Attributes:
+        pixels: uint8 [28, 28], 0 = background, as in the data set.
+        preprocessing: "none" when the picture was taken as it came, "dataset" when converted.
+        notes: what could not be done, or was guessed, one sentence each; empty when all went well.
+    """
+
+    pixels: Pixels
+    preprocessing: Literal["none", "dataset"]
+    notes: tuple[str, ...] = ()
+
+
+def read_picture(data: bytes, preprocessing: Preprocessing = "auto") -> ModelInput:
+    """Decode a picture and, where asked or needed, convert it to the data set's form.
+
+    Args:
+        data: the whole file; its content decides the format.
+        preprocessing: "none" takes exactly 28x28 8-bit grayscale and refuses all else; "dataset"
+            converts any picture; "auto" takes 28x28 without colours as it is, converts the rest.
+
+    Raises:
+        UnsupportedMediaType: the bytes are not a picture of a known format.
+        PayloadTooLarge: the picture exceeds a limit of `service.pictures.decoding`.
+        InvalidInput: the picture is damaged, or "none" was asked and it is not 28x28 grayscale.
+    """
+    image = open_picture(data)
+    fits = is_gray_28x28(image)
+    if preprocessing == "none" and not fits:
+        raise InvalidInput(
+            f"The picture is {image.width} x {image.height} in mode {image.mode}; send 28 x 28,"
+            " 8-bit grayscale, or leave preprocessing to the service."
+        )
+    if fits and preprocessing != "dataset":
+        return ModelInput(gray_pixels(image), "none")
+    original_size = image.size
+    small = reduced(image, WORKING_SIDE)
+    if preprocessing == "auto" and original_size == (SIDE, SIDE):
+        rgba = np.asarray(small)
+        if (rgba[..., 3] == 255).all() and (np.ptp(rgba[..., :3], axis=2) == 0).all():
+            return ModelInput(rgba[..., 0].copy(), "none")
+    pixels, notes = convert(small)
+    if is_animated(image):
+        notes += ("Only the first frame was looked at.",)
+    return ModelInput(pixels, "dataset", notes)
+
+
+def convert(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
+    """Convert a small upright RGBA picture as the data set's authors did, and say what was guessed.
+
+    The garment is cut out, its longest edge scaled to 28, its extent centred; its grey levels are
+    negated, as they were for photographs on white, and stretched to 255, as all in the data set
+    are. It is not sharpened, as theirs was: that made no test more accurate (docs/performance.md).
+
+    Returns:
+        pixels uint8 [28, 28], and the notes of `Decoded`.
+    """
+    opaque = np.asarray(image.getchannel("A")) > 127
+    if opaque.any() and opaque.mean() < 0.99:
+        negated = 255 - _gray(image)
+        if negated[opaque].max() < 4:  # all white: of what there is to see, the shape
+            negated[:] = 255
+        return _fit(negated, opaque), ()
+    on_white = Image.new("RGBA", image.size, "white")
+    on_white.alpha_composite(image)
+    gray = _gray(on_white)
+    if np.ptp(gray) < 4:
+        return np.zeros((SIDE, SIDE), np.uint8), ("The picture is of one colour: nothing to see.",)
+    background = float(np.median(np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])))
+    cutout = cut_out(np.asarray(on_white.convert("RGB")))
+    if cutout is None:
+        height, width = gray.shape
+        centre = gray[height // 4 : height - height // 4, width // 4 : width - width // 4]
+        contrast = background - gray if centre.mean() < background else gray - background
+        return _fit(contrast.clip(0), np.ones_like(gray, np.bool_)), (
+            "No border could be told from the garment: the whole picture was taken.",
+        )
+    notes: tuple[str, ...] = ()
+    if not cutout.plain:
+        notes = ("The background is not plain: the garment's outline was guessed by its colours.",)
+    if background < 16 and np.percentile(gray[cutout.mask], 99) > 190:
+        # As bright as that on black is what the data set's own images are.
+        notes += ("The background is black: the picture was taken as negated already.",)
+        return _fit(gray, cutout.mask), notes
+    negated, core = 255 - gray, eroded(cutout.mask, 2)
+    if core.any() and gray[core].mean() > background:
+        # The edge, where a dark background shines through, must not outshine a light garment.
+        negated = np.minimum(negated, np.percentile(negated[core], 98))
+    return _fit(negated, cutout.mask), notes
+
+
+def _gray(image: Image.Image) -> NDArray[np.float32]:
+    return np.asarray(image.convert("RGB").convert("L"), np.float32)
+
+
+def _fit(gray: NDArray[np.float32], mask: NDArray[np.bool_]) -> Pixels:
+    """Scale what is under the mask to 28 on its longest edge, centre it, stretch it to 255."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    width, height = box[2] - box[0], box[3] - box[1]
+    scale = SIDE / max(width, height)
+    width, height = max(1, round(width * scale)), max(1, round(height * scale))
+    garment = Image.fromarray(gray * mask)
+    small = garment.resize((width, height), Image.Resampling.BOX, box=box)
+    # An odd margin is the larger one above and on the left, as in the data set.
+    top, left = (SIDE - height + 1) // 2, (SIDE - width + 1) // 2
+    pixels = np.zeros((SIDE, SIDE), np.float32)
+    pixels[top : top + height, left : left + width] = np.asarray(small)
+    pixels *= 255 / max(float(pixels.max()), 1)
+    return pixels.round().astype(np.uint8)

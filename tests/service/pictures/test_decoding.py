@@ -1,0 +1,372 @@
+"""Pictures are opened within limits; damage of any kind ends in pixels or in our errors."""
+
+import io
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.errors import InvalidInput, PayloadTooLarge, ServiceError, UnsupportedMediaType
+from service.pictures.conversion import Preprocessing, read_picture
+from service.pictures.decoding import FORMATS, configure_pillow, is_raw_28x28, open_picture, reduced
+from tests.service.pictures.drawings import GRAY, encode, plain, shaded, stencil, worn
+
+ROOT = Path(__file__).parents[3]
+
+
+# What is told from bytes alone
+
+
+def chunk(name: bytes, content: bytes = b"") -> bytes:
+    check = struct.pack(">I", zlib.crc32(name + content))
+    return struct.pack(">I", len(content)) + name + content + check
+
+
+def png(*chunks: bytes, size: tuple[int, int] = (28, 28), depth: int = 8, colour: int = 0) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks)
+
+
+END = chunk(b"IEND")
+ROWS = zlib.compress(bytes(28 * 29))
+
+
+@pytest.mark.parametrize("level", [0, 1, 9])
+def test_a_raw_28_by_28_png_is_recognised(level: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    data = encode(Image.fromarray(noise), compress_level=level)
+    assert is_raw_28x28(data)
+    np.testing.assert_array_equal(read_picture(data, "none").pixels, noise)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        encode(Image.new("L", (28, 28)))[:33],
+        encode(Image.new("L", (28, 28)), "BMP"),
+        encode(Image.new("L", (28, 29))),
+        encode(Image.new("RGB", (28, 28))),
+        encode(Image.new("I;16", (28, 28))),
+        png(chunk(b"eXIf", b"MM\0*"), chunk(b"IDAT", ROWS), END),
+        png(chunk(b"IDAT", ROWS), chunk(b"tEXt", b"a\0b"), END),
+        png(chunk(b"IDAT", ROWS[:9]), chunk(b"IDAT", ROWS[9:]), END),
+        png(chunk(b"IDAT", ROWS + bytes(3_000)), END),
+    ],
+    ids=["nothing", "cut", "BMP", "28x29", "colour", "deep", "EXIF", "text", "two", "long"],
+)
+def test_a_file_with_anything_else_is_not_raw(data: bytes) -> None:
+    assert not is_raw_28x28(data)
+
+
+# Metadata
+
+
+def with_exif(entries: list[tuple[int, int, int, int]], padding: int = 0) -> bytes:
+    """Return GRAY as a PNG whose EXIF data has these tags: number, type, count, value."""
+    tags = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    exif = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + tags + bytes(4 + padding)
+    data = encode(GRAY)
+    return data[:33] + chunk(b"eXIf", exif) + data[33:]
+
+
+def test_oversized_exif_is_not_read() -> None:
+    """Where a JPEG could not hold it, the orientation in it does not count either."""
+    orientation = [(0x0112, 3, 1, 3)]
+    upright = np.asarray(reduced(open_picture(encode(GRAY)), 160))
+    turned = upright[::-1, ::-1]
+    fits = 65_536 - len(b"Exif\0\0") - 8 - 2 - 12 - 4
+    for padding, expected in ((fits, turned), (fits + 1, upright)):
+        picture = reduced(open_picture(with_exif(orientation, padding)), 160)
+        np.testing.assert_array_equal(np.asarray(picture), expected)
+
+
+def test_no_warning_about_a_file_gets_out(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pillow warns of each damaged tag; a client could fill the log with them."""
+    damaged = [(number, 2, 2**31, 0) for number in range(1, 1000)]
+    jpeg = encode(GRAY, "JPEG")
+    tags = b"".join(struct.pack("<HHII", *entry) for entry in damaged)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(damaged)) + tags
+    flood = jpeg[:2] + segment(0xE1, exif) + jpeg[2:]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        configure_pillow()
+        for data in (flood, with_exif(damaged), png(chunk(b"acTL", b"1"), END)):
+            with suppress(ServiceError):
+                read_picture(data)
+    assert [caught, caplog.records, *capfd.readouterr()] == [[], [], "", ""]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("size", [(200, 240), (1000, 1200)])
+def test_colours_under_transparency_do_not_get_into_a_reduced_picture(
+    mode: str, size: tuple[int, int]
+) -> None:
+    """Not at the outline either, where means are taken of garment and background."""
+    alpha = stencil().resize(size)
+    seen = alpha.point(lambda value: 255 * (value > 0))
+    pictures = []
+    for under in ("black", "white"):
+        picture = Image.composite(
+            Image.new("RGB", size, "#305070"), Image.new("RGB", size, under), seen
+        )
+        if mode == "P":
+            palette = picture.quantize(2)
+            picture = Image.open(io.BytesIO(encode(palette, transparency=palette.getpixel((0, 0)))))
+        else:
+            picture.putalpha(alpha)
+            picture = picture.convert(mode)
+        pictures.append(np.asarray(reduced(open_picture(encode(picture)), 160)))
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+    assert 0 < pictures[0][..., 3].mean() < 255
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(Image.new("L", (28, 28)), "TIFF"),
+        b"",
+        b"hello",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%PDF-1.7\n",
+        bytes(784),
+    ],
+    ids=["TIFF", "nothing", "text", "SVG", "PDF", "zeros"],
+)
+def test_what_is_no_picture_is_an_unsupported_media_type(data: bytes) -> None:
+    with pytest.raises(UnsupportedMediaType, match="PNG, JPEG"):
+        read_picture(data)
+
+
+def png_header(width: int, height: int) -> bytes:
+    return png(chunk(b"IDAT"), size=(width, height), colour=2)
+
+
+@pytest.mark.parametrize(
+    "size", [(1700, 1600), (8193, 1), (1, 8193), (10000, 10000), (65000, 65000)]
+)
+def test_bombs_are_refused_by_their_header(size: tuple[int, int]) -> None:
+    """The files end after the header: had they been decoded, they would be called damaged."""
+    with pytest.raises(PayloadTooLarge):
+        read_picture(png_header(*size))
+    with pytest.raises(InvalidInput, match="damaged"):
+        read_picture(png_header(1600, 1600))
+
+
+@pytest.mark.parametrize(
+    ("format_", "mode", "size", "options"),
+    [
+        ("JPEG", "RGB", (6000, 4000), {}),
+        ("JPEG", "RGB", (2048, 2048), {"progressive": True}),
+        ("PNG", "RGBA", (1500, 1500), {}),
+        ("PNG", "RGB", (1600, 1600), {}),
+        ("PNG", "L", (1920, 1920), {}),
+        ("WEBP", "RGB", (1600, 1600), {"method": 0}),
+        ("GIF", "L", (1600, 1600), {}),
+        ("BMP", "RGB", (2048, 2048), {}),
+        ("AVIF", "RGB", (1280, 1600), {"speed": 10}),
+    ],
+)
+def test_the_usual_sizes_of_product_photographs_are_taken_and_larger_ones_are_not(
+    format_: str, mode: str, size: tuple[int, int], options: dict[str, Any]
+) -> None:
+    picture = Image.new(mode, size, 255)
+    assert open_picture(encode(picture, format_, **options)).size == size
+    larger = picture.resize((size[0] * 6 // 5, size[1]))
+    with pytest.raises(PayloadTooLarge, match="million in all"):
+        open_picture(encode(larger, format_, **options))
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def jpeg(side: int, scans: list[list[int]], frame: int = 0xC0, more: bytes = b"") -> bytes:
+    """Write a gray square by hand: every block's only bits are two zeros, "as before" and "end".
+
+    Args:
+        side: in pixels, a multiple of 32.
+        scans: the components of each scan, of three in all.
+        frame: the marker of its kind; 0xC0 is baseline.
+        more: further segments and scans.
+    """
+    parts = [b"\xff\xd8", segment(0xDB, b"\0" + b"\1" * 64)]
+    components = b"".join(bytes([number, 0x11, 0]) for number in (1, 2, 3))
+    parts.append(segment(frame, struct.pack(">BHHB", 8, side, side, 3) + components))
+    parts += [segment(0xC4, bytes([table, 1, *[0] * 16])) for table in (0x00, 0x10)]
+    for scan in scans:
+        tables = b"".join(bytes([number, 0]) for number in scan)
+        parts.append(segment(0xDA, bytes([len(scan)]) + tables + b"\0\x3f\0"))
+        parts.append(bytes((side // 8) ** 2 * len(scan) // 4))
+    return b"".join(parts) + more + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("scans", [[[1], [2], [3]], [[1, 2], [3]]])
+def test_a_jpeg_whose_components_come_apart_is_limited_as_progressive_ones(
+    scans: list[list[int]],
+) -> None:
+    """Its decoder keeps all coefficients, six bytes a pixel."""
+    assert open_picture(jpeg(4096, [[1, 2, 3]])).size == (4096, 4096)
+    assert read_picture(jpeg(64, scans)).notes == read_picture(jpeg(64, [[1, 2, 3]])).notes
+    with pytest.raises(PayloadTooLarge, match=r"4\.2 million in all"):
+        read_picture(jpeg(4096, scans))
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    """Each of these few bytes is a pass over the picture."""
+    table = segment(0xC4, bytes([0x10, 1, *[0] * 15, 0xE0]))  # one code: a run of blocks without
+    scan = segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + b"\x7f\xfe"
+    begin = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(8)
+    few, many = (jpeg(64, [], 0xC2, begin + table + scan * count) for count in (20, 60))
+    assert read_picture(few).preprocessing == "dataset"
+    with pytest.raises(PayloadTooLarge, match="more than 50 scans"):
+        read_picture(many)
+
+
+def test_files_of_very_many_pieces_are_refused() -> None:
+    whole = encode(GRAY)
+    piece = struct.pack(">I", 0) + b"prVt" + struct.pack(">I", zlib.crc32(b"prVt"))
+    data = [whole[:33] + piece * count + whole[33:] for count in (1_000, 20_000)]
+    assert read_picture(data[0]).notes == ()
+    with pytest.raises(InvalidInput, match="too many pieces"):
+        read_picture(data[1])
+
+
+def test_of_a_gif_of_very_many_pieces_the_first_frame_is_taken() -> None:
+    whole = encode(GRAY, "GIF")
+    assert whole.endswith(b"\0;")
+    assert read_picture(whole[:-2] + b"\1\0" * 100_000 + b"\0;").notes == ()
+
+
+def test_a_run_length_encoded_bmp_is_refused() -> None:
+    """Pillow decodes these in Python, half a microsecond a pixel."""
+    data = bytearray(encode(GRAY.quantize(16), "BMP"))
+    data[30] = 1  # the header's compression
+    with pytest.raises(UnsupportedMediaType, match="run-length"):
+        read_picture(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("format_", "options"),
+    [
+        ("WEBP", {"quality": 100, "method": 0}),
+        ("AVIF", {"quality": 95, "speed": 10}),
+    ],
+)
+def test_formats_that_cost_by_the_byte_are_limited_in_bytes(
+    format_: str, options: dict[str, Any]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (800, 1000, 3), np.uint8)
+    data = encode(Image.fromarray(noise), format_, **options)
+    with pytest.raises(PayloadTooLarge, match="bytes; of this kind"):
+        open_picture(data)
+    assert open_picture(encode(worn(plain()), format_, **options)).size == (200, 240)
+
+
+def test_progressive_jpeg_is_limited_in_bytes_and_other_jpeg_is_not() -> None:
+    assert open_picture(encode(GRAY, "JPEG") + bytes(2_000_000)).size == (200, 240)
+    with pytest.raises(PayloadTooLarge, match="bytes; of this kind"):
+        open_picture(encode(GRAY, "JPEG", progressive=True) + bytes(2_000_000))
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from service.pictures.conversion import Preprocessing, read_picture
+data = Path(sys.argv[1]).read_bytes()
+read_picture(Path(sys.argv[2]).read_bytes())  # loads the libraries
+def status(name):
+    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = status("VmRSS")
+read_picture(data)
+print((status("VmHWM") - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+@pytest.mark.parametrize(
+    ("format_", "mode", "size", "options"),
+    [
+        ("PNG", "RGBA", (1500, 1500), {"compress_level": 1}),
+        ("PNG", "LA", (1700, 1700), {"compress_level": 1}),
+        ("PNG", "P", (1900, 1900), {"compress_level": 1}),
+        ("WEBP", "RGBA", (1600, 1600), {"lossless": True, "method": 0, "quality": 0}),
+        ("JPEG", "RGB", (2048, 2048), {"progressive": True, "subsampling": 0, "quality": 20}),
+        ("AVIF", "RGBA", (1280, 1600), {"speed": 10, "quality": 30}),
+    ],
+)
+def test_decoding_takes_less_than_50_megabytes(
+    tmp_path: Path, format_: str, mode: str, size: tuple[int, int], options: dict[str, Any]
+) -> None:
+    large, small = tmp_path / "large", tmp_path / "small"
+    noise = Image.effect_noise((256, 256), 60).convert("RGB")
+    picture = Image.new("RGB", size)
+    for left, top in product(range(0, size[0], 256), range(0, size[1], 256)):
+        picture.paste(noise, (left, top))
+    picture.putalpha(200 if "A" in mode else 255)
+    large.write_bytes(encode(picture.convert(mode), format_, **options))
+    small.write_bytes(encode(noise, format_))
+    command = [sys.executable, "-c", PEAK, str(large), str(small)]
+    peak = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert float(peak) < 50
+
+
+SAMPLES = {format_: encode(worn(shaded()), format_) for format_ in FORMATS}
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_file_that_is_cut_short_is_told(format_: str) -> None:
+    data = SAMPLES[format_]
+    with pytest.raises((InvalidInput, UnsupportedMediaType)):
+        read_picture(data[: len(data) * 2 // 3])
+
+
+@pytest.mark.parametrize("preprocessing", ["auto", "none", "dataset"])
+@pytest.mark.parametrize(
+    "data",
+    [png(END), png(END, depth=4), png(END, size=(9, 9), colour=2), png(chunk(b"IDAT"), END)],
+    ids=["gray", "4 bits", "colour", "empty"],
+)
+def test_a_png_without_pixels_is_damaged(data: bytes, preprocessing: Preprocessing) -> None:
+    with pytest.raises(InvalidInput):
+        read_picture(data, preprocessing)
+
+
+def test_a_png_that_does_not_begin_with_its_header_is_damaged() -> None:
+    data = encode(GRAY)
+    with pytest.raises(InvalidInput, match="header is damaged"):
+        read_picture(data[:8] + chunk(b"tEXt", b"a\0b") + data[8:])
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_damage_of_any_kind_ends_in_pixels_or_in_one_of_our_errors(format_: str) -> None:
+    random = np.random.default_rng(0)
+    sound = np.frombuffer(SAMPLES[format_], np.uint8)
+    outcomes: set[object] = set()
+    for _ in range(60):
+        data = sound.copy()
+        where = random.integers(0, min(len(data), int(random.choice([64, 512, len(data)]))), 8)
+        data[where[: random.integers(1, 9)]] = random.integers(0, 256)
+        try:
+            decoded = read_picture(data[: random.integers(1, 2 * len(data))].tobytes())
+        except ServiceError as error:
+            outcomes.add((error.status, str(error)[-1]))
+        else:
+            outcomes.add((decoded.pixels.shape, decoded.pixels.dtype.name))
+    assert len(outcomes) > 1
+    assert outcomes <= {(413, "."), (415, "."), (422, "."), ((28, 28), "uint8")}
