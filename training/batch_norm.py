@@ -51,18 +51,18 @@ def batch_norm(
         momentum: share of the old moving statistics that is kept, 0 to 1.
 
     Raises:
-        ValueError: `x` is neither 2-D nor 4-D, or a training batch holds one value per channel,
-            whose variance is zero whatever the value.
+        ValueError: `x` is neither 2-D nor 4-D, or a training batch holds fewer than two values
+            per channel: the variance of one is always zero, the mean of none is NaN.
     """
     if x.ndim not in (2, 4):
         raise ValueError(f"batch norm takes 2-D or 4-D input, not {x.ndim}-D")
     axes = [axis for axis in range(x.ndim) if axis != 1]
     per_channel = (1, -1) + (1,) * (x.ndim - 2)
     if training:
-        if x.numel() == x.shape[1]:
+        if x.numel() < 2 * x.shape[1]:
             raise ValueError(
-                "batch norm cannot train on one value per channel, whose variance is always zero: "
-                "use at least two rows a batch, or eval()"
+                f"batch norm cannot train on a batch of shape {tuple(x.shape)}: it needs at least "
+                "two values per channel; use more rows a batch, or eval()"
             )
         variance, mean = torch.var_mean(x, dim=axes, correction=0)
         moving_mean = momentum * moving_mean + (1 - momentum) * mean.detach()
@@ -107,7 +107,7 @@ class BatchNorm(nn.Module):
 
         Raises:
             ValueError: `x` has not `num_dims` dimensions of `num_features` channels, or a
-                training batch holds one value per channel.
+                training batch holds fewer than two values per channel.
         """
         if x.ndim != self.num_dims or x.shape[1] != self.num_features:
             raise ValueError(

@@ -6,14 +6,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.batch_norm import BatchNorm, affine, batch_norm, set_statistics, statistics
+from training.batch_norm import (
+    BatchNorm,
+    NormLayer,
+    affine,
+    batch_norm,
+    set_statistics,
+    statistics,
+)
 
 SHAPES: dict[Literal[2, 4], tuple[int, ...]] = {2: (32, 5), 4: (8, 5, 6, 7)}
 BOTH = pytest.mark.parametrize("dims", [2, 4])
 TorchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
-def pair(dims: Literal[2, 4], momentum: float = 0.9) -> tuple[BatchNorm, TorchNorm]:
+def pair(
+    dims: Literal[2, 4], momentum: float = 0.9, eps: float = 1e-5
+) -> tuple[BatchNorm, TorchNorm]:
     """Our layer and torch's, in float64, with the same random parameters and statistics.
 
     torch's momentum multiplies the new value, ours the old one: hence 1 - momentum.
@@ -21,9 +30,9 @@ def pair(dims: Literal[2, 4], momentum: float = 0.9) -> tuple[BatchNorm, TorchNo
     generator = torch.Generator().manual_seed(dims)
     gamma, beta, mean = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     variance = torch.rand(5, generator=generator, dtype=torch.float64) + 0.5
-    ours = BatchNorm(5, dims, momentum=momentum).double()
+    ours = BatchNorm(5, dims, momentum=momentum, eps=eps).double()
     torchs: TorchNorm = (nn.BatchNorm1d if dims == 2 else nn.BatchNorm2d)(
-        5, momentum=1 - momentum
+        5, momentum=1 - momentum, eps=eps
     ).double()
     for layer in (ours, torchs):
         with torch.no_grad():
@@ -48,8 +57,9 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
 
 @BOTH
 @pytest.mark.parametrize("training", [True, False])
-def test_outputs_and_gradients_are_torchs(dims: Literal[2, 4], training: bool) -> None:
-    ours, torchs = (layer.train(training) for layer in pair(dims))
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+def test_outputs_and_gradients_are_torchs(dims: Literal[2, 4], training: bool, eps: float) -> None:
+    ours, torchs = (layer.train(training) for layer in pair(dims, eps=eps))
     (x,) = batches(dims, 1)
     weights = torch.randn(SHAPES[dims], dtype=torch.float64, generator=torch.manual_seed(1))
     results = []
@@ -81,6 +91,28 @@ def test_moving_statistics_are_torchs_but_for_the_biased_variance(
     kept = momentum**steps * start  # the start is not a batch variance: it has no n - 1 in it
     assert_equal(ours.moving_mean, mean)
     assert_equal(ours.moving_variance, kept + (unbiased - kept) * (n - 1) / n)
+
+
+def test_the_defaults_are_torchs() -> None:
+    """Also the function's: nothing but its arguments tells it of eps and momentum."""
+    ours, torchs = BatchNorm(5, 2).double(), nn.BatchNorm1d(5).double()
+    (x,) = batches(2, 1)
+    x = x * 1e-2  # so small a variance that eps shows
+    function = batch_norm(x, *affine(ours), *statistics(ours), training=True)
+    assert_equal(function.output, torchs(x))
+    assert_equal(ours(x), function.output)
+    assert_equal(function.moving_mean, statistics(torchs)[0])
+    n = len(x)
+    assert_equal(function.moving_variance, 0.9 + (statistics(torchs)[1] - 0.9) * (n - 1) / n)
+    assert all(map(torch.equal, statistics(ours), function[1:]))
+
+
+def test_a_new_layer_leaves_standardised_input_alone() -> None:
+    """Scale and variance begin with one, shift and mean with zero."""
+    layer = BatchNorm(5, 2, eps=0.0).eval()
+    x = batches(2, 1)[0].float()
+    assert torch.equal(layer(x), x)
+    assert all(parameter.requires_grad for parameter in affine(layer))
 
 
 def test_momentum_multiplies_the_old_value() -> None:
@@ -179,13 +211,26 @@ def test_the_layer_reads_no_value_back_to_the_host() -> None:
     assert layer(torch.empty(SHAPES[4], device="meta")).shape == SHAPES[4]
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (1, 5, 1, 1)])
-def test_training_on_one_value_per_channel_is_refused(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(1, 5), (1, 5, 1, 1), (0, 5), (0, 5, 3, 3), (2, 5, 0, 3)])
+def test_training_on_fewer_than_two_values_per_channel_is_refused(shape: tuple[int, ...]) -> None:
+    """The variance of one value says nothing, and the mean of none would make statistics NaN."""
     dims: Literal[2, 4] = 2 if len(shape) == 2 else 4
     layer = BatchNorm(5, dims)
-    with pytest.raises(ValueError, match="one value per channel"):
+    before = [value.clone() for value in statistics(layer)]
+    with pytest.raises(ValueError, match="at least two values per channel"):
         layer(torch.ones(shape))
+    assert all(map(torch.equal, statistics(layer), before))
     assert layer.eval()(torch.ones(shape)).shape == shape
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 6, 7), (1, 5, 1, 2), (2, 5, 1, 1), (2, 5)])
+def test_training_takes_any_batch_of_two_values_per_channel(shape: tuple[int, ...]) -> None:
+    """A single image has as many values per channel as pixels."""
+    dims: Literal[2, 4] = 2 if len(shape) == 2 else 4
+    ours, torchs = pair(dims)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert_equal(ours(x), torchs(x))
+    assert_equal(ours.moving_mean, statistics(torchs)[0])
 
 
 @pytest.mark.parametrize("shape", [(8, 4), (8, 5, 6), (8, 5, 6, 7)])
@@ -202,6 +247,31 @@ def test_the_function_takes_two_or_four_dimensions_only() -> None:
 def test_a_torch_layer_without_statistics_is_refused() -> None:
     with pytest.raises(ValueError, match="keeps no statistics"):
         statistics(nn.BatchNorm1d(5, track_running_stats=False))
+
+
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+def test_a_torch_layer_without_one_of_the_statistics_is_refused(missing: str) -> None:
+    layer = nn.BatchNorm1d(5)
+    setattr(layer, missing, None)
+    with pytest.raises(ValueError, match="keeps no statistics"):
+        statistics(layer)
+
+
+@BOTH
+def test_statistics_are_overwritten_in_place(dims: Literal[2, 4]) -> None:
+    mean, variance = torch.rand(2, 5, dtype=torch.float64)
+    for layer in pair(dims):
+        assert isinstance(layer, NormLayer)
+        tensors = statistics(layer)
+        set_statistics(layer, mean, variance)
+        assert torch.equal(tensors[0], mean)
+        assert torch.equal(tensors[1], variance)
+        assert all(now is before for now, before in zip(statistics(layer), tensors, strict=True))
+
+
+def test_the_layer_prints_its_arguments() -> None:
+    printed = str(BatchNorm(5, 4, eps=0.01, momentum=0.8))
+    assert printed == "BatchNorm(5, 4, eps=0.01, momentum=0.8)"
 
 
 def test_a_torch_layer_without_scale_and_shift_is_refused() -> None:
