@@ -6,14 +6,12 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE} AS build
 ARG RUNTIME=cpu
 WORKDIR /app
-COPY pyproject.toml constraints.txt ./
-# The dependencies alone, so that a change of the code does not install them again. Test suites
-# inside the packages, headers and pip itself are of no use at run time.
-RUN touch README.md \
- && python -m venv /opt/venv \
- && /opt/venv/bin/python -m pip install --no-cache-dir --constraint constraints.txt ".[${RUNTIME}]" \
+# Every package by version and digest (`make lock`), none built here. Test suites inside the
+# packages, and pip itself, are of no use at run time.
+COPY deploy/image/${RUNTIME}.txt /tmp/packages.txt
+RUN python -m venv /opt/venv \
+ && /opt/venv/bin/python -m pip install --no-cache-dir --require-hashes --only-binary :all: --requirement /tmp/packages.txt \
  && /opt/venv/bin/python -m pip uninstall --yes --quiet setuptools pip \
- && rm -rf README.md build *.egg-info \
  && find /opt/venv -type d -name tests -prune -exec rm -rf {} +
 COPY service service
 COPY models models
@@ -28,7 +26,7 @@ LABEL org.opencontainers.image.title="bn-lenet" \
 # ONNX Runtime's builds otherwise send telemetry to their makers.
 ENV PATH=/opt/venv/bin:$PATH \
     ORT_DISABLE_TELEMETRY=1 \
-    BNLENET_HOST=0.0.0.0 \
+    BNLENET_HOST=:: \
     BNLENET_PORT=8000 \
     BNLENET_LOG_FORMAT=json
 COPY --from=build /opt/venv /opt/venv

@@ -1,24 +1,30 @@
 # Every target makes what it needs: a virtual environment in .venv, then its own packages.
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-  $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$p && break; done)
 # ONNX Runtime's build: `gpu` where an NVIDIA driver answers, else `cpu`. Set RUNTIME to choose.
 RUNTIME ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 OTHER_RUNTIME := $(if $(filter gpu,$(RUNTIME)),onnxruntime,onnxruntime-gpu)
+# Where torch's builds without CUDA are; empty for the ordinary index.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 RECIPE ?= best
 RUN ?= runs/$(RECIPE)
-VENV := .venv
+IMAGE ?= bn-lenet
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train test format bench test-docker clean
+.PHONY: help serve train test test-all tests format bench test-lowest test-newest test-elsewhere \
+  test-docker image lock clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 24
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON to its path." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 with venv is needed; set PYTHON to its path." >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
 
 # A stamp for each set of packages and each runtime; a larger set holds the smaller ones.
 SERVICE := $(VENV)/.service-$(RUNTIME)
@@ -30,17 +36,28 @@ $(VENV)/.runtime-$(RUNTIME): $(BIN)/python
 	@rm -f $(VENV)/.runtime-* $(VENV)/.service-* $(VENV)/.training-* $(VENV)/.dev-*
 	@touch $@
 
-$(SERVICE): $(VENV)/.runtime-$(RUNTIME) pyproject.toml constraints.txt
-	$(PIP) --editable '.[$(RUNTIME)]'
+$(SERVICE): $(VENV)/.runtime-$(RUNTIME) pyproject.toml $(CONSTRAINTS)
+	@echo "Installing the service's packages into $(VENV), this once."
+	@$(PIP) '.[$(RUNTIME)]'
 	@touch $@
 
-$(TRAINING): $(VENV)/.runtime-$(RUNTIME) pyproject.toml constraints.txt
-	$(PIP) --editable '.[$(RUNTIME),training]'
+$(TRAINING): $(VENV)/.runtime-$(RUNTIME) pyproject.toml $(CONSTRAINTS)
+	@echo "Installing the packages for training into $(VENV), this once."
+	@$(torch)
+	@$(PIP) '.[$(RUNTIME),training]'
 	@touch $@ $(SERVICE)
 
-$(DEV): $(VENV)/.runtime-$(RUNTIME) pyproject.toml constraints.txt
-	$(PIP) --editable '.[$(RUNTIME),training,dev]'
+$(DEV): $(VENV)/.runtime-$(RUNTIME) pyproject.toml $(CONSTRAINTS)
+	@echo "Installing all packages into $(VENV), this once."
+	@$(torch)
+	@$(PIP) '.[$(RUNTIME),training,dev]'
 	@touch $@ $(TRAINING) $(SERVICE)
+
+# Without a driver CUDA is useless, and ten times the size. Where the index does not answer within
+# three seconds, torch comes from wherever the other packages come from.
+torch = if [ "$(RUNTIME)$$(uname)" = cpuLinux ] && [ -n "$(TORCH_INDEX)" ] && \
+  timeout 3 $(BIN)/python -c 'import urllib.request as u; u.urlopen("$(TORCH_INDEX)/torch/")' 2>/dev/null; \
+  then $(PIP) --no-deps --index-url $(TORCH_INDEX) torch || true; fi
 
 serve: $(SERVICE)  ## serve the committed model on http://127.0.0.1:8000
 	$(BIN)/python -m service
@@ -50,16 +67,38 @@ train: $(TRAINING)  ## fit, export and evaluate RECIPE (best) in a run folder; p
 	$(BIN)/python -m training export $(RUN) --out $(RUN)/bn_lenet.onnx
 	$(BIN)/python -m training evaluate $(RUN)/bn_lenet.onnx
 
-test: $(DEV)  ## run every check
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+test: checks  ## run every check but the slow tests
+	$(PYTEST) --cov
+
+test-all: checks  ## run every check, and the slow tests too
+	$(PYTEST) --cov -m ""
+
+checks: $(DEV)
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2 --dist loadgroup
+
+tests: $(DEV)
+	$(PYTEST)
+
+# The lint belongs to the versions of constraints.txt, so these two run the tests alone.
+test-lowest: $(DEV)  ## run the tests with the oldest versions that pyproject.toml allows
+	@mkdir -p .cache
+	$(BIN)/python -m uv pip compile --quiet --python $(BIN)/python --resolution lowest-direct \
+	  --extra $(RUNTIME) --extra training --extra dev --output-file .cache/lowest.txt pyproject.toml
+	$(MAKE) tests VENV=.venv-lowest CONSTRAINTS=.cache/lowest.txt
+
+test-newest:  ## run the tests with the newest versions that there are
+	@mkdir -p .cache && : > .cache/newest.txt
+	$(MAKE) tests VENV=.venv-newest CONSTRAINTS=.cache/newest.txt
+
+test-elsewhere:  ## run the tests on other releases of Debian and on arm64, in containers
+	./tests/elsewhere.sh
 
 format: $(DEV)  ## format and fix what can be fixed
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
 
 bench: $(DEV)  ## print the benchmarks' tables
 	$(BIN)/python -m benchmarks.training
@@ -68,5 +107,20 @@ bench: $(DEV)  ## print the benchmarks' tables
 test-docker: $(DEV)  ## build the image, start it with compose, run the contract tests against it
 	./tests/docker.sh
 
-clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+# With buildx, IMAGE for both processors: pushed where PUSH is set, else in dist/.
+image:  ## build the container image IMAGE (bn-lenet), for both processors where buildx is at hand
+	@if docker buildx version >/dev/null 2>&1; then mkdir -p dist && \
+	  { docker buildx inspect bn-lenet >/dev/null 2>&1 || docker buildx create --name bn-lenet; } && set -x && \
+	  docker buildx build --builder bn-lenet --platform linux/amd64,linux/arm64 --tag $(IMAGE) \
+	    $(if $(PUSH),--push,--output type=oci$(comma)dest=dist/bn-lenet.tar) .; \
+	else set -x; docker build --tag $(IMAGE) .; fi
+
+comma := ,
+
+lock: $(DEV)  ## write deploy/image/*.txt: the image's packages, by version and digest
+	for runtime in cpu gpu; do $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 \
+	  --generate-hashes --no-annotate --extra $$runtime --constraint constraints.txt \
+	  --custom-compile-command 'make lock' --output-file deploy/image/$$runtime.txt pyproject.toml || exit; done
+
+clean:  ## remove the virtual environments and caches
+	rm -rf .venv .venv-* .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -444,18 +443,19 @@ def gpu_goals(document: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def machine(load_before: float) -> dict[str, str]:
     """Tell what it ran on, and how busy that was before: more than 0.5 spoils the figures."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "processor": names[0] if names else platform.machine(),
         "cores": f"{os.cpu_count()}, one used",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "load average": f"{load_before:.1f}",
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "numpy")},
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
     }
 
 

@@ -11,13 +11,7 @@ if TYPE_CHECKING:
     from service.settings import Settings
 
 
-COMPLETION = """\b
-Completion in bash; in zsh and fish likewise:
-  eval "$(_BN_LENET_SERVICE_COMPLETE=bash_source bn-lenet-service)"
-"""
-
-
-@click.group(invoke_without_command=True, epilog=COMPLETION)
+@click.group(invoke_without_command=True)
 @click.pass_context
 def main(context: click.Context) -> None:
     """Classify images of garments. Without a command: serve over HTTP."""

@@ -1,7 +1,6 @@
 """The application: FastAPI with its routes and errors, behind the gate."""
 
 from http import HTTPStatus
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -10,6 +9,7 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from service import __version__
 from service.errors import BadRequest, InvalidInput, MethodNotAllowed, NotFound, ServiceError
 from service.http.gate import Gate, error_answer
 from service.model.classifier import CPU, Classifier
@@ -47,7 +47,7 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
     metrics = Metrics(model)
     framework = FastAPI(
         title="BN-LeNet",
-        version=version("bn-lenet"),
+        version=__version__,
         description="Classifies 28x28 images of garments: LeNet with batch normalisation,"
         " folded, and run by ONNX Runtime.",
         docs_url=None,  # page.py has it

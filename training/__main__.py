@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
@@ -202,8 +202,11 @@ def _config(ctx: click.Context, data: FashionMNIST, stored: Config | None) -> Co
     config = Config(
         recipe=replace(RECIPES[options["recipe"]], **changes),
         dataset_sha256=data.sha256,
-        versions={"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "numpy")},
+        versions={
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),  # with its build, such as +cu130
+            "numpy": np.__version__,
+        },
         **asked,
     )
     if (stored or config).device == "cuda" and not torch.cuda.is_available():

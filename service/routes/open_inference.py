@@ -7,7 +7,6 @@ the server's metadata lists (docs/protocol in github.com/triton-inference-server
 import re
 import zlib
 from collections.abc import Sequence
-from importlib.metadata import version
 from time import perf_counter
 from typing import Annotated, Any, Literal
 
@@ -17,6 +16,7 @@ from fastapi.concurrency import run_in_threadpool
 from prometheus_client.samples import Sample
 from pydantic import BaseModel, Field
 
+from service import __version__
 from service.errors import BadRequest, NotFound, NotReady
 from service.http.exchange import Answer, Exchange
 from service.http.gate import Gate, Handler
@@ -351,9 +351,7 @@ def open_inference_router(
     @router.get("/v2", summary="Server metadata")
     @router.get("/v2/", include_in_schema=False)  # thus in the specification's OpenAPI file
     async def server_metadata() -> ServerMetadata:
-        return ServerMetadata(
-            name="bn-lenet-service", version=version("bn-lenet"), extensions=EXTENSIONS
-        )
+        return ServerMetadata(name="bn-lenet-service", version=__version__, extensions=EXTENSIONS)
 
     @router.get("/v2/health/live", summary="Is the process alive?")
     async def live() -> ServerLive:

@@ -32,7 +32,7 @@ def local(*arguments, local=module.local):
     return lambda data: next(once, lambda _: signal.raise_signal(signal.SIGINT))(data)
 module.local = local
 """  # at the second picture
-PROGRAM = "from service.__main__ import main; main(prog_name='bn-lenet-service')"
+PROGRAM = "from service.__main__ import main; main(prog_name='python -m service')"
 
 
 def classify(*arguments: object, stdin: bytes = b"") -> Result:
@@ -416,23 +416,6 @@ def test_damaged_exif_is_told_to_nobody(photos: list[Path], tmp_path: Path) -> N
     )
     assert done.stderr == b""
     assert done.stdout.count(b"\n") == 1
-
-
-def test_completion_is_as_the_help_says() -> None:
-    assert "_BN_LENET_SERVICE_COMPLETE=bash_source" in CliRunner().invoke(main, ["--help"]).stdout
-    asked = {
-        "_BN_LENET_SERVICE_COMPLETE": "bash_complete",
-        "COMP_WORDS": "bn-lenet-service cl",
-        "COMP_CWORD": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=os.environ | asked,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "plain,classify\n"
 
 
 def test_serving_imports_nothing_of_it() -> None:

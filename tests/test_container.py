@@ -1,0 +1,183 @@
+"""The image and its compose file, value by value; `tests/docker.sh` judges a running container."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped] # PyYAML ships no types
+
+from service.settings import PREFIX, Settings
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = sorted((ROOT / "deploy" / "image").glob("*.txt"))
+PINNED = re.compile(r"^([A-Za-z0-9_.-]+)==(\S+)(?: ; .*)? \\$", re.MULTILINE)
+
+
+def service(path: str) -> dict[str, Any]:
+    """Return what a compose file says of our service."""
+    (only,) = yaml.safe_load((ROOT / path).read_text())["services"].values()
+    return dict(only)
+
+
+@pytest.fixture(scope="module")
+def instructions() -> list[tuple[str, str]]:
+    """Return the Dockerfile's instructions, each with its arguments on one line."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    lines = re.sub(r"\s*\\\n\s*", " ", text).splitlines()
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines) if word]
+
+
+@pytest.fixture(scope="module")
+def variables(instructions: list[tuple[str, str]]) -> dict[str, str]:
+    """Return the image's environment."""
+    pairs = [pair for word, rest in instructions if word == "ENV" for pair in rest.split()]
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+class TestDockerfile:
+    def test_the_environment(self, variables: dict[str, str]) -> None:
+        assert variables == {
+            "PATH": "/opt/venv/bin:$PATH",
+            "ORT_DISABLE_TELEMETRY": "1",
+            "BNLENET_HOST": "::",
+            "BNLENET_PORT": "8000",
+            "BNLENET_LOG_FORMAT": "json",
+        }
+
+    def test_what_runs_and_as_whom(self, instructions: list[tuple[str, str]]) -> None:
+        last_stage = dict(instructions)  # the last of each kind
+        assert last_stage["USER"] == "10001:10001"
+        assert last_stage["EXPOSE"] == "8000"
+        assert last_stage["STOPSIGNAL"] == "SIGTERM"
+        assert last_stage["WORKDIR"] == "/app"
+        assert last_stage["CMD"] == '["python", "-m", "service"]'
+        options = "--interval=5s --timeout=3s --start-period=10s --retries=3 CMD "
+        assert last_stage["HEALTHCHECK"].startswith(options)
+        assert "'/readyz'" in last_stage["HEALTHCHECK"]
+
+    def test_nothing_is_installed_but_by_version_and_digest(
+        self, instructions: list[tuple[str, str]]
+    ) -> None:
+        installs = [rest for word, rest in instructions if word == "RUN" and "pip install" in rest]
+        assert len(installs) == 1
+        assert "--require-hashes" in installs[0]
+        assert "--only-binary :all:" in installs[0]
+        assert "--requirement /tmp/packages.txt" in installs[0]
+
+    def test_only_what_the_image_is_made_of_reaches_the_builder(self) -> None:
+        lines = (ROOT / ".dockerignore").read_text().splitlines()
+        assert [line for line in lines if not line.startswith("#")] == [
+            *("*", "!deploy/image", "!service", "!models", "**/__pycache__")
+        ]
+
+
+class TestPackages:
+    @pytest.mark.parametrize("path", PACKAGES, ids=lambda path: path.stem)
+    def test_each_has_the_tested_version_and_a_digest(self, path: Path) -> None:
+        tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+        tested = {normalised(name): version for name, version in tested.items()}
+        text = path.read_text()
+        pinned = {normalised(name): version for name, version in PINNED.findall(text)}
+        assert len(pinned) == text.count("==") - text.count(" == ") > 25
+        # With torch, CUDA comes in the versions that torch asks for; the image is free of that.
+        ours = {name: v for name, v in pinned.items() if not name.startswith("nvidia-")}
+        assert ours.items() <= tested.items(), "run `make lock`"
+        assert all("--hash=sha256:" in entry for entry in re.split(r"^(?=\w)", text)[1:])
+
+    def test_each_runtime_has_its_own_build(self) -> None:
+        texts = {path.stem: path.read_text() for path in PACKAGES}
+        assert texts.keys() == {"cpu", "gpu"}
+        assert ("onnxruntime==" in texts["cpu"], "onnxruntime-gpu==" in texts["cpu"]) == (
+            True,
+            False,
+        )
+        assert ("onnxruntime==" in texts["gpu"], "onnxruntime-gpu==" in texts["gpu"]) == (
+            False,
+            True,
+        )
+
+
+def normalised(name: str) -> str:
+    """Return a package's name as indexes compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+class TestCompose:
+    def test_every_value(self) -> None:
+        compose = service("compose.yaml")
+        del compose["environment"]
+        assert compose == {
+            "image": "bn-lenet",
+            "build": {
+                "context": ".",
+                "args": {
+                    "BASE_IMAGE": "${BASE_IMAGE:-python:3.11-slim-bookworm}",
+                    "RUNTIME": "${RUNTIME:-cpu}",
+                },
+            },
+            "ports": ["127.0.0.1:${PORT:-8000}:8000"],
+            "restart": "unless-stopped",
+            "stop_grace_period": "30s",
+            "read_only": True,
+            "tmpfs": ["/tmp:size=64m,mode=1777,noexec,nosuid,nodev"],  # noqa: S108 - the container's
+            "cap_drop": ["ALL"],
+            "security_opt": ["no-new-privileges:true"],
+            "mem_limit": "512m",
+            "pids_limit": 128,
+        }
+
+    def test_every_value_on_a_gpu(self) -> None:
+        assert service("compose.gpu.yaml") == {
+            "image": "bn-lenet:gpu",
+            "build": {"args": {"RUNTIME": "gpu"}},
+            "environment": ["BNLENET_DEVICE=cuda"],
+            "mem_limit": "4g",
+            "deploy": {
+                "resources": {
+                    "reservations": {
+                        "devices": [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
+                    }
+                }
+            },
+        }
+
+    def test_every_setting_passes_but_where_it_listens(self, variables: dict[str, str]) -> None:
+        """One that is not set outside has the image's value: compose unsets what has no value."""
+        names = [f"{PREFIX}{n.upper()}" for n in Settings.model_fields if n not in ("host", "port")]
+        assert service("compose.yaml")["environment"] == [
+            f"{name}=${{{name}:-{variables[name]}}}" if name in variables else name
+            for name in names
+        ]
+
+
+class TestMakeImage:
+    """With a stand-in for docker that prints what it is asked."""
+
+    @staticmethod
+    def asked(folder: Path, stand_in: str, *arguments: str) -> list[str]:
+        docker = folder / "docker"
+        docker.write_text(f"#!/bin/sh\n{stand_in}\necho asked: docker $*\n")
+        docker.chmod(0o755)
+        done = subprocess.run(
+            ["make", "--no-print-directory", "image", *arguments],  # noqa: S607 - whichever there is
+            cwd=ROOT,
+            env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "MAKEFLAGS": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        lines = done.stdout.splitlines()
+        return [line.removeprefix("asked: docker ") for line in lines if line.startswith("asked")]
+
+    def test_without_buildx_it_is_for_this_processor(self, tmp_path: Path) -> None:
+        asked = self.asked(tmp_path, '[ "$1" != buildx ] || exit 1')
+        assert asked == ["build --tag bn-lenet ."]
+
+    def test_with_buildx_it_is_for_both(self, tmp_path: Path) -> None:
+        *_, asked = self.asked(tmp_path, "", "IMAGE=example.org/bn-lenet:1", "PUSH=1")
+        platforms = "--platform linux/amd64,linux/arm64"
+        tag = "--tag example.org/bn-lenet:1"
+        assert asked == f"buildx build --builder bn-lenet {platforms} {tag} --push ."
