@@ -1,5 +1,8 @@
+"""Random changes: how far they go, measured on dots, blobs and greys, and what they keep."""
+
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +19,20 @@ def images(fashion_mnist: FashionMNIST) -> Tensor:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def blob(x: float, y: float, count: int) -> Tensor:
+    """Make copies of an image of one round spot, so many pixels right of and below the centre."""
+    down, right = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    spot = torch.exp(-((right - 13.5 - x) ** 2 + (down - 13.5 - y) ** 2) / 4)
+    return spot.expand(count, 1, 28, 28)
+
+
+def spots(view: Tensor) -> Tensor:
+    """Find every image's spot: pixels right of and below the centre, [n, 2]."""
+    place = torch.arange(28.0) - 13.5
+    mass = view.sum((1, 2, 3))
+    return torch.stack([(view[:, 0].sum(axis) * place).sum(1) / mass for axis in (1, 2)], 1)
 
 
 def test_no_augmentation_changes_nothing_and_draws_nothing(images: Tensor) -> None:
@@ -67,14 +84,7 @@ def test_whole_pixel_shifts_reach_every_place_equally_often() -> None:
 
 def test_rotation_and_scale_are_those_of_a_turned_and_scaled_dot() -> None:
     """A blob 8 pixels right of the centre goes to the circle's points within the limits."""
-    y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
-    blob = torch.exp(-((x - 21.5) ** 2 + (y - 13.5) ** 2) / 4).expand(500, 1, 28, 28)
-    view = Augmentation(rotation=12, scale=0.1)(blob, seeded())
-    mass = view.sum((1, 2, 3))
-    right, down = (
-        (view[:, 0] * x).sum((1, 2)) / mass - 13.5,
-        (view[:, 0] * y).sum((1, 2)) / mass - 13.5,
-    )
+    right, down = spots(Augmentation(rotation=12, scale=0.1)(blob(8, 0, 500), seeded())).T
     angle = torch.rad2deg(torch.atan2(down, right))
     radius = torch.hypot(down, right) / 8
     assert 11 < angle.abs().max() < 12.1
@@ -85,15 +95,93 @@ def test_rotation_and_scale_are_those_of_a_turned_and_scaled_dot() -> None:
 
 def test_turned_images_are_mirrored_and_shifted_too() -> None:
     """All in one resampling, with next to no turn: a blob 6 pixels right of the centre."""
-    y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
-    blob = torch.exp(-((x - 19.5) ** 2 + (y - 13.5) ** 2) / 4).expand(1000, 1, 28, 28)
-    view = Augmentation(flip=True, shift=2, rotation=1e-6)(blob, seeded())[:, 0]
-    mass = view.sum((1, 2))
-    right, down = ((view * place).sum((1, 2)) / mass - 13.5 for place in (x, y))
+    change = Augmentation(flip=True, shift=2, rotation=1e-6)
+    right, down = spots(change(blob(6, 0, 1000), seeded())).T
     assert 0.45 < (right < 0).float().mean() < 0.55
     for moved in (right.abs() - 6, down):
         assert 1.9 < moved.max() < 2.05
         assert -2.05 < moved.min() < -1.9
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_turned_images_keep_their_shape(flip: bool) -> None:
+    """Where the ends of two perpendicular arms go shows the map: a similarity, mirrored or not."""
+    change = Augmentation(flip=flip, rotation=20, scale=0.1)
+    arms = [spots(change(blob(*end, 500), seeded())) for end in ((6, 0), (0, 6))]
+    maps = torch.stack(arms, 2) / 6
+    sizes = torch.linalg.det(maps).abs().sqrt()
+    square = maps.mT @ maps
+    torch.testing.assert_close(square, sizes.view(-1, 1, 1) ** 2 * torch.eye(2), rtol=0, atol=0.02)
+    mirrored = (torch.linalg.det(maps) < 0).float().mean()
+    assert 0.4 < mirrored < 0.6 if flip else mirrored == 0
+    assert maps[:, 1, 1].min() > 0  # upright: the mirror is left and right
+
+
+def test_contrast_is_about_each_images_own_mean() -> None:
+    """So a picture of one grey stays as it is, also among brighter ones."""
+    greys = torch.tensor([0.2, 0.5, 0.8]).view(3, 1, 1, 1).expand(3, 1, 28, 28)
+    torch.testing.assert_close(Augmentation(contrast=0.9)(greys, seeded()), greys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        Augmentation(contrast=0.9),
+        Augmentation(brightness=0.9),
+        Augmentation(sharpness=1.0, sharpness_share=1.0),
+        Augmentation(contrast=0.9, gamma=0.5),
+    ],
+)
+def test_pixels_never_leave_the_range(change: Augmentation) -> None:
+    """Of images with the extremes already: what would go beyond stops there."""
+    generator = seeded(3)
+    images = (torch.rand(64, 1, 28, 28, generator=generator) > 0.3).float()
+    view = change(images, generator)
+    assert view.min() >= 0
+    assert view.max() == 1
+
+
+def test_every_image_draws_its_own_amounts(images: Tensor) -> None:
+    same = images[:1].expand(20, 1, 28, 28)
+    for change in (
+        Augmentation(shift=9, flip=True),
+        Augmentation(rotation=10),
+        Augmentation(scale=0.1),
+        Augmentation(sharpness=1.0, sharpness_share=1.0),
+        Augmentation(contrast=0.3),
+        Augmentation(brightness=0.3),
+        Augmentation(gamma=0.3),
+    ):
+        assert len({tuple(image.flatten().tolist()) for image in change(same, seeded())}) > 15
+
+
+@pytest.mark.parametrize("kind", ["brightness", "contrast", "gamma", "sharpness"])
+def test_an_amount_is_the_next_number_of_the_generator(kind: str) -> None:
+    """So that a seed gives the same images again; a change that is off draws nothing."""
+    images = torch.rand(16, 1, 28, 28, generator=seeded(1))
+    amounts = 0.8 * (2 * torch.rand(16, 1, 1, 1, generator=seeded()) - 1)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    expected = {
+        "brightness": images * (1 + amounts),
+        "contrast": mean + (1 + amounts) * (images - mean),
+        "gamma": images ** amounts.exp(),
+        "sharpness": images + amounts * (gaussian_blur(images, 1.0) - images),
+    }[kind].clamp(0, 1)
+    changes = {
+        "brightness": Augmentation(brightness=0.8),
+        "contrast": Augmentation(contrast=0.8),
+        "gamma": Augmentation(gamma=0.8),
+        "sharpness": Augmentation(sharpness=0.8, sharpness_share=1.0),
+    }
+    generator = seeded()
+    torch.testing.assert_close(changes[kind](images, generator), expected, rtol=0, atol=1e-5)
+    torch.rand(16, generator=(other := seeded()))
+    assert torch.equal(generator.get_state(), other.get_state())
+
+
+def test_a_quarter_draws_a_sharpness_by_default(images: Tensor) -> None:
+    given = Augmentation(sharpness=1.0, sharpness_share=0.25)(images, seeded())
+    assert torch.equal(Augmentation(sharpness=1.0)(images, seeded()), given)
 
 
 def test_brightness_contrast_and_gamma_follow_their_formulas() -> None:
@@ -120,6 +208,23 @@ def test_sharpness_blurs_some_and_sharpens_others_of_its_share(images: Tensor) -
     detail = [(x[:100].diff(dim=3) ** 2).sum((1, 2, 3)) for x in (view, images)]
     sharper = (detail[0] > detail[1]).float().mean()
     assert 0.3 < sharper < 0.7
+
+
+@pytest.mark.parametrize("sigma", [0.7, 1.0, 2.0])
+def test_a_blur_is_a_weighted_mean_of_neighbours_with_the_edge_repeated(sigma: float) -> None:
+    """Pixel by pixel in numpy, over all that lie within three sigma, up and down and across."""
+    generator = np.random.default_rng(0)
+    image = generator.random((9, 12))
+    reach = math.ceil(3 * sigma)
+    offsets = np.arange(-reach, reach + 1)
+    weights = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * sigma**2))
+    expected = np.empty_like(image)
+    for row, column in np.ndindex(image.shape):
+        rows = np.clip(row + offsets, 0, 8)
+        columns = np.clip(column + offsets, 0, 11)
+        expected[row, column] = np.average(image[np.ix_(rows, columns)], weights=weights)
+    found = gaussian_blur(torch.from_numpy(image)[None, None], sigma)
+    np.testing.assert_allclose(found[0, 0].numpy(), expected, rtol=0, atol=1e-12)
 
 
 def test_a_blur_of_a_dot_is_the_gaussian() -> None:
