@@ -70,8 +70,8 @@ train: $(TRAINING)  ## fit, export and evaluate RECIPE (best) in a run folder; p
 test: checks  ## run every check but the slow tests
 	$(PYTEST) --cov
 
-test-all: checks  ## run every check, and the slow tests too
-	$(PYTEST) --cov -m ""
+test-all: checks  ## run every check, and the slow tests too; Hypothesis tries new examples
+	$(PYTEST) --cov -m "" --hypothesis-profile search
 
 checks: $(DEV)
 	$(BIN)/python -m ruff format --check .

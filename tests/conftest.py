@@ -4,8 +4,16 @@ import os
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from training.dataset import DatasetNotFoundError, FashionMNIST, load
+
+# No time limits, which a busy machine misses. Every run tries the same examples;
+# `pytest --hypothesis-profile search` tries others.
+SLOW = [HealthCheck.too_slow]
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=SLOW)
+settings.register_profile("search", deadline=None, suppress_health_check=SLOW, print_blob=True)
+settings.load_profile("same")
 
 
 def pytest_configure() -> None:
