@@ -44,7 +44,8 @@ from benchmarks.load import (
     serving,
 )
 from benchmarks.peers import PEERS
-from service.model.classifier import Classifier, ModelError
+from service.model.artefact import ModelError
+from service.model.classifier import Classifier
 from service.settings import Settings
 from training.dataset import DatasetError, load
 

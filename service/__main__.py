@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 
 import click
 
+from service.model.artefact import ModelError
+
 if TYPE_CHECKING:
     from service.settings import Settings
 
@@ -87,7 +89,6 @@ def classify(
     if url is not None:
         ask = remote(url, settings, preprocessing, top_k)
     else:
-        from service.model.classifier import ModelError  # noqa: PLC0415 - brings ONNX Runtime; --url needs none
         from service.pictures.decoding import configure_pillow  # noqa: PLC0415 - brings Pillow; --url needs none
 
         configure_pillow()
@@ -112,7 +113,6 @@ def _serve(inherited: socket.socket | None, supervisor: int | None = None) -> No
 
     from service.http.server import StartError, bind, run  # noqa: PLC0415 - brings FastAPI
     from service.http.workers import START_FAILED, SupervisorError, supervise  # noqa: PLC0415 - brings prometheus_client
-    from service.model.classifier import ModelError  # noqa: PLC0415 - brings ONNX Runtime
     from service.telemetry import logs  # noqa: PLC0415 - a wrong setting is told before all this is loaded
 
     logs.configure(settings)

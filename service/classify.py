@@ -56,7 +56,7 @@ def local(settings: Settings, preprocessing: Preprocessing, top_k: int) -> Ask:
     from service.model.classifier import Classifier  # noqa: PLC0415 - `remote` needs no ONNX Runtime
     from service.routes.predict import Renderer  # noqa: PLC0415 - `remote` needs no framework
 
-    classifier = Classifier.load(settings.model_path, settings.device)
+    classifier = Classifier.load(settings.model_path, settings.device, settings.model_name)
     render = Renderer(classifier.info)
 
     def ask(data: bytes) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.model.artefact import NAME_FORM, fits_a_path
+
 PREFIX = "BNLENET_"
 
 
@@ -20,7 +22,12 @@ class Settings(BaseSettings):
 
     model_path: Path = Field(
         default=Path(__file__).parent.parent / "models" / "bn_lenet.onnx",
-        description="The model file to serve.",
+        description="The model file to serve, or a folder with one `.onnx` file.",
+    )
+    model_name: str | None = Field(
+        default=None,
+        description="The model's name in answers, metrics and the paths of the Open Inference"
+        " Protocol, in place of the file's own.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
@@ -71,6 +78,13 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field(
         default="text", description="The form of log lines."
     )
+
+    @field_validator("model_name")
+    @classmethod
+    def _fits_a_path(cls, name: str | None) -> str | None:
+        if name is not None and not fits_a_path(name):
+            raise ValueError(f"{name!r} is not a name of up to {NAME_FORM}")
+        return name
 
     @field_validator("api_key")
     @classmethod

@@ -91,7 +91,9 @@ def run(settings: Settings, listener: socket.socket, supervisor: int | None = No
             f"{MULTIPROCESS} is {directory}, which is no directory that can be written:"
             " unset it, or make that directory."
         )
-    app = create_app(settings, Classifier.load(settings.model_path, settings.device))
+    app = create_app(
+        settings, Classifier.load(settings.model_path, settings.device, settings.model_name)
+    )
     try:
         listener.listen()  # here, where its failure can still be told in a sentence
     except OSError as exc:

@@ -1,55 +1,33 @@
 """The model file, checked and loaded: pixels in, probabilities out. Knows arrays only."""
 
-import base64
-import hashlib
-import json
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from service.model.artefact import (
+    INPUT,
+    OUTPUT,
+    REMEDY,
+    Artefact,
+    ModelError,
+    ModelInfo,
+    SelfTest,
+    read_artefact,
+)
+
 Device = Literal["auto", "cpu", "cuda"]
 Run = Callable[[list[str], dict[str, NDArray[np.uint8]]], list[NDArray[np.float32]]]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-INPUT = ("pixels", "tensor(uint8)", [1, 28, 28])
-OUTPUT = ("probabilities", "tensor(float)", [10])
 OUTPUTS = [OUTPUT[0]]
 MAX_BATCH = 32  # larger ones gain nothing on a CPU, and what memory they take is never given back
 BATCHES_CHECKED = (*range(2, 17), 31, 32)
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # the only batches that a GPU gets
-REMEDY = "put a file written by `python -m training export` there, or set BNLENET_MODEL_PATH"
-
-
-class ModelError(Exception):
-    """The model cannot be served; the message is one sentence that says why."""
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What the model file says of itself, and where it runs.
-
-    Attributes:
-        name: the model's name.
-        version: the model's version, as in the Open Inference Protocol's paths.
-        revision: the first 12 hexadecimal digits of the file's SHA-256.
-        classes: the ten class names, by class id.
-        provider: the execution provider that the session really has.
-        metadata: all the file's metadata entries.
-    """
-
-    name: str
-    version: str
-    revision: str
-    classes: tuple[str, ...]
-    provider: str
-    metadata: Mapping[str, str] = field(repr=False)
 
 
 class Classifier:
@@ -101,84 +79,48 @@ class Classifier:
         return all(np.array_equal(self._run(images[:n]), alone[:n]) for n in BATCHES_CHECKED)
 
     @classmethod
-    def load(cls, path: Path, device: Device = "auto") -> Self:
-        """Load a model file, check that it keeps the contract, and run its self-test.
+    def load(cls, path: Path, device: Device = "auto", name: str | None = None) -> Self:
+        """Load a model file that keeps its promises, and run its self-test.
 
         Args:
-            path: an ONNX file as `training` exports it.
+            path: an ONNX file as `training` exports it, or a folder with one such file.
             device: "cuda" insists on a GPU; "auto" is "cpu", the faster for single images.
+            name: replaces the model's name in the file.
 
         Raises:
             ModelError: the file is missing, damaged, not ours, fails its self-test, or the device
                 is not to be had.
         """
-        try:
-            data = path.read_bytes()
-        except OSError as exc:
-            reason = exc.strerror or type(exc).__name__
-            raise ModelError(f"The model file {path} cannot be read ({reason}): {REMEDY}.") from exc
-        session = _open_session(data, path, device)
-        _check_signature(session, path)
-        metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
-        try:
-            classes = tuple(json.loads(metadata["classes"]))
-            info = ModelInfo(
-                name=metadata["name"],
-                version=metadata["version"],
-                revision=hashlib.sha256(data).hexdigest()[:12],
-                classes=classes,
-                provider=session.get_providers()[0],
-                metadata=MappingProxyType(metadata),
-            )
-            self_test = _SelfTest.parse(metadata["self_test"])
-        except KeyError as exc:
-            raise ModelError(
-                f"The model file {path} lacks the metadata entry {exc}: {REMEDY}."
-            ) from exc
-        except (ValueError, TypeError) as exc:
-            raise ModelError(
-                f"The metadata of the model file {path} is damaged: {REMEDY}."
-            ) from exc
-        strings = all(isinstance(name, str) for name in classes)
-        if not strings or not len(set(classes)) == len(classes) == OUTPUT[2][0]:
-            raise ModelError(f"The model file {path} does not name ten classes: {REMEDY}.")
+        artefact = read_artefact(path, name)
+        session = _open_session(artefact, device)
+        info = ModelInfo(
+            name=artefact.name,
+            version=artefact.version,
+            revision=artefact.revision,
+            classes=artefact.classes,
+            provider=session.get_providers()[0],
+            metadata=artefact.metadata,
+        )
         try:
             classifier = cls(session, info)
-            error = self_test.error(classifier)
+            error = _self_test_error(classifier, artefact.self_test)
         except Exception as exc:  # as in _open_session
             raise ModelError(
-                f"The model file {path} cannot be run on {info.provider}: {REMEDY}."
+                f"The model file {artefact.path} cannot be run on {info.provider}: {REMEDY}."
             ) from exc
-        if not error <= self_test.tolerance:  # also when it is NaN
+        tolerance = artefact.self_test.tolerance
+        if not error <= tolerance:  # also when it is NaN
             raise ModelError(
-                f"The model file {path} fails its self-test on {info.provider}: off by {error:.1e}"
-                f" where {self_test.tolerance:.0e} is allowed; export it again."
+                f"The model file {artefact.path} fails its self-test on {info.provider}: off by"
+                f" {error:.1e} where {tolerance:.0e} is allowed; export it again."
             )
         return classifier
 
 
-@dataclass(frozen=True)
-class _SelfTest:
-    """Images with the probabilities that the unfolded model gives for them in float64."""
-
-    pixels: NDArray[np.uint8]  # [n, 1, 28, 28]
-    probabilities: NDArray[np.float64]  # [n, 10]
-    tolerance: float
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        entry: dict[str, Any] = json.loads(text)
-        pixels = np.frombuffer(base64.b64decode(entry["pixels"], validate=True), np.uint8)
-        probabilities = np.array(entry["probabilities"], np.float64)
-        tolerance = float(entry["tolerance"])
-        if probabilities.shape[1:] != (10,) or len(probabilities) == 0:
-            raise ValueError("no expected probabilities")
-        if not 0 < tolerance <= 1e-3:
-            raise ValueError("a tolerance that proves nothing")
-        return cls(pixels.reshape(len(probabilities), 1, 28, 28), probabilities, tolerance)
-
-    def error(self, classifier: Classifier) -> float:
-        return float(np.abs(classifier.probabilities(self.pixels) - self.probabilities).max())
+def _self_test_error(classifier: Classifier, test: SelfTest) -> float:
+    """Return the largest difference of a probability from the expected one."""
+    pixels = np.frombuffer(test.pixels, np.uint8).reshape(-1, *INPUT[2])
+    return float(np.abs(classifier.probabilities(pixels) - np.array(test.probabilities)).max())
 
 
 def _in_buckets(run: Run) -> Run:
@@ -202,7 +144,7 @@ def _in_buckets(run: Run) -> Run:
     return run_padded
 
 
-def _open_session(data: bytes, path: Path, device: Device) -> onnxruntime.InferenceSession:
+def _open_session(artefact: Artefact, device: Device) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # no pool, no spinning; one image is too little to share
     options.inter_op_num_threads = 1
@@ -210,12 +152,12 @@ def _open_session(data: bytes, path: Path, device: Device) -> onnxruntime.Infere
     # All else is ONNX Runtime's default, full optimisation included: measured inside the server,
     # the alternatives (less optimisation, no arena, denormals as zero) were no faster.
     try:
-        session = onnxruntime.InferenceSession(data, options, providers=[CPU])
+        session = onnxruntime.InferenceSession(artefact.data, options, providers=[CPU])
     except Exception as exc:  # ONNX Runtime's own classes share no public base
         raise ModelError(
-            f"The model file {path} is damaged, cut short or no ONNX model: {REMEDY}."
+            f"ONNX Runtime cannot open the model file {artefact.path}: {REMEDY}."
         ) from exc
-    return _open_on_cuda(data, options) if device == "cuda" else session
+    return _open_on_cuda(artefact.data, options) if device == "cuda" else session
 
 
 def _open_on_cuda(data: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
@@ -235,15 +177,3 @@ def _open_on_cuda(data: bytes, options: onnxruntime.SessionOptions) -> onnxrunti
         "BNLENET_DEVICE is cuda, but ONNX Runtime got no CUDA device: install the `gpu` extra and"
         " a driver, or set BNLENET_DEVICE to auto."
     ) from cause
-
-
-def _check_signature(session: onnxruntime.InferenceSession, path: Path) -> None:
-    inputs = [(i.name, i.type, i.shape[1:]) for i in session.get_inputs()]
-    outputs = [(o.name, o.type, o.shape[1:]) for o in session.get_outputs()]
-    if inputs != [INPUT] or outputs != [OUTPUT]:
-        raise ModelError(
-            f"The model file {path} is not a BN-LeNet of this project (its input and output are"
-            f" not `pixels` uint8 [n, 1, 28, 28] and `probabilities` float32 [n, 10]): {REMEDY}."
-        )
-    if isinstance(session.get_inputs()[0].shape[0], int):
-        raise ModelError(f"The model file {path} takes only a fixed batch: {REMEDY}.")

@@ -20,14 +20,14 @@ from service import __version__
 from service.errors import BadRequest, NotFound, NotReady
 from service.http.exchange import Answer, Exchange
 from service.http.gate import Gate, Handler
-from service.model.classifier import INPUT, OUTPUT, Classifier, ModelInfo
+from service.model.artefact import INPUT, OUTPUT, ModelInfo
+from service.model.classifier import Classifier
 from service.model.inference import Inference
 from service.routes.tensors import IMAGE_SHAPE, MAX_BATCH_SIZE, decode, encode
 from service.telemetry.metrics import Metrics
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
 PLATFORM = "onnxruntime_onnx"  # Triton's name for it
-DATATYPES = {"tensor(uint8)": "UINT8", "tensor(float)": "FP32"}
 MAX_INDEX_BYTES = 2**10  # of a request for the index, whose one field is a boolean
 WORTH_COMPRESSING = 500  # bytes; less fits one packet anyway
 REFUSED = re.compile(rb"q=0(\.0*)?").fullmatch
@@ -247,11 +247,11 @@ def _response(answer: Answer) -> Response:
 
 
 def _metadata(name: str, kind: str, shape: list[int]) -> TensorMetadata:
-    return TensorMetadata(name=name, datatype=DATATYPES[kind], shape=[-1, *shape])
+    return TensorMetadata(name=name, datatype=kind, shape=[-1, *shape])
 
 
 def _config(name: str, kind: str, dims: list[int], form: str | None = None) -> TensorConfig:
-    return TensorConfig(name=name, data_type=f"TYPE_{DATATYPES[kind]}", format=form, dims=dims)
+    return TensorConfig(name=name, data_type=f"TYPE_{kind}", format=form, dims=dims)
 
 
 def _statistics(

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from service.errors import NotReady
 from service.http.gate import Gate
-from service.model.classifier import ModelInfo
+from service.model.artefact import ModelInfo
 from service.telemetry.metrics import Metrics
 
 

@@ -24,7 +24,8 @@ from service.errors import (
 )
 from service.http.exchange import Answer, Exchange
 from service.http.gate import Handler
-from service.model.classifier import Classifier, ModelInfo
+from service.model.artefact import ModelInfo
+from service.model.classifier import Classifier
 from service.model.inference import Inference
 from service.pictures.conversion import ModelInput, Preprocessing, read_picture
 from service.pictures.decoding import is_raw_28x28

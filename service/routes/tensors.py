@@ -13,15 +13,14 @@ import orjson
 from numpy.typing import NDArray
 
 from service.errors import BadRequest, PayloadTooLarge
-from service.model.classifier import INPUT, OUTPUT, ModelInfo
+from service.model.artefact import CLASSES, IMAGE_SIZE, INPUT, OUTPUT, ModelInfo
 
 Json = dict[str, Any]
 Kind = TypeVar("Kind")
 
 MAX_BATCH_SIZE = 256
 IMAGE_SHAPE = INPUT[2]
-IMAGE_SIZE = 28 * 28
-CLASS_IDS = range(OUTPUT[2][0])
+CLASS_IDS = range(CLASSES)
 MAX_JSON_BYTES = 2**22  # the largest batch with 20 bytes for a number and its white space
 MAX_JSON_BRACKETS = 2**14  # twice those of the largest batch; each takes as long as 40 numbers
 FP32 = np.dtype("<f4")

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -84,6 +85,18 @@ def forward(weights: Weights, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
     return x / x.sum(axis=1, keepdims=True)  # type: ignore[no-any-return] # einsum is untyped
 
 
+def seal(model: onnx.ModelProto) -> bytes:
+    """Return a model file's bytes, with the digest that the service checks."""
+    sealed = onnx.ModelProto()
+    sealed.CopyFrom(model)
+    others = [entry for entry in model.metadata_props if entry.key != "digest"]
+    sealed.ClearField("metadata_props")
+    sealed.metadata_props.extend(others)
+    sealed.metadata_props.add(key="digest", value="0" * 64)
+    data: bytes = sealed.SerializeToString(deterministic=True)
+    return data[:-64] + hashlib.sha256(data).hexdigest().encode()
+
+
 def make_artefact(
     weights: Weights, *, batch: int | str = "batch", input_name: str = "pixels", **metadata: Any
 ) -> onnx.ModelProto:
@@ -102,7 +115,9 @@ def make_artefact(
     last = "x0"
     for name in ("conv1", "conv2"):
         nodes += [
-            helper.make_node("Conv", [last, f"{name}.weight", f"{name}.bias"], [name]),
+            helper.make_node(
+                "Conv", [last, f"{name}.weight", f"{name}.bias"], [name], kernel_shape=[5, 5]
+            ),
             helper.make_node("Sigmoid", [name], [f"{name}.sigmoid"]),
             helper.make_node(
                 "AveragePool",
@@ -113,7 +128,7 @@ def make_artefact(
             ),
         ]
         last = f"{name}.pool"
-    nodes.append(helper.make_node("Flatten", [last], ["flat"]))
+    nodes.append(helper.make_node("Flatten", [last], ["flat"], axis=1))
     last = "flat"
     for name in ("linear1", "linear2", "linear3"):
         inputs = [last, f"{name}.weight", f"{name}.bias"]
@@ -171,7 +186,7 @@ def weights() -> Weights:
 def artefact(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a sound model file with random weights."""
     path = tmp_path_factory.mktemp("artefact") / "model.onnx"
-    onnx.save(make_artefact(weights), path)
+    path.write_bytes(seal(make_artefact(weights)))
     return path
 
 
@@ -181,7 +196,7 @@ def broken_artefact(weights: Weights, tmp_path: Path) -> Callable[..., Path]:
 
     def make(**changes: Any) -> Path:
         path = tmp_path / "broken.onnx"
-        onnx.save(make_artefact(weights, **changes), path)
+        path.write_bytes(seal(make_artefact(weights, **changes)))
         return path
 
     return make

@@ -9,6 +9,7 @@ from service.settings import PREFIX, Settings, SettingsError
 
 GOOD: dict[str, tuple[str, Any]] = {
     "model_path": ("/somewhere/model.onnx", Path("/somewhere/model.onnx")),
+    "model_name": ("garments-2.v1", "garments-2.v1"),
     "device": ("CUDA", "cuda"),
     "host": ("0.0.0.0", "0.0.0.0"),  # noqa: S104 - nothing listens in this test
     "port": ("0", 0),
@@ -27,6 +28,7 @@ GOOD: dict[str, tuple[str, Any]] = {
 }
 
 BAD = {
+    "model_name": ["a/b", "two words", ".hidden", "stats", "caf\u00e9", "x" * 65, "a\n"],
     "device": ["tpu"],
     "port": ["-1", "65536", "http", "tcp://10.0.0.1:80"],
     "workers": ["0", "1.5", "65"],

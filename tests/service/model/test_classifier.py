@@ -1,10 +1,10 @@
 """The classifier agrees with the mathematics in any batch, and refuses what is not its own."""
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
-from service.model.classifier import BUCKETS, Classifier, ModelError
-from tests.service.conftest import CLASSES
+from service.model.artefact import ModelError
+from service.model.classifier import BUCKETS, Classifier
+from tests.service.conftest import CLASSES, seal
 
 Oracle = Callable[[NDArray[np.uint8]], NDArray[np.float64]]
 
@@ -98,121 +98,49 @@ def test_it_tells_what_the_file_says(classifier: Classifier) -> None:
     assert info.metadata["test_accuracy"] == "0.1000"
 
 
-def refuse(path: Path, expected: str) -> None:
+def refuse(model: onnx.ModelProto, path: Path, expected: str) -> None:
+    path.write_bytes(seal(model))
     with pytest.raises(ModelError) as caught:
         Classifier.load(path)
-    sentence = str(caught.value)
-    assert expected in sentence
-    assert str(path) in sentence
-    assert "\n" not in sentence
-    assert sentence.endswith(".")
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    refuse(tmp_path / "none.onnx", "cannot be read (No such file or directory)")
-    refuse(tmp_path, "cannot be read (Is a directory)")
+def set_bias(model: onnx.ModelProto, values: NDArray[np.float32]) -> None:
+    (bias,) = (tensor for tensor in model.graph.initializer if tensor.name == "linear3.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_a_truncated_file_is_refused(artefact: Path, tmp_path: Path, share: float) -> None:
-    data = artefact.read_bytes()
-    path = tmp_path / "cut.onnx"
-    path.write_bytes(data[: int(len(data) * share)])
-    refuse(path, "model file")
-
-
-def test_other_bytes_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "text.onnx"
-    path.write_text("This is no model.")
-    refuse(path, "is damaged, cut short or no ONNX model")
-
-
-def test_changed_weights_are_refused_by_the_self_test(
-    weights: dict[str, NDArray[np.float32]], artefact: Path, tmp_path: Path
+@pytest.mark.parametrize("step", [0.001, np.nan])
+def test_other_weights_than_the_self_tests_are_refused(
+    weights: dict[str, NDArray[np.float32]], artefact: Path, tmp_path: Path, step: float
 ) -> None:
-    """The file is sound ONNX; only the numbers are not those that the self-test was made with."""
-    data = artefact.read_bytes()
-    before = weights["linear3.bias"].tobytes()
-    after = (weights["linear3.bias"] + np.linspace(0, 0.001, 10, dtype=np.float32)).tobytes()
-    assert data.count(before) == 1
-    path = tmp_path / "changed.onnx"
-    path.write_bytes(data.replace(before, after))
-    refuse(path, "fails its self-test on CPUExecutionProvider")
+    """The digest is right; only the numbers are not those that the self-test was made with."""
+    model = onnx.load(artefact)
+    slope = np.linspace(-step, step, 10, dtype=np.float32)
+    set_bias(model, weights["linear3.bias"] + slope)
+    refuse(model, tmp_path / "changed.onnx", "fails its self-test on CPUExecutionProvider")
 
 
-def test_another_model_is_refused(tmp_path: Path) -> None:
-    graph = helper.make_graph(
-        [helper.make_node("Identity", ["x"], ["y"])],
-        "foreign",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    path = tmp_path / "foreign.onnx"
-    onnx.save(model, path)
-    refuse(path, "is not a BN-LeNet of this project")
+def test_what_the_runtime_cannot_open_is_refused(artefact: Path, tmp_path: Path) -> None:
+    model = onnx.load(artefact)
+    model.graph.node[0].output[0] = model.graph.node[1].input[0] = ""
+    refuse(model, tmp_path / "nameless.onnx", "ONNX Runtime cannot open the model file")
 
 
-SELF_TEST = {"pixels": "", "probabilities": [], "tolerance": 1e-5}
-BROKEN: dict[str, tuple[dict[str, Any], str]] = {
-    "other input name": ({"input_name": "image"}, "is not a BN-LeNet of this project"),
-    "fixed batch": ({"batch": 1}, "takes only a fixed batch"),
-    **{
-        f"no {entry}": ({entry: None}, f"lacks the metadata entry '{entry}'")
-        for entry in ("name", "version", "classes", "self_test")
-    },
-    "classes no JSON": ({"classes": "Shirt, Bag"}, "metadata"),
-    "nine classes": ({"classes": json.dumps(CLASSES[:9])}, "does not name ten classes"),
-    "a class twice": (
-        {"classes": json.dumps([*CLASSES[:9], CLASSES[0]])},
-        "does not name ten classes",
-    ),
-    "eleven classes": (
-        {"classes": json.dumps([*CLASSES, CLASSES[0]])},
-        "does not name ten classes",
-    ),
-    "classes no strings": (
-        {"classes": json.dumps([[name] for name in CLASSES])},
-        "does not name ten classes",
-    ),
-    "self-test no JSON": ({"self_test": "yes"}, "metadata"),
-    "self-test without images": ({"self_test": json.dumps(SELF_TEST)}, "metadata"),
-    "self-test without tolerance": ({"self_test": "{}"}, "lacks the metadata entry"),
-    "self-test that proves nothing": (
-        {"self_test": json.dumps({**SELF_TEST, "probabilities": [[0.1] * 10], "tolerance": 1.0})},
-        "metadata",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_file_that_breaks_the_contract_is_refused(
-    broken_artefact: Callable[..., Path], name: str
+def test_what_the_runtime_cannot_run_is_refused(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes, expected = BROKEN[name]
-    refuse(broken_artefact(**changes), expected)
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", failing)
+    refuse(onnx.load(artefact), tmp_path / "model.onnx", "cannot be run on CPUExecutionProvider")
 
 
-def test_a_graph_that_cannot_be_run_is_refused(broken_artefact: Callable[..., Path]) -> None:
-    """It says that it takes any batch, but inside it is made for one image."""
-    path = broken_artefact()
-    model = onnx.load(path)
-    (flatten,) = (node for node in model.graph.node if node.op_type == "Flatten")
-    flatten.op_type = "Reshape"
-    flatten.input.append("shape")
-    shape = onnx.numpy_helper.from_array(np.array([1, 256], np.int64), "shape")
-    model.graph.initializer.append(shape)
-    onnx.save(model, path)
-    refuse(path, "cannot be run")
-
-
-def test_a_self_test_that_gives_nan_is_refused(broken_artefact: Callable[..., Path]) -> None:
-    path = broken_artefact()
-    model = onnx.load(path)
-    (bias,) = (t for t in model.graph.initializer if t.name == "linear3.bias")
-    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(10, np.nan, np.float32), bias.name))
-    onnx.save(model, path)
-    refuse(path, "fails its self-test")
+def test_the_name_can_be_set_from_outside(artefact: Path, classifier: Classifier) -> None:
+    info = Classifier.load(artefact, name="garments").info
+    assert info == replace(classifier.info, name="garments")
 
 
 def test_cuda_is_refused_where_there_is_none(artefact: Path) -> None:
@@ -230,3 +158,30 @@ def test_cuda_is_refused_where_there_is_none(artefact: Path) -> None:
     assert "BNLENET_DEVICE is cuda, but ONNX Runtime got no CUDA device" in result.stderr
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         assert result.stderr.count("\n") == 1  # the other build has words of its own to say
+
+
+def test_a_gpu_that_is_not_got_is_refused_and_never_replaced_by_the_cpu(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime opens a session on the CPU where CUDA fails, and says nothing."""
+    asked: list[Any] = []
+    session = onnxruntime.InferenceSession
+
+    def on_the_cpu(data: bytes, options: Any, providers: list[Any]) -> Any:
+        asked.append(providers[0])
+        return session(data, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(
+        onnxruntime,
+        "get_available_providers",
+        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
+    with pytest.raises(ModelError, match="BNLENET_DEVICE is cuda, but ONNX Runtime got no CUDA"):
+        Classifier.load(artefact, "cuda")
+    assert asked[-1] == (
+        "CUDAExecutionProvider",
+        {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
+    )
+    assert Classifier.load(artefact, "auto").info.provider == "CPUExecutionProvider"

@@ -85,7 +85,7 @@ def test_applications_in_one_process_do_not_share_counts(classifier: Classifier)
 
 WORKER = """
 import asyncio, sys
-from service.model.classifier import ModelInfo
+from service.model.artefact import ModelInfo
 from service.telemetry.metrics import Metrics
 
 async def main():
