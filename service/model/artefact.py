@@ -200,11 +200,11 @@ def _check_digest(data: bytes, path: Path) -> None:
     body, digest = data[: -len(NO_DIGEST)], data[-len(NO_DIGEST) :]
     if not body.endswith(DIGEST_ENTRY):
         raise ModelError(
-            f"The model file {path} does not end with a digest, so it is cut short, or not from"
-            f" this project's export: {REMEDY}."
+            f"The model file {path} is damaged, cut short, or not from this project's export (it"
+            f" does not end with a digest): {REMEDY}."
         )
     if hashlib.sha256(body + NO_DIGEST).hexdigest().encode() != digest:
-        raise ModelError(f"The model file {path} is damaged, as its digest shows: {REMEDY}.")
+        raise ModelError(f"The model file {path} is damaged (its digest shows it): {REMEDY}.")
 
 
 def _check_graph(model: Message) -> None:
