@@ -65,7 +65,7 @@ def paired_difference(after: Sequence[float], before: Sequence[float]) -> Interv
 
 
 def welch_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the two-sided p-value of Welch's t-test: do two independent samples differ in mean?
+    """Return the two-sided p-value of Welch's t-test, for two samples that are not paired.
 
     Needs at least two values in each.
     """

@@ -28,7 +28,9 @@ from training.studies.study import QUICK, Line, Scale
     help="Processes at once; -1 is one a core.",
 )
 @click.option(
-    "--cluster", metavar="ADDRESS", help="Send the fits to this Dask scheduler instead of processes."
+    "--cluster",
+    metavar="ADDRESS",
+    help="Send the fits to this Dask scheduler instead of processes.",
 )
 @click.option(
     "--out",

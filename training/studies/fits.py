@@ -182,7 +182,8 @@ def settled(network: nn.Sequential, sample: Sample) -> nn.Sequential:
     network.eval()
     if not norm_layers(network):
         return network
-    return with_statistics(network, population_statistics(network, sample.pixels)).eval()
+    moments = population_statistics(network, sample.pixels)  # type: ignore[arg-type] # any sequence of layers
+    return with_statistics(network, moments).eval()  # type: ignore[arg-type] # the same
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Which part of batch norm does the work? (exercises 4 and 5)
+"""Which part of batch norm does the work (exercises 4 and 5).
 
 Batch norm subtracts the batch's mean, divides by its deviation, then scales by gamma and shifts by
 beta. Each arm leaves something out: the division, the subtraction, or the learning of gamma, of
@@ -52,8 +52,8 @@ def fixed(gamma: bool, beta: bool) -> Norm:
 
     def make(channels: int, dims: int) -> nn.Module:
         layer = batch_norm(channels, dims)
-        layer.weight.requires_grad_(not gamma)  # type: ignore[operator] # a parameter
-        layer.bias.requires_grad_(not beta)  # type: ignore[operator] # a parameter
+        layer.weight.requires_grad_(not gamma)
+        layer.bias.requires_grad_(not beta)
         return layer
 
     return make

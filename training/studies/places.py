@@ -1,4 +1,4 @@
-"""Does every layer need batch norm? (exercise 3)
+"""Does every layer need batch norm (exercise 3).
 
 All 16 subsets of the four places, as a two-level factorial design: the main effect of a place is
 the mean change of accuracy when it gets batch norm, over all settings of the other three; an
@@ -62,17 +62,20 @@ def report(lines: Sequence[Line]) -> Report:
     gained = "all" if share >= 1 else f"{share:.0%}"
     answer = (
         f"No: one batch norm, behind {PLACES[single.index('1')]}, brings {gained} of what all four "
-        f"bring ({none.mean:.3f} without, {singles[single].mean:.3f} with one, {full.mean:.3f} with "
-        f"four). The place that matters most on average is {best} ({main[best]:+.3f})."
+        f"bring ({none.mean:.3f} without, {singles[single].mean:.3f} with one, {full.mean:.3f} "
+        f"with four). The place that matters most on average is {best} ({main[best]:+.3f})."
     )
     if singles[single].mean < none.mean + 0.5 * (full.mean - none.mean):
         answer = (
             f"More than one does: the best single place, {PLACES[single.index('1')]}, brings only "
-            f"{share:.0%} of what all four bring ({none.mean:.3f} without, {full.mean:.3f} with four)."
+            f"{share:.0%} of what all four bring ({none.mean:.3f} without, {full.mean:.3f} with "
+            "four)."
         )
     effects = [[name, f"{value:+.4f}"] for name, value in main.items()]
-    for pair in combinations(range(4), 2):
-        effects.append([" × ".join(PLACES[i] for i in pair), f"{effect(lines, pair):+.4f}"])
+    effects += [
+        [" and ".join(PLACES[i] for i in pair), f"{effect(lines, pair):+.4f}"]
+        for pair in combinations(range(4), 2)
+    ]
     rows = [
         [
             ", ".join(p for p, bit in zip(PLACES, s, strict=True) if bit == "1") or "none",
@@ -87,8 +90,8 @@ def report(lines: Sequence[Line]) -> Report:
 
 {table(["effect", "change of held-out accuracy"], effects)}
 
-A main effect is the mean change when the place gets batch norm, over all settings of the other three. An
-interaction is negative where two places do each other's work.
+A main effect is the mean change when the place gets batch norm, over all settings of the other
+three. An interaction is negative where two places do each other's work.
 
 ## All 16 subsets
 

@@ -77,7 +77,7 @@ def _connected(address: str):  # type: ignore[no-untyped-def] # the optional pac
             "--cluster needs the package distributed: pip install distributed."
         ) from error
     try:
-        return Client(address, timeout=10)
+        return Client(address, timeout=10)  # type: ignore[no-untyped-call] # untyped there
     except (OSError, ValueError) as error:
         raise ClusterError(
             f"no Dask scheduler answers at {address}: start one with `dask scheduler`."

@@ -5,7 +5,7 @@ import pytest
 
 from training.evaluation.intervals import mean_interval, paired_difference, welch_p
 
-# Student's t, two-sided 95 %, from printed tables (Fisher and Yates): degrees of freedom -> quantile.
+# Student's t, two-sided 95 %, from printed tables: degrees of freedom and quantile.
 PRINTED = {1: 12.706, 4: 2.776, 9: 2.262}
 
 
