@@ -193,9 +193,10 @@ class TestDocuments:
                 assert (ROOT / path).parent.joinpath(target).exists(), f"{path}: {target}"
 
     def test_the_changelog_begins_with_the_version_of_the_package(self) -> None:
-        heading = re.search(r"^## (\S+)", text_of("CHANGELOG.md"), re.MULTILINE)
-        assert heading is not None
-        assert heading[1] == service.__version__
+        headings = re.findall(r"^## (.+)", text_of("CHANGELOG.md"), re.MULTILINE)
+        assert headings
+        assert all(re.fullmatch(r"\d+\.\d+\.\d+, \d{4}-\d\d-\d\d", each) for each in headings)
+        assert headings[0].split(",")[0] == service.__version__
         assert f"\nversion: {service.__version__}\n" in text_of("CITATION.cff")
 
 
