@@ -287,9 +287,9 @@ class TestRepository:
 @pytest.fixture(scope="module")
 def kubernetes() -> dict[str, Any]:
     """Return the manifests by kind."""
-    files = (ROOT / "deploy" / "kubernetes").glob("*.yaml")
+    files = (ROOT / "deploy" / "kubernetes" / "base").glob("*.yaml")
     documents = [d for file in files for d in yaml.safe_load_all(file.read_text())]
-    return {document["kind"]: document for document in documents}
+    return {d["kind"]: d for d in documents if d["kind"] != "Kustomization"}
 
 
 class TestDeployment:
