@@ -69,6 +69,57 @@ class TestKubernetes:
             "Service",
         ]
 
+    def test_the_pod_has_these_rights_limits_and_probes(self) -> None:
+        by_kind = {d["kind"]: d for d in documents(DEPLOY / "kubernetes" / "base")}
+        pod = by_kind["Deployment"]["spec"]["template"]["spec"]
+        container = container_of(by_kind["Deployment"])
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["enableServiceLinks"] is False
+        assert pod["terminationGracePeriodSeconds"] == 30
+        assert pod["securityContext"] == {
+            "runAsNonRoot": True,
+            "runAsUser": 10001,
+            "runAsGroup": 10001,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["imagePullPolicy"] == "IfNotPresent"
+        assert container["ports"] == [{"name": "http", "containerPort": 8000}]
+        assert container["resources"] == {
+            "requests": {"cpu": "1", "memory": "192Mi"},
+            "limits": {"memory": "512Mi"},
+        }
+        assert container["startupProbe"] == {
+            "httpGet": {"path": "/readyz", "port": "http"},
+            "periodSeconds": 1,
+            "failureThreshold": 30,
+        }
+        assert container["livenessProbe"] == {
+            "httpGet": {"path": "/livez", "port": "http"},
+            "periodSeconds": 10,
+            "timeoutSeconds": 3,
+        }
+        assert container["readinessProbe"] == {
+            "httpGet": {"path": "/readyz", "port": "http"},
+            "periodSeconds": 2,
+            "timeoutSeconds": 2,
+            "failureThreshold": 1,
+        }
+        (volume,) = pod["volumes"]
+        assert volume == {"name": "tmp", "emptyDir": {"medium": "Memory", "sizeLimit": "64Mi"}}
+        assert container["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108 - the mount's own name
+        strategy = by_kind["Deployment"]["spec"]["strategy"]["rollingUpdate"]
+        assert strategy == {"maxUnavailable": 0, "maxSurge": 1}
+        assert by_kind["PodDisruptionBudget"]["spec"]["maxUnavailable"] == 1
+        scaler = by_kind["HorizontalPodAutoscaler"]["spec"]
+        assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 10)
+        (port,) = by_kind["Service"]["spec"]["ports"]
+        assert port == {"name": "http", "port": 80, "targetPort": "http"}
+
     @pytest.mark.parametrize("overlay", OVERLAYS)
     def test_every_overlay_builds_to_valid_manifests(self, overlay: str) -> None:
         manifests = built(overlay)
