@@ -20,7 +20,8 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
 OPEN_PATHS = frozenset(
-    {"/", "/static/*", "/docs", "/openapi.json", "/livez", "/readyz", "/metrics", "/v2/health/*"}
+    {"/", "/inside", "/docs", "/static/*", "/openapi.json"}
+    | {"/livez", "/readyz", "/metrics", "/v2/health/*"}
 )
 
 
@@ -76,7 +77,7 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
         operations.operations_router(model, metrics, gate),
         responses=documented(500, 503),
     )
-    framework.include_router(page.page_router())
+    framework.include_router(page.page_router(model))
     for kind in (ServiceError, HTTPException, RequestValidationError, Exception):
         framework.add_exception_handler(kind, _answer_error)
     return gate

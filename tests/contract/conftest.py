@@ -12,6 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
+from playwright.sync_api import Browser, BrowserContext, sync_playwright
+
+from tests.contract.browser import SWITCHES
+from tests.contract.neighbours import executable
 
 ROOT = Path(__file__).parents[2]
 Serve = Callable[..., Any]
@@ -73,3 +77,19 @@ def client(base_url: str) -> Iterator[httpx.Client]:
 def serve(tmp_path: Path) -> Serve:
     """Return what starts a server with settings of a test's own; it gives address and process."""
     return lambda **settings: serving(tmp_path / "log", **settings)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Start Chromium, for a module: while it runs, no test may run an event loop of its own."""
+    path = executable("chromium", "chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=SWITCHES)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    with browser.new_context(reduced_motion="reduce") as context:
+        yield context

@@ -1,21 +1,29 @@
-// Takes a picture in any of four ways, asks POST /predict, and shows what it answers.
+// Takes a picture in any of its ways, asks POST /predict, and shows what it answers.
+
+import { EXAMPLES, exampleButtons, rasterise } from "./examples.js";
+import { bindTools, makePaper } from "./paper.js";
+import { explain } from "./why.js";
 
 const $ = (id) => document.getElementById(id);
 const stage = $("stage");
-const pen = $("paper").getContext("2d");
-const bars = [...$("bars").children];
 const untouched = ["preprocessing", "command", "latency"].map((id) => [$(id), $(id).textContent]);
 
 let key = ""; // in memory only
 let source = null; // gives the picture to send: {name, type, blob, saved}
 let turn = new AbortController(); // ends when another picture takes its place
 let shown = null; // the signal of the turn whose answer is on the page
+let current = null; // that answer
 let asking = false;
 let wanted = false;
+let camera = null; // the stream, while the viewfinder is open
+let pause = 1000; // milliseconds until the next look whether the service is back
+let looking; // the timer of that look
 
 const PATIENCE = 400; // milliseconds until the former answer gives way to the word that one is awaited
+const LONGEST_PAUSE = 8000;
+const LARGEST = 1024; // pixels on the longer side of what is sent; the service looks at fewer
 const UNREADABLE = "The file cannot be read; choose another.";
-const UNREACHABLE = "The service cannot be reached; try again in a moment.";
+const UNREACHABLE = "The service cannot be reached. As soon as it is back, you get your answer.";
 
 // Asking: one request at a time. What is drawn meanwhile is sent together when it is answered.
 
@@ -24,11 +32,12 @@ async function ask() {
   if (asking) return;
   asking = true;
   $("output").ariaBusy = "true";
+  clearTimeout(looking);
   while (wanted && source) {
     wanted = false;
     const { signal } = turn;
     const patience = setTimeout(() => { if (shown !== signal) forget("Looking …"); }, PATIENCE);
-    const reply = await source().then((picture) => post(picture, signal), () => failure(UNREADABLE));
+    const reply = await source().then((picture) => post(picture, signal), () => failure(UNREADABLE, 422));
     clearTimeout(patience);
     if (signal.aborted) continue;
     shown = signal;
@@ -39,12 +48,14 @@ async function ask() {
   $("output").ariaBusy = "false";
 }
 
-const failure = (error) => ({ status: 0, answer: { error } });
+const failure = (error, status = 0) => ({ status, answer: { error } });
+
+// Header fields are sent in Latin-1, the letters whose bytes are the key's UTF-8.
+const authorization = () => key
+  ? { Authorization: `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}` } : {};
 
 async function post(picture, signal) {
-  const headers = { "Content-Type": picture.type };
-  // Header fields are sent in Latin-1, the letters whose bytes are the key's UTF-8.
-  if (key) headers.Authorization = `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}`;
+  const headers = { "Content-Type": picture.type, ...authorization() };
   const begin = performance.now();
   let response;
   try {
@@ -60,57 +71,89 @@ async function post(picture, signal) {
   }
 }
 
+function lookForService() {
+  clearTimeout(looking);
+  looking = setTimeout(async () => {
+    const back = await fetch("readyz").then((response) => response.ok, () => false);
+    if (back) ask();
+    else lookForService();
+  }, pause);
+  pause = Math.min(2 * pause, LONGEST_PAUSE);
+}
+
 // Showing.
 
 const percent = (p) => `${(100 * p).toFixed(1)} %`;
+const megabytes = (_, number) => `${+(number.replaceAll(",", "") / 2 ** 20).toFixed(1)} MB`;
+const human = (sentence) => sentence // the service says "body" of what people know as their file
+  .replace("The body", "The file").replace(/(\d+(?:,\d{3}){2,}|\d{7,}) bytes/g, megabytes);
 
 function show({ answer, picture, milliseconds }) {
   refuse(200, "");
-  $("label").textContent = answer.label;
-  for (const { class_id, label, probability } of answer.predictions) {
-    const [name, bar, number] = bars[class_id].children;
-    name.textContent = label;
-    bar.style.setProperty("--p", probability);
-    number.textContent = percent(probability);
-    bars[class_id].classList.toggle("first", class_id === answer.class_id);
-  }
+  current = answer;
+  pause = 1000;
+  const notes = answer.notes ?? [];
+  const unsure = notes.some((note) => note.startsWith("Not sure"));
+  $("label").textContent = unsure ? `Not sure: perhaps ${answer.label}` : answer.label;
+  $("output").classList.toggle("unsure", unsure);
+  answer.predictions.forEach(({ label, probability }, rank) => fillBar(rank, label, probability));
+  $("bars").children[0].className = "first";
   const seen = new ImageData(28, 28);
   answer.pixels.flat().forEach((gray, i) => seen.data.set([gray, gray, gray, 255], 4 * i));
   $("seen").getContext("2d").putImageData(seen, 0, 0);
-  $("preprocessing").textContent = answer.preprocessing === "none"
-    ? "Taken as it came: 28\u00a0×\u00a028 pixels, in grey."
-    : "Converted the way the data set was made: 28\u00a0×\u00a028 pixels, in grey, light on dark.";
-  $("notes").replaceChildren(...(answer.notes ?? []).map((note) => {
+  $("seen").parentElement.classList.add("full");
+  $("preprocessing").textContent = (picture.scaled ? "Scaled down in your browser. " : "")
+    + (answer.preprocessing === "none"
+      ? "Taken as it came: 28\u00a0×\u00a028 pixels, in grey."
+      : "Converted the way the data set was made: 28\u00a0×\u00a028 pixels, in grey, light on dark.");
+  $("notes").replaceChildren(...notes.map((note) => {
     const item = document.createElement("li");
     item.textContent = note;
     return item;
   }));
   $("latency").textContent = `${milliseconds.toFixed(milliseconds < 10 ? 1 : 0)} ms`;
+  $("why").disabled = false;
+  const bytes = btoa(String.fromCharCode(...answer.pixels.flat()));
+  for (const link of document.querySelectorAll("a.inside")) link.href = `inside#${bytes}`;
   if (answer.model.revision !== $("revision").textContent) tellModel();
   tellCommand(picture);
-  speak(`${answer.label}, ${percent(answer.confidence)}`);
+  speak(`${$("label").textContent}, ${percent(answer.confidence)}`);
+}
+
+function fillBar(rank, label, probability) {
+  const [name, bar, number] = $("bars").children[rank].children;
+  name.textContent = label;
+  bar.style.setProperty("--p", probability);
+  number.textContent = percent(probability);
 }
 
 function refuse(status, sentence) {
   const aboutKey = key ? "The service does not accept this key." : "The service wants an API key.";
-  // The service says "body" of what people know as their file.
-  $("error").textContent = status === 401 ? aboutKey : sentence.replace("The body", "The file");
+  $("error").textContent = status === 401 ? aboutKey : human(sentence);
   $("key-form").hidden = status !== 401;
   if (status === 401) $("key").focus();
   if (status !== 200) forget("No answer");
+  const passing = status === 0 || status >= 500 || status === 408 || status === 429;
+  $("retry").hidden = !passing;
+  clearTimeout(looking);
+  if (passing) lookForService();
 }
 
 function forget(instead) {
+  current = null;
   $("label").textContent = instead;
+  $("output").classList.remove("unsure");
   for (const [element, text] of untouched) element.textContent = text;
-  for (const bar of bars) {
-    bar.classList.remove("first");
+  for (const bar of $("bars").children) {
+    bar.className = "";
     bar.children[1].style.setProperty("--p", 0);
     bar.children[2].textContent = "";
   }
   $("seen").getContext("2d").clearRect(0, 0, 28, 28);
+  $("seen").parentElement.classList.remove("full");
   $("notes").replaceChildren();
-  $("copy").disabled = $("save").hidden = true;
+  $("copy").disabled = $("save").hidden = $("why").disabled = true;
+  hideReason();
   speak("");
 }
 
@@ -128,6 +171,34 @@ async function tellModel() {
   $("accuracy").textContent = Number(model.test_accuracy) ? percent(model.test_accuracy) : "unknown";
   $("provider").textContent = model.provider.replace("ExecutionProvider", "");
 }
+
+$("bars").append(...EXAMPLES.map(({ label }) => {
+  const row = document.createElement("li");
+  row.append(...["span", "i", "span"].map((name) => document.createElement(name)));
+  row.firstChild.textContent = label;
+  return row;
+}));
+$("retry").addEventListener("click", () => ask());
+
+// Why.
+
+function hideReason() {
+  $("heat").hidden = true;
+  $("reason").textContent = "";
+  $("why").ariaPressed = "false";
+}
+
+$("why").addEventListener("click", async () => {
+  const answer = current;
+  if ($("why").ariaPressed === "true") return hideReason();
+  $("why").ariaPressed = "true";
+  const sentence = await explain(answer, authorization(), $("heat")).catch(() => "");
+  if (current !== answer || $("why").ariaPressed !== "true") return undefined;
+  if (!sentence) hideReason();
+  else $("heat").hidden = false;
+  $("reason").textContent = sentence || "The service gave no answer to that; try again.";
+  return undefined;
+});
 
 // The command line for what was sent.
 
@@ -161,38 +232,80 @@ $("copy").addEventListener("click", async () => {
   setTimeout(() => { $("copied").textContent = ""; }, 2000);
 });
 
-// A picture: chosen, dropped or pasted.
+// A picture: an example, chosen, dropped, pasted or taken.
 
 function begin(shows, next) {
   turn.abort();
   turn = new AbortController();
   source = next;
+  pause = 1000;
+  closeCamera();
   stage.dataset.shows = shows;
   $("clear").disabled = shows === "nothing";
+  $("undo").disabled = shows !== "drawing";
+}
+
+const encode = (canvas, type) => new Promise((done) => { canvas.toBlob(done, type, 0.92); });
+
+async function prepare(file, type, saved) {
+  await file.slice(0, 1).arrayBuffer(); // fails for a folder, and for what was moved away
+  const picture = { name: file.name, type, blob: file, saved };
+  const bitmap = await createImageBitmap(file).catch(() => null); // upright, if it is a picture
+  if (!bitmap) return picture; // the service says what is wrong, or knows the format better
+  const scale = LARGEST / Math.max(bitmap.width, bitmap.height);
+  if (scale < 1) {
+    const canvas = document.createElement("canvas");
+    canvas.width = Math.max(1, Math.round(scale * bitmap.width));
+    canvas.height = Math.max(1, Math.round(scale * bitmap.height));
+    const context = canvas.getContext("2d");
+    context.imageSmoothingQuality = "high";
+    context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+    const kind = type === "image/jpeg" ? "jpeg" : "png"; // others may be transparent
+    picture.name = `${file.name.replace(/\.[^.]*$/, "")}-small.${kind}`;
+    picture.type = `image/${kind}`;
+    picture.blob = await encode(canvas, picture.type);
+    picture.saved = false;
+    picture.scaled = true;
+  }
+  bitmap.close();
+  return picture;
 }
 
 function take(file, saved = true) {
   if (!file) return;
   // The service goes by the content; this only says that it is to be read as a picture.
   const type = file.type.startsWith("image/") ? file.type : "image/unknown";
-  begin("picture", async () => {
-    await file.slice(0, 1).arrayBuffer(); // fails for a folder, and for what was moved away
-    return { name: file.name, type, blob: file, saved };
-  });
-  URL.revokeObjectURL($("picture").src);
-  $("picture").src = URL.createObjectURL(file);
-  $("picture").alt = $("file-name").textContent = file.name;
+  let prepared;
+  begin("picture", () => (prepared ??= prepare(file, type, saved)));
+  showPicture(URL.createObjectURL(file), file.name);
   ask();
+}
+
+function showPicture(url, name) {
+  URL.revokeObjectURL($("picture").src);
+  $("picture").src = url;
+  $("picture").alt = $("file-name").textContent = name;
 }
 
 $("picture").addEventListener("error", () => { // not a broken image's icon
   if (stage.dataset.shows === "picture") stage.dataset.shows = "name";
 });
 
-$("file").addEventListener("change", () => {
-  take($("file").files[0]);
-  $("file").value = ""; // the same file may be chosen again
+exampleButtons($("examples"), (example) => {
+  begin("picture", async () => {
+    const blob = await encode(await rasterise(example, 400), "image/png");
+    return { name: `${example.name}.png`, type: "image/png", blob, saved: false };
+  });
+  showPicture(example.url, example.label);
+  ask();
 });
+
+for (const input of [$("file"), $("camera")]) {
+  input.addEventListener("change", () => {
+    take(input.files[0], input === $("file"));
+    input.value = ""; // the same file may be chosen again
+  });
+}
 addEventListener("paste", (event) => take(event.clipboardData.files[0], false));
 for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
   addEventListener(kind, (event) => {
@@ -203,52 +316,73 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
   });
 }
 
+// The camera. A phone's own application is better than a viewfinder here; other devices have none,
+// and pages at insecure addresses get no viewfinder.
+
+const ownCamera = () => matchMedia("(pointer: coarse)").matches || !navigator.mediaDevices;
+
+$("camera").addEventListener("click", async (event) => {
+  if (ownCamera()) return;
+  event.preventDefault();
+  if (camera) return shoot();
+  begin("nothing", null);
+  forget("Smile");
+  refuse(200, "");
+  const { signal } = turn;
+  try {
+    const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    if (signal.aborted) return stream.getTracks().forEach((track) => track.stop());
+    camera = stream;
+    $("viewfinder").srcObject = camera;
+    stage.dataset.shows = "camera";
+    $("clear").disabled = false;
+    $("camera").labels[0].firstChild.data = "Take it";
+    await $("viewfinder").play();
+  } catch {
+    if (!signal.aborted) refuse(422, "The camera cannot be used: there is none, or it is not allowed here.");
+  }
+  return undefined;
+});
+
+async function shoot() {
+  const { videoWidth: width, videoHeight: height } = $("viewfinder");
+  if (!width) return;
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  canvas.getContext("2d").drawImage($("viewfinder"), 0, 0);
+  const blob = await encode(canvas, "image/jpeg");
+  take(new File([blob], "photo.jpeg", { type: "image/jpeg" }), false);
+}
+
+function closeCamera() {
+  camera?.getTracks().forEach((track) => track.stop());
+  camera = null;
+  $("camera").labels[0].firstChild.data = "Camera";
+}
+
 // A drawing: black on white, whatever the scheme shows.
 
 const drawing = async () => ({
   name: "drawing.png",
   type: "image/png",
-  blob: await new Promise((done) => { pen.canvas.toBlob(done, "image/png"); }),
+  blob: await encode($("paper"), "image/png"),
   saved: false,
 });
 
+function drawn() {
+  if (paper.empty) return clear();
+  if (stage.dataset.shows !== "drawing") begin("drawing", drawing);
+  return ask();
+}
+
 function clear() {
   begin("nothing", null);
-  pen.fillStyle = "#fff";
-  pen.fillRect(0, 0, pen.canvas.width, pen.canvas.height);
+  paper.clear();
   refuse(200, "");
   forget("Show me one");
 }
 
-let last = null; // where the pen is on the paper
-function draw(event) {
-  const { left, top, width } = pen.canvas.getBoundingClientRect();
-  const scale = pen.canvas.width / width;
-  const point = [(event.clientX - left) * scale, (event.clientY - top) * scale];
-  pen.beginPath();
-  pen.moveTo(...(last ?? point));
-  pen.lineTo(point[0], point[1] + 0.01); // a line of no length would leave no dot
-  pen.stroke();
-  last = point;
-}
-
-pen.lineCap = "round";
-pen.lineWidth = 52; // as wide as a sleeve, so that a garment is soon filled in
-pen.canvas.addEventListener("pointerdown", (event) => {
-  if (event.button || !event.isPrimary) return; // a second finger is no second pen
-  pen.canvas.setPointerCapture(event.pointerId);
-  if (stage.dataset.shows === "nothing") begin("drawing", drawing);
-  last = null;
-  draw(event);
-  ask();
-});
-pen.canvas.addEventListener("pointermove", (event) => {
-  if (!pen.canvas.hasPointerCapture(event.pointerId)) return;
-  const between = event.getCoalescedEvents?.() ?? []; // only secure addresses have it
-  for (const each of between.length ? between : [event]) draw(each);
-  ask();
-});
-
+const paper = makePaper($("paper"), drawn);
+bindTools($("tools"), $("undo"), paper, drawn);
 $("clear").addEventListener("click", () => { clear(); $("file").focus(); });
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();

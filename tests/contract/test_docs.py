@@ -1,0 +1,159 @@
+"""The page at /docs: what it shows is what the service answers, and it needs no other server."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image, ImageDraw
+from playwright.sync_api import BrowserContext, Page, Route, expect
+
+from tests.contract.browser import CONTRASTS, opened
+from tests.contract.conftest import Serve
+
+KEY = "secret"
+
+
+@pytest.fixture
+def docs(context: BrowserContext, base_url: str) -> Iterator[Page]:
+    """Open the page; `opened` fails where it asks any other server."""
+    with opened(context, base_url, "/docs") as page:
+        expect(page.locator("#routes section").first).to_be_visible()
+        yield page
+
+
+@pytest.fixture
+def api(client: httpx.Client) -> dict[str, Any]:
+    document: dict[str, Any] = client.get("/openapi.json").json()
+    return document
+
+
+def commands(page: Page) -> list[str]:
+    """Return curl's line of each route, for each type of body."""
+    lines = []
+    for section in page.locator("#routes section").all():
+        types = section.locator("select option").all_inner_texts() or [""]
+        for kind in types:
+            if kind:
+                section.locator("select").select_option(kind)
+            lines.append(section.locator(".curl").inner_text())
+    return lines
+
+
+def test_shows_every_route_with_its_words(docs: Page, api: dict[str, Any]) -> None:
+    shown = docs.locator("#routes h3").all_inner_texts()
+    operations = {
+        f"{method.upper()} {path}": operation
+        for path, methods in api["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert shown == list(operations)
+    predict = docs.locator("section", has=docs.get_by_role("heading", name="/predict"))
+    expect(predict).to_contain_text(operations["POST /predict"]["description"])
+    predict.get_by_text("Parameters").click()
+    for parameter in operations["POST /predict"]["parameters"]:
+        expect(predict).to_contain_text(parameter["name"])
+        expect(predict).to_contain_text(parameter["description"].replace("`", ""))
+    predict.get_by_text("Answer", exact=True).click()
+    example = operations["POST /predict"]["responses"]["200"]["content"]["application/json"]
+    shown_example = predict.locator("details", has_text="Answer").locator("pre").last.inner_text()
+    assert json.loads(shown_example) == example["example"]
+    predict.get_by_text("Errors").click()
+    expect(predict).to_contain_text("415 Unsupported Media Type")
+    expect(predict).to_contain_text("request_id: string")
+
+
+def test_lines_for_curl_all_work(docs: Page, tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed: apt-get install curl")
+    image = Image.new("RGB", (60, 80), "white")
+    ImageDraw.Draw(image).rectangle((20, 10, 40, 70), "navy")
+    for suffix in ("png", "jpeg", "webp"):
+        image.save(tmp_path / f"picture.{suffix}")
+    (tmp_path / "pixels.bin").write_bytes(bytes(784))
+    lines = commands(docs)
+    assert len(lines) > 20
+    for line in lines:
+        done = subprocess.run(
+            ["bash", "-c", f"{line} --silent --output answer --write-out '%{{http_code}}'"],  # noqa: S607 - whichever bash there is
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        answer = (tmp_path / "answer").read_bytes()[:200]
+        assert done.stdout == "200", (line[:300], answer)
+
+
+def test_line_is_copied(docs: Page) -> None:
+    docs.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    section = docs.locator("#routes section").last
+    section.get_by_role("button", name="Copy").click()
+    expect(docs.get_by_role("status")).to_have_text("Copied.")
+    copied = docs.evaluate("navigator.clipboard.readText()")
+    assert copied == section.locator(".curl").inner_text()
+
+
+def test_line_names_the_key_where_one_is_needed(context: BrowserContext, serve: Serve) -> None:
+    with serve(api_key=KEY) as (url, _), opened(context, url, "/docs") as page:
+        expect(page.locator("#routes section").first).to_be_visible()
+        needs = {
+            line.split("'")[1].removeprefix(url): "Bearer $BNLENET_API_KEY" in line
+            for line in commands(page)
+        }
+        assert needs["/predict"]
+        assert needs["/v2/models/bn-lenet/infer"]
+        assert not needs["/livez"]
+
+
+def test_takes_nothing_for_html(
+    context: BrowserContext, base_url: str, api: dict[str, Any]
+) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    operation = api["paths"]["/livez"]["get"]
+    operation["summary"] = operation["description"] = evil
+    api["info"]["description"] = evil
+    page = context.new_page()
+    page.route("**/openapi.json", lambda route: route.fulfill(json=api))
+    page.goto(f"{base_url}/docs")
+    expect(page.locator("#about")).to_contain_text(evil)
+    expect(page.locator("#routes").get_by_text(evil)).to_be_visible()
+    assert page.locator("img").count() == 0
+    page.close()
+
+
+def test_can_be_tried_again(context: BrowserContext, base_url: str) -> None:
+    page = context.new_page()
+
+    def fail(route: Route) -> None:
+        route.abort()
+
+    page.route("**/openapi.json", fail, times=1)
+    page.goto(f"{base_url}/docs")
+    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator("#routes section").first).to_be_visible()
+    expect(page.get_by_role("alert")).to_be_empty()
+    page.close()
+
+
+def test_can_be_read_by_day_and_night_on_any_screen(docs: Page) -> None:
+    docs.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+    for scheme in ("light", "dark"):
+        docs.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        texts = docs.evaluate(CONTRASTS)
+        assert len(texts) > 100
+        assert [(text, ratio) for text, ratio in texts if ratio < 4.5] == []
+    for width in (320, 800):
+        docs.set_viewport_size({"width": width, "height": 700})
+        assert docs.evaluate("document.documentElement.scrollWidth") <= width
+    for link in docs.locator("#contents a").all():
+        target = link.get_attribute("href")
+        assert target is not None
+        assert re.fullmatch(r"#\w+", target)
+        assert docs.locator(target).count() == 1

@@ -1,0 +1,256 @@
+"""The page at /inside: its numbers are those of the service and of torch, whatever the batch."""
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from playwright.sync_api import BrowserContext, Page, Route, expect
+from safetensors.torch import load_file
+
+from tests.contract.browser import CONTRASTS, draw, gray, in_hash, opened
+from tests.contract.conftest import Serve
+from tests.service.conftest import seal
+from training.export import self_test_pixels
+from training.model import BNLeNet
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models" / "bn_lenet.onnx"
+RUN = "/static/run.safetensors"
+STAGES = """async ([images, own, fold]) => {
+  const network = await import("./static/network.js");
+  const response = await fetch("static/run.safetensors");
+  let model = network.parse(await response.arrayBuffer());
+  if (fold) model = network.fold(model);
+  const stages = network.run(model, images, own);
+  return Object.fromEntries(Object.entries(stages).map(([name, stage]) =>
+    [name, stage.batch.map((values) => [...values])]));
+}"""
+
+
+@pytest.fixture
+def images() -> NDArray[np.uint8]:
+    """Return the self-test's images, uint8 [6, 28, 28]: stripes, from a formula."""
+    return self_test_pixels()
+
+
+@pytest.fixture
+def inside(context: BrowserContext, base_url: str, images: NDArray[np.uint8]) -> Iterator[Page]:
+    """Open the page with the third of the images."""
+    with opened(context, base_url, in_hash(images[2].ravel())) as page:
+        expect(page.locator("#verdict")).not_to_be_empty()
+        yield page
+
+
+def answers(page: Page, column: str) -> list[float]:
+    """Return the probabilities in a column of the table, by class."""
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    cells = page.locator(f"#answers .{column} data")
+    values: list[float] = cells.evaluate_all("(cells) => cells.map((cell) => Number(cell.value))")
+    assert len(values) == 10
+    return values
+
+
+def look_at(page: Page, pixels: NDArray[np.uint8]) -> None:
+    """Give the page another picture, as a link does."""
+    _, _, fragment = in_hash(pixels.ravel()).partition("#")
+    page.evaluate("(fragment) => { location.hash = fragment; }", fragment)
+
+
+def served(client: httpx.Client, pixels: NDArray[np.uint8]) -> list[float]:
+    """Return ONNX Runtime's probabilities, by class."""
+    headers = {"content-type": "application/octet-stream"}
+    answer = client.post("/predict", content=pixels.tobytes(), headers=headers).json()
+    by_class = {each["class_id"]: each["probability"] for each in answer["predictions"]}
+    return [by_class[i] for i in range(10)]
+
+
+def reference(images: NDArray[np.uint8], own: bool) -> dict[str, NDArray[np.float64]]:
+    """Return what torch has after each layer of the committed run, in float64, by layer."""
+    run = load_file(MODEL.parent / "run" / "checkpoint.safetensors")
+    metadata = {entry.key: entry.value for entry in onnx.load(MODEL).metadata_props}
+    network = BNLeNet()
+    for key, tensor in run.items():
+        _, _, rest = key.partition("population.")
+        if rest and metadata["statistics"] == "population":
+            norm, _, what = rest.partition(".")
+            run[f"{norm}.running_{'mean' if what == 'mean' else 'var'}"] = tensor
+    network.load_state_dict({k: v for k, v in run.items() if not k.startswith("population.")})
+    network.double().train(own)
+    values = torch.from_numpy(images).double().unsqueeze(1) / 255
+    found = {}
+    with torch.no_grad():
+        for name, layer in network.named_children():
+            values = layer(values)
+            found[name] = values.reshape(len(images), -1).numpy()
+        probabilities = torch.softmax(values / float(metadata["temperature"]), 1)
+    found["probabilities"] = probabilities.numpy()
+    del found["flatten"]
+    return found
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_stages_are_those_of_torch(inside: Page, images: NDArray[np.uint8], own: bool) -> None:
+    """Before and after each norm, sigmoid and pooling, with either kind of statistics."""
+    found = inside.evaluate(STAGES, [images.reshape(6, -1).tolist(), own, False])
+    assert found.pop("input") == (images.reshape(6, -1) / 255).tolist()
+    expected = reference(images, own)
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_folded_network_has_no_norms_and_the_same_numbers(
+    inside: Page, images: NDArray[np.uint8]
+) -> None:
+    found = inside.evaluate(STAGES, [images.reshape(6, -1).tolist(), False, True])
+    assert not any(name.startswith("norm") for name in found)
+    expected = reference(images, own=False)
+    for number, layer in enumerate(("conv1", "conv2", "linear1", "linear2"), 1):
+        np.testing.assert_allclose(found[layer], expected[f"norm{number}"], atol=1e-5)
+    np.testing.assert_allclose(found["probabilities"], expected["probabilities"], atol=1e-6)
+
+
+def test_answer_is_the_services(
+    inside: Page, client: httpx.Client, images: NDArray[np.uint8]
+) -> None:
+    for pixels in images:
+        look_at(inside, pixels)
+        expected = served(client, pixels)
+        assert answers(inside, "fixed") == pytest.approx(expected, abs=1e-4)
+        assert answers(inside, "folded") == pytest.approx(expected, abs=1e-4)
+        assert (gray(inside, "given") == pixels).all()
+    model = client.get("/readyz").json()["model"]
+    expect(inside.locator("#revision")).to_have_text(model["revision"])
+
+
+def test_drawing_is_followed_live(inside: Page, client: httpx.Client) -> None:
+    requests: list[str] = []
+    inside.on("request", lambda request: requests.append(request.url))
+    seen: set[tuple[float, ...]] = set()
+    for line in ([(0.3, 0.2), (0.7, 0.2)], [(0.7, 0.2), (0.7, 0.8)], [(0.7, 0.8), (0.3, 0.2)]):
+        draw(inside, *line)
+        seen.add(tuple(answers(inside, "fixed")))
+        pixels = gray(inside, "given")
+        assert answers(inside, "fixed") == pytest.approx(served(client, pixels), abs=1e-4)
+    assert len(seen) == 3
+    assert requests == []  # it all happens in the browser
+    assert pixels.max() == 255
+    assert pixels.any(axis=1).all() or pixels.any(axis=0).all()  # 28 pixels on the longer edge
+
+
+def test_company_changes_the_answer_of_batch_statistics_alone(
+    inside: Page, images: NDArray[np.uint8]
+) -> None:
+    fixed, alone = answers(inside, "fixed"), answers(inside, "batch")
+    inside.locator("[value=batch]").check()
+    expect(inside.locator("#comment")).to_contain_text("Every picture gets this answer")
+    look_at(inside, images[4])
+    assert answers(inside, "fixed") != pytest.approx(fixed, abs=1e-3)
+    third = [
+        inside.evaluate(STAGES, [[images[k].ravel().tolist()], True, False])["norm3"]
+        for k in (1, 4)
+    ]
+    assert third[0] == third[1]
+    assert answers(inside, "batch") == pytest.approx(alone)  # of a batch of one: always the same
+    fixed = answers(inside, "fixed")
+    inside.get_by_role("list", name="Company").get_by_role("button", name="Bag").click()
+    with_bag = answers(inside, "batch")
+    assert with_bag != pytest.approx(alone, abs=1e-3)
+    inside.get_by_role("button", name="Add your picture").click()
+    inside.get_by_role("button", name="All ten").click()
+    expect(inside.locator("#count")).to_have_text("11 others")
+    assert answers(inside, "batch") != pytest.approx(with_bag, abs=1e-3)
+    inside.get_by_role("button", name="Your picture; take it out").click()
+    expect(inside.locator("#count")).to_have_text("10 others")
+    inside.get_by_role("button", name="None").click()
+    assert answers(inside, "batch") == pytest.approx(alone)
+    assert answers(inside, "fixed") == fixed
+
+
+def test_switch_shows_what_the_norms_do(inside: Page) -> None:
+    def shown(name: str) -> str:
+        answers(inside, "fixed")  # waits until all is drawn
+        maps = inside.locator(f"#{name} .maps")
+        data: str = maps.evaluate("(canvas) => canvas.toDataURL()")
+        return data
+
+    inside.get_by_role("button", name="All ten").click()
+    fixed = {name: shown(name) for name in ("conv1", "norm1", "sigmoid1", "linear2", "norm4")}
+    assert len(set(fixed.values())) == 5
+    inside.locator("[value=batch]").check()
+    assert shown("conv1") == fixed["conv1"]
+    assert all(shown(name) != fixed[name] for name in ("norm1", "sigmoid1", "norm4"))
+    inside.locator("[value=folded]").check()
+    assert shown("sigmoid1") == fixed["sigmoid1"]
+    expect(inside.locator("#norm1 figcaption")).to_have_text("The norm is gone")
+    expect(inside.locator("#norm1 .maps")).to_be_hidden()
+    expect(inside.locator("#comment")).to_contain_text("The same answer")
+
+
+def test_another_model_is_not_shown_as_this_one(
+    context: BrowserContext, serve: Serve, tmp_path: Path
+) -> None:
+    """The page has the committed run's weights, whatever is served."""
+    model = onnx.load(MODEL)
+    for entry in model.metadata_props:
+        if entry.key == "seed":
+            entry.value = "12345"
+    other = tmp_path / "other.onnx"
+    other.write_bytes(seal(model))
+    with serve(model_path=other) as (url, _):
+        response = httpx.get(f"{url}{RUN}")
+        assert response.status_code == 404
+        with opened(context, url, "/inside") as page:
+            expect(page.get_by_role("alert")).to_have_text(response.json()["error"])
+            expect(page.locator("#network")).to_be_hidden()
+
+
+def test_weights_are_those_of_the_run_in_its_format(client: httpx.Client, tmp_path: Path) -> None:
+    response = client.get(RUN)
+    path = tmp_path / "run.safetensors"
+    path.write_bytes(response.content)
+    ours, theirs = load_file(path), load_file(MODEL.parent / "run" / "checkpoint.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    (length,) = struct.unpack("<Q", response.content[:8])
+    metadata = {entry.key: entry.value for entry in onnx.load(MODEL).metadata_props}
+    about = json.loads(response.content[8 : 8 + length])["__metadata__"]
+    assert about["statistics"] == metadata["statistics"]
+    assert about["temperature"] == metadata["temperature"]
+    again = client.get(RUN, headers={"if-none-match": response.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+def test_can_be_tried_again(context: BrowserContext, base_url: str) -> None:
+    page = context.new_page()
+
+    def fail(route: Route) -> None:
+        route.abort()
+
+    page.route("**/run.safetensors", fail, times=1)
+    page.goto(f"{base_url}/inside")
+    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator("#verdict")).to_contain_text("%")
+    page.close()
+
+
+def test_can_be_read_by_day_and_night_on_any_screen(inside: Page) -> None:
+    for dark in (False, True):
+        inside.emulate_media(color_scheme="dark" if dark else "light")
+        texts = inside.evaluate(CONTRASTS)
+        assert len(texts) > 60
+        assert [(text, ratio) for text, ratio in texts if ratio < 4.5] == []
+    for width in (320, 800):
+        inside.set_viewport_size({"width": width, "height": 700})
+        assert inside.evaluate("document.documentElement.scrollWidth") <= width
+    for control in inside.locator("button, input, canvas[role]").filter(visible=True).all():
+        expect(control).to_have_accessible_name(re.compile(r"\w"))
