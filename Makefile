@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train data test test-all tests format bench test-lowest test-newest test-elsewhere \
+.PHONY: help serve train data test test-all tests tests-service checks format bench test-lowest test-newest test-elsewhere \
   test-docker image lock clean
 
 help:  ## list the targets
@@ -84,6 +84,11 @@ checks: $(DEV)
 
 tests: $(DEV)
 	$(PYTEST)
+
+# Without torch, which these do not need: for processors that are emulated.
+tests-service: $(SERVICE)
+	$(PIP) '.[$(RUNTIME),dev]' onnx
+	$(PYTEST) --timeout 3000 tests/service tests/contract
 
 # The lint belongs to the versions of constraints.txt, so these two run the tests alone.
 test-lowest: $(DEV)  ## run the tests with the oldest versions that pyproject.toml allows

@@ -36,6 +36,27 @@ inside python -c '
 import importlib.util, sys
 sys.exit(any(map(importlib.util.find_spec, ("torch", "onnx", "training", "pip"))))
 ' || fail "contains torch, onnx, training or pip"
+[ "$(inside printenv BNLENET_LOG_FORMAT)" = json ] || fail "compose unsets the image's log format"
+inside python -c '
+import pathlib, socket
+ours = ["::1"] if pathlib.Path("/proc/net/if_inet6").read_text().strip() else []
+for address in ("127.0.0.1", *ours):
+    socket.create_connection((address, 8000), timeout=5).close()
+' || fail "does not listen on both IP families"
+
+# A model file of the host, by the line in docs/operations.md, on no port of its own.
+folder=$(mktemp -d)
+chmod 755 "$folder"
+cp models/bn_lenet.onnx "$folder/another.onnx"
+other=$("${compose[@]}" run --detach --volume "$folder:/model:ro" -e BNLENET_MODEL_PATH=/model/another.onnx bn-lenet)
+until docker exec "$other" python -c 'import urllib.request as u; u.urlopen("http://127.0.0.1:8000/readyz")' 2>/dev/null; do
+  [ "$(docker inspect --format '{{.State.Running}}' "$other")" = true ] || fail "does not serve a file of the host"
+  sleep 0.2
+done
+docker exec "$other" grep -qz BNLENET_MODEL_PATH=/model/another.onnx /proc/1/environ || fail "serves another file"
+docker rm --force "$other" >/dev/null
+rm -r "$folder"
+
 added=$(($(megabytes bn-lenet) - $(megabytes "$BASE_IMAGE")))
 echo "the image adds $added MB to its base"
 [ "$added" -le "$MAX_MEGABYTES" ] || fail "the image adds more than $MAX_MEGABYTES MB"

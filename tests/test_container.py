@@ -1,8 +1,6 @@
 """The image and its compose file, value by value; `tests/docker.sh` judges a running container."""
 
-import os
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -147,37 +145,7 @@ class TestCompose:
     def test_every_setting_passes_but_where_it_listens(self, variables: dict[str, str]) -> None:
         """One that is not set outside has the image's value: compose unsets what has no value."""
         names = [f"{PREFIX}{n.upper()}" for n in Settings.model_fields if n not in ("host", "port")]
-        assert service("compose.yaml")["environment"] == [
+        assert set(service("compose.yaml")["environment"]) == {
             f"{name}=${{{name}:-{variables[name]}}}" if name in variables else name
             for name in names
-        ]
-
-
-class TestMakeImage:
-    """With a stand-in for docker that prints what it is asked."""
-
-    @staticmethod
-    def asked(folder: Path, stand_in: str, *arguments: str) -> list[str]:
-        docker = folder / "docker"
-        docker.write_text(f"#!/bin/sh\n{stand_in}\necho asked: docker $*\n")
-        docker.chmod(0o755)
-        done = subprocess.run(
-            ["make", "--no-print-directory", "image", *arguments],  # noqa: S607 - whichever there is
-            cwd=ROOT,
-            env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "MAKEFLAGS": ""},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        lines = done.stdout.splitlines()
-        return [line.removeprefix("asked: docker ") for line in lines if line.startswith("asked")]
-
-    def test_without_buildx_it_is_for_this_processor(self, tmp_path: Path) -> None:
-        asked = self.asked(tmp_path, '[ "$1" != buildx ] || exit 1')
-        assert asked == ["build --tag bn-lenet ."]
-
-    def test_with_buildx_it_is_for_both(self, tmp_path: Path) -> None:
-        *_, asked = self.asked(tmp_path, "", "IMAGE=example.org/bn-lenet:1", "PUSH=1")
-        platforms = "--platform linux/amd64,linux/arm64"
-        tag = "--tag example.org/bn-lenet:1"
-        assert asked == f"buildx build --builder bn-lenet {platforms} {tag} --push ."
+        }

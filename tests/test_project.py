@@ -5,15 +5,20 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from shutil import which
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped] # PyYAML ships no types
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import service
 from service.settings import PREFIX, Settings
@@ -193,9 +198,10 @@ class TestDocuments:
                 assert (ROOT / path).parent.joinpath(target).exists(), f"{path}: {target}"
 
     def test_the_changelog_begins_with_the_version_of_the_package(self) -> None:
-        heading = re.search(r"^## (\S+)", text_of("CHANGELOG.md"), re.MULTILINE)
-        assert heading is not None
-        assert heading[1] == service.__version__
+        headings = re.findall(r"^## (.+)", text_of("CHANGELOG.md"), re.MULTILINE)
+        assert headings
+        assert all(re.fullmatch(r"\d+\.\d+\.\d+, \d{4}-\d\d-\d\d", each) for each in headings)
+        assert headings[0].split(",")[0] == service.__version__
         assert f"\nversion: {service.__version__}\n" in text_of("CITATION.cff")
 
 
@@ -283,12 +289,51 @@ class TestRepository:
         assert [path for path in tracked() if (ROOT / path).stat().st_size > 1_000_000] == []
 
 
+def needed(requirements: Iterable[str]) -> dict[str, str]:
+    """Return the version of every package that is installed because something needs it."""
+    found: dict[str, str] = {}
+    waiting = [(each, frozenset({""})) for each in requirements]
+    seen = set()
+    while waiting:
+        seen.add(waiting[-1])
+        text, extras = waiting.pop()
+        requirement = Requirement(text)
+        marker = requirement.marker
+        if marker and not any(marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        name = canonicalize_name(requirement.name)
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:  # the other build of ONNX Runtime
+            continue
+        found[name] = Version(package.version).public
+        own = frozenset({"", *requirement.extras})
+        waiting += {(each, own) for each in package.requires or ()} - seen
+    return found
+
+
+class TestConstraints:
+    def test_they_name_every_package_that_is_needed(self) -> None:
+        """So that a test that passed passes again. CUDA's packages are pinned by torch."""
+        project = tomllib.loads(text_of("pyproject.toml"))["project"]
+        extras = [each for extra in project["optional-dependencies"].values() for each in extra]
+        installed = needed([*project["dependencies"], *extras])
+        tested = dict(line.split("==") for line in text_of("constraints.txt").split())
+        tested = {canonicalize_name(name): version for name, version in tested.items()}
+        direct = [canonicalize_name(Requirement(each).name) for each in project["dependencies"]]
+        if any(installed[name] != tested[name] for name in direct):
+            pytest.skip("the packages here are not those of constraints.txt")
+        missing = [name for name in installed if name not in tested]
+        assert [name for name in missing if not re.match("nvidia|cuda|triton$", name)] == []
+        assert {n: v for n, v in installed.items() if tested.get(n, v) != v} == {}
+
+
 @pytest.fixture(scope="module")
 def kubernetes() -> dict[str, Any]:
     """Return the manifests by kind."""
-    files = (ROOT / "deploy" / "kubernetes").glob("*.yaml")
+    files = (ROOT / "deploy" / "kubernetes" / "base").glob("*.yaml")
     documents = [d for file in files for d in yaml.safe_load_all(file.read_text())]
-    return {document["kind"]: document for document in documents}
+    return {d["kind"]: d for d in documents if d["kind"] != "Kustomization"}
 
 
 class TestDeployment:

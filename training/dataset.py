@@ -252,7 +252,7 @@ def _fetch(url: str, part: Path, progress: Progress) -> bool:
             part.stem, completed=have, total=None if length is None else have + length
         )
         with part.open("ab" if resumed else "wb") as file:
-            while chunk := response.read(_CHUNK_BYTES):
+            while chunk := response.read1(_CHUNK_BYTES):  # what came already, so that it is kept
                 file.write(chunk)
                 progress.advance(task, len(chunk))
     if length is not None and part.stat().st_size < have + length:

@@ -40,22 +40,37 @@ class StartError(Exception):
 
 
 def bind(settings: Settings) -> socket.socket:
-    """Take the port, without listening yet.
+    """Take the port, without listening yet: at `::` of both IP families, or of the one there is.
 
     Raises:
         StartError: the address is in use or not ours.
     """
     address = f"{settings.host}:{settings.port}"
+    every = settings.host == "::"
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            "0.0.0.0" if every and not _has_ipv6() else settings.host,  # noqa: S104 - as asked
+            settings.port,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
         )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if every and family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind(where)
     except (OSError, UnicodeError) as exc:  # a name with an empty label is no Unicode to Python
         raise _cannot_listen(address, exc) from exc
     return listener
+
+
+def _has_ipv6() -> bool:
+    """Tell whether the kernel has IPv6: `socket.has_ipv6` speaks only of the interpreter."""
+    try:
+        socket.socket(socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 def url(listener: socket.socket) -> str:

@@ -136,7 +136,47 @@ def read_artefact(path: Path, name: str | None = None) -> Artefact:
     Raises:
         ModelError: the file is missing, damaged, or not as `training` exports it.
     """
-    path, data = _read(path)
+    return check_artefact(*read_file(path), name)
+
+
+def read_file(path: Path) -> tuple[Path, bytes]:
+    """Return the path of a model file, or of the one in a folder, and its bytes, unchecked.
+
+    Raises:
+        ModelError: it is missing, unreadable or too large.
+    """
+    try:
+        if path.is_dir():
+            files = [file for file in path.iterdir() if file.suffix == ".onnx" and file.is_file()]
+            if len(files) != 1:
+                raise ModelError(
+                    f"The folder {path} has {len(files) or 'no'} .onnx file{'s' * bool(files)}:"
+                    " leave one there, or set BNLENET_MODEL_PATH to the file."
+                )
+            path = files[0]
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for a writer
+            raise ModelError(f"{path} is not a regular file: {REMEDY}.")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as exc:
+        reason = exc.strerror or type(exc).__name__
+        raise ModelError(f"The model file {path} cannot be read ({reason}): {REMEDY}.") from exc
+    if len(data) > MAX_BYTES:
+        raise ModelError(f"The model file {path} has more than {MAX_BYTES:,} bytes: {REMEDY}.")
+    return path, data
+
+
+def check_artefact(path: Path, data: bytes, name: str | None = None) -> Artefact:
+    """Check all that a model file's bytes promise; see `read_artefact`.
+
+    Args:
+        path: where they come from, for the error messages.
+        data: the bytes.
+        name: replaces the model's name in the file.
+
+    Raises:
+        ModelError: the file is damaged, or not as `training` exports it.
+    """
     _check_digest(data, path)
     try:
         model = parse(data)
@@ -170,29 +210,6 @@ def read_artefact(path: Path, name: str | None = None) -> Artefact:
                 f" use up to {NAME_FORM}."
             )
     return artefact
-
-
-def _read(path: Path) -> tuple[Path, bytes]:
-    """Return the model file's own path and its bytes."""
-    try:
-        if path.is_dir():
-            files = [file for file in path.iterdir() if file.suffix == ".onnx" and file.is_file()]
-            if len(files) != 1:
-                raise ModelError(
-                    f"The folder {path} has {len(files) or 'no'} .onnx file{'s' * bool(files)}:"
-                    " leave one there, or set BNLENET_MODEL_PATH to the file."
-                )
-            path = files[0]
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for a writer
-            raise ModelError(f"{path} is not a regular file: {REMEDY}.")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as exc:
-        reason = exc.strerror or type(exc).__name__
-        raise ModelError(f"The model file {path} cannot be read ({reason}): {REMEDY}.") from exc
-    if len(data) > MAX_BYTES:
-        raise ModelError(f"The model file {path} has more than {MAX_BYTES:,} bytes: {REMEDY}.")
-    return path, data
 
 
 def _check_digest(data: bytes, path: Path) -> None:

@@ -17,7 +17,8 @@ from service.model.artefact import (
     ModelError,
     ModelInfo,
     SelfTest,
-    read_artefact,
+    check_artefact,
+    read_file,
 )
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -79,19 +80,28 @@ class Classifier:
         return all(np.array_equal(self._run(images[:n]), alone[:n]) for n in BATCHES_CHECKED)
 
     @classmethod
-    def load(cls, path: Path, device: Device = "auto", name: str | None = None) -> Self:
+    def load(
+        cls,
+        path: Path,
+        device: Device = "auto",
+        name: str | None = None,
+        data: bytes | None = None,
+    ) -> Self:
         """Load a model file that keeps its promises, and run its self-test.
 
         Args:
             path: an ONNX file as `training` exports it, or a folder with one such file.
             device: "cuda" insists on a GPU; "auto" is "cpu", the faster for single images.
             name: replaces the model's name in the file.
+            data: the file's bytes, where they have been read already.
 
         Raises:
             ModelError: the file is missing, damaged, not ours, fails its self-test, or the device
                 is not to be had.
         """
-        artefact = read_artefact(path, name)
+        if data is None:
+            path, data = read_file(path)
+        artefact = check_artefact(path, data, name)
         session = _open_session(artefact, device)
         info = ModelInfo(
             name=artefact.name,

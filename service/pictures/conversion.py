@@ -44,20 +44,23 @@ class ModelInput:
     notes: tuple[str, ...] = ()
 
 
-def read_picture(data: bytes, preprocessing: Preprocessing = "auto") -> ModelInput:
+def read_picture(
+    data: bytes, preprocessing: Preprocessing = "auto", *, limited: bool = True
+) -> ModelInput:
     """Decode a picture and, where asked or needed, convert it to the data set's form.
 
     Args:
         data: the whole file; its content decides the format.
         preprocessing: "none" takes exactly 28x28 8-bit grayscale and refuses all else; "dataset"
             converts any picture; "auto" takes 28x28 without colours as it is, converts the rest.
+        limited: whether the service's limits hold (`service.pictures.decoding`).
 
     Raises:
         UnsupportedMediaType: the bytes are not a picture of a known format.
         PayloadTooLarge: the picture exceeds a limit of `service.pictures.decoding`.
         InvalidInput: the picture is damaged, or "none" was asked and it is not 28x28 grayscale.
     """
-    image = open_picture(data)
+    image = open_picture(data, limited=limited)
     fits = is_gray_28x28(image)
     if preprocessing == "none" and not fits:
         raise InvalidInput(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cc3d
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
@@ -153,25 +154,10 @@ def _unlike_border(colours: Floats) -> Mask:
 
 def _grow(seeds: Mask, allowed: Mask) -> Mask:
     """Return the allowed pixels that are connected to a seed, by rows and columns."""
-    reached = seeds & allowed
-    if not reached.any():
-        return reached
-    sweeps = []
-    for view, open_ in zip(_four_ways(reached), _four_ways(allowed), strict=True):
-        index = np.arange(1, view.shape[1] + 1, dtype=np.int16)
-        sweeps.append((view, index, np.maximum.accumulate(~open_ * index, axis=1)))
-    count = -1
-    while count != (count := int(reached.sum())):
-        for view, index, last_blocked in sweeps:
-            # Reached, too, is where the last thing met on the way was reached and not blocked.
-            last_reached = np.maximum.accumulate(view * index, axis=1)
-            np.logical_or(view, last_reached > last_blocked, out=view)
-    return reached
-
-
-def _four_ways(mask: Mask) -> tuple[Mask, ...]:
-    """Return views of one mask whose rows run right, left, down and up."""
-    return mask, mask[:, ::-1], mask.T, mask.T[:, ::-1]
+    labels = cc3d.connected_components(allowed, connectivity=4)
+    reached = np.bincount(labels[seeds], minlength=int(labels.max()) + 1) > 0
+    reached[0] = False  # what is not allowed
+    return np.asarray(reached[labels])
 
 
 def eroded(mask: Mask, radius: int) -> Mask:

@@ -10,7 +10,9 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,26 +22,35 @@ from service.errors import InvalidInput, PayloadTooLarge, ServiceError, Unsuppor
 
 STRIP_PIXELS = 2**17  # of a large picture, converted at a time: they fit the CPU's caches
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")  # not TIFF: damaged ones take long
+# An ISO media file's brands that mean HEIC (ISO/IEC 23008-12, annex B), at bytes 8 to 12.
+HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+# The service's limits: whatever a phone or a shop makes is below them; decoding takes a quarter of
+# a second and 150 MB at most (measured: docs/operations.md). Checked before anything is decoded.
 MAX_SIDE = 8192
-# Pixels, so that photographs of the format take about 50 ms and nothing takes 50 MB (measured:
-# docs/operations.md). JPEG is decoded at a fraction of its size, if it comes row by row; if not,
-# as progressive ones, all its coefficients are kept.
+# Pixels. JPEG is decoded at a fraction of its size if it comes row by row; if not, as progressive
+# ones, all its coefficients are in memory.
 MAX_PIXELS = {
-    "JPEG": 6144 * 4096,
-    "progressive JPEG": 2048 * 2048,
-    "WEBP": 1600 * 1600,
-    "GIF": 1600 * 1600,
-    "BMP": 2048 * 2048,
-    "AVIF": 1920 * 1088,
+    "JPEG": 8192 * 6144,
+    "progressive JPEG": 4096 * 3072,
+    "WEBP": 4032 * 3024,  # 12 bytes a pixel
+    "GIF": 3200 * 3200,
+    "BMP": 4096 * 3072,
+    "AVIF": 4096 * 3072,
+    "HEIF": 4096 * 3072,
 }
-# Bytes, where these cost more than pixels do: twice what photographs of that size have, or more.
-MAX_BYTES = {"lossy WEBP": 1_500_000, "AVIF": 750_000, "progressive JPEG": 2_000_000}
+# Bytes, where these cost more than pixels do: more than photographs of that size have.
+MAX_BYTES = {
+    "lossy WEBP": 4_000_000,
+    "AVIF": 2_500_000,
+    "HEIF": 4_000_000,
+    "progressive JPEG": 6_000_000,
+}
 MAX_SCANS = 50  # of a progressive JPEG: usual are 10, and as many in a thumbnail; each is a pass
 MAX_READS = 20_000  # of a file, by Pillow's parsers: some 50 ms for a file of nothing but markers
+# A PNG's pixel takes the time of three bytes, and of each that it has when unpacked: a screen of
+# 3840 x 2160 with colours and transparency.
+MAX_PNG_COST = 3840 * 2160 * 7
 MAX_EXIF_BYTES = 65_536  # as in JPEG
-# A PNG's pixel takes the time of three bytes, and of each that it has when unpacked: 1500 x 1500
-# with colours and transparency, 1600 x 1600 without.
-MAX_PNG_COST = 1600 * 1600 * 6.2
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # A PNG's first 33 bytes when it is 28 x 28, 8-bit grayscale, not interlaced (PNG, section 11.2.1).
 RAW_HEADER = PNG_SIGNATURE + bytes.fromhex("0000000d49484452 0000001c0000001c0800000000 57668048")
@@ -61,13 +72,16 @@ DAMAGED = "The picture is damaged or cut short; send the whole file."
 def configure_pillow() -> None:
     """Set what Pillow keeps for the whole process; whoever builds the application calls this.
 
-    Pillow warns of damaged metadata, once for each tag: a client could flood the log.
+    Pillow warns of damaged metadata, once for each tag: a client could flood the log. HEIC can be
+    read where the package pillow-heif is installed.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    Image.MAX_IMAGE_PIXELS = None  # the limits in this file are lower
+    Image.MAX_IMAGE_PIXELS = None  # this file has limits of its own
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker uses one core
     PngImagePlugin.MAX_TEXT_MEMORY = 2**22  # of compressed comments, which nothing here reads
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener(thumbnails=False)
 
 
 def is_raw_28x28(data: bytes) -> bool:
@@ -85,11 +99,12 @@ def is_raw_28x28(data: bytes) -> bool:
     )
 
 
-def open_picture(data: bytes) -> Image.Image:
+def open_picture(data: bytes, *, limited: bool = True) -> Image.Image:
     """Read a picture's header, and check the limits; nothing is decoded.
 
     Args:
         data: the whole file; its content decides the format.
+        limited: whether the service's limits hold; memory is the only one otherwise.
 
     Raises:
         UnsupportedMediaType: the bytes are not a picture of a known format.
@@ -97,12 +112,23 @@ def open_picture(data: bytes) -> Image.Image:
             or MAX_SCANS allow.
         InvalidInput: the header is damaged.
     """
+    formats = [*FORMATS, *({"HEIF"} & Image.OPEN.keys())]
     with _our_errors(HEADER_DAMAGED):
-        image = Image.open(_Bounded(data), formats=FORMATS)
+        try:
+            file = _Bounded(data) if limited else io.BytesIO(data)
+            image = Image.open(file, formats=formats)
+        except UnidentifiedImageError:
+            raise UnsupportedMediaType(_unidentified(data, formats)) from None
         if image.format == "PNG":
             _scale_transparency(image, _png_depth(data))
-        kind = _kind(image, data)
-        max_pixels = _max_pixels(image, kind, data)
+        if limited:
+            _check_limits(image, data)
+    return image
+
+
+def _check_limits(image: Image.Image, data: bytes) -> None:
+    kind = _kind(image, data)
+    max_pixels = _max_pixels(image, kind, data)
     width, height = image.size
     if max(width, height) > MAX_SIDE or width * height > max_pixels:
         raise PayloadTooLarge(
@@ -118,7 +144,12 @@ def open_picture(data: bytes) -> Image.Image:
         raise PayloadTooLarge(
             f"The JPEG has more than {MAX_SCANS} scans; save it again with fewer."
         )
-    return image
+
+
+def _unidentified(data: bytes, formats: list[str]) -> str:
+    if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS and "HEIF" not in formats:
+        return "HEIC pictures need the package pillow-heif beside the service; or send JPEG."
+    return f"These bytes are not a picture that can be read; send {', '.join(formats)}."
 
 
 def is_gray_28x28(image: Image.Image) -> bool:
@@ -161,10 +192,8 @@ def _our_errors(sentence: str) -> Iterator[None]:
         yield
     except ServiceError:
         raise
-    except UnidentifiedImageError:
-        raise UnsupportedMediaType(
-            f"These bytes are not a picture that can be read; send {', '.join(FORMATS)}."
-        ) from None
+    except MemoryError:
+        raise PayloadTooLarge("The picture needs more memory than there is.") from None
     except Exception as exc:
         raise InvalidInput(sentence) from exc
 
@@ -234,9 +263,10 @@ def _at_most(image: Image.Image, side: int) -> Image.Image:
     scale = min(1, side / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     image.draft(None, (2 * size[0], 2 * size[1]))
+    image = _without_canvases(image)
     width, height = image.size
     factor = int(width / size[0] / 2) or 1, int(height / size[1] / 2) or 1
-    if image.mode in ("L", "RGB", "CMYK") and "transparency" not in image.info:
+    if image.mode in ("L", "RGB", "RGBX", "CMYK") and "transparency" not in image.info:
         blocks = image.reduce(factor)
     else:
         blocks = Image.new("RGBa", (-(-width // factor[0]), -(-height // factor[1])))
@@ -249,6 +279,23 @@ def _at_most(image: Image.Image, side: int) -> Image.Image:
     return blocks.resize(size, Image.Resampling.BOX, box).convert(
         "RGBA" if blocks.mode == "RGBa" else "RGB"
     )
+
+
+def _without_canvases(image: Image.Image) -> Image.Image:
+    """Decode a WebP picture, and free libwebp's two canvases before its pixels are used.
+
+    Pillow holds them while it copies the pixels: 16 bytes a pixel, 184 MB for 12 million. This
+    takes 144 MB. The decoder is private; where Pillow has none, its own way is taken.
+    """
+    decoder: Any = getattr(image, "_decoder", None)
+    if image.format != "WEBP" or not hasattr(decoder, "get_next"):
+        return image
+    frame = decoder.get_next()
+    if frame is None:
+        raise InvalidInput(DAMAGED)
+    image._decoder = decoder = None  # type: ignore[attr-defined] # see above
+    mode = "RGBA" if image.mode == "RGBA" else "RGBX"
+    return Image.frombuffer(mode, image.size, frame[0], "raw", mode, 0, 1)
 
 
 def _scale_transparency(image: Image.Image, depth: int) -> None:

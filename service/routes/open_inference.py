@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, version 2, over HTTP: its routes and their schemas.
+"""The Open Inference Protocol, version 2, over HTTP: its routes.
 
 As specified at github.com/kserve/open-inference-protocol, with those of Triton's extensions that
 the server's metadata lists (docs/protocol in github.com/triton-inference-server/server).
@@ -8,13 +8,12 @@ import re
 import zlib
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from prometheus_client.samples import Sample
-from pydantic import BaseModel, Field
 
 from service import __version__
 from service.errors import BadRequest, NotFound, NotReady
@@ -23,7 +22,27 @@ from service.http.gate import Gate, Handler
 from service.model.artefact import INPUT, OUTPUT, ModelInfo
 from service.model.classifier import Classifier
 from service.model.inference import Inference
-from service.routes.tensors import IMAGE_SHAPE, MAX_BATCH_SIZE, decode, encode
+from service.routes.open_inference_schemas import (
+    EXAMPLE,
+    INDEX_REQUEST,
+    INFER_REQUEST,
+    AllStatistics,
+    Duration,
+    IndexedModel,
+    InferenceResponse,
+    InferenceStatistics,
+    ModelConfig,
+    ModelMetadata,
+    ModelReady,
+    ModelStatistics,
+    ServerLive,
+    ServerMetadata,
+    ServerReady,
+    TensorConfig,
+    TensorMetadata,
+    infer_answer,
+)
+from service.routes.tensors import MAX_BATCH_SIZE, decode, encode
 from service.telemetry.metrics import Metrics
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
@@ -32,146 +51,6 @@ MAX_INDEX_BYTES = 2**10  # of a request for the index, whose one field is a bool
 WORTH_COMPRESSING = 500  # bytes; less fits one packet anyway
 REFUSED = re.compile(rb"q=0(\.0*)?").fullmatch
 OCTETS = (b"content-type", b"application/octet-stream")
-
-
-class ServerMetadata(BaseModel):
-    """The server, and the extensions that it supports in full."""
-
-    name: str
-    version: str
-    extensions: list[str]
-
-
-class ServerLive(BaseModel):
-    """The process answers."""
-
-    live: Literal[True] = True
-
-
-class ServerReady(BaseModel):
-    """The model can take requests."""
-
-    ready: Literal[True] = True
-
-
-class ModelReady(BaseModel):
-    """The model of this name can take requests."""
-
-    name: str
-    ready: Literal[True] = True
-
-
-class TensorMetadata(BaseModel):
-    """A tensor of the model; -1 stands for the batch."""
-
-    name: str
-    datatype: str
-    shape: list[int]
-
-
-class ModelParameters(BaseModel):
-    """What the protocol has no field for."""
-
-    provider: Annotated[str, Field(description="The execution provider that it really has.")]
-
-
-class ModelMetadata(BaseModel):
-    """What the model takes and gives."""
-
-    name: str
-    versions: list[str]
-    platform: str
-    inputs: list[TensorMetadata]
-    outputs: list[TensorMetadata]
-    parameters: ModelParameters
-
-
-class TensorConfig(BaseModel):
-    """A tensor in Triton's words: its shape without the batch."""
-
-    name: str
-    data_type: str
-    format: str | None = None
-    dims: list[int]
-
-
-class ModelConfig(BaseModel):
-    """The model's configuration in Triton's words."""
-
-    name: str
-    platform: str
-    backend: str
-    max_batch_size: int
-    input: list[TensorConfig]
-    output: list[TensorConfig]
-
-
-class Duration(BaseModel):
-    """How often something happened, and how long it took in all."""
-
-    count: int = 0
-    ns: int = 0
-
-
-class InferenceStatistics(BaseModel):
-    """Where the time went."""
-
-    success: Annotated[Duration, Field(description="Answered requests, arrival to answer.")]
-    fail: Annotated[Duration, Field(description="Refused or failed requests.")]
-    queue: Annotated[Duration, Field(description="Waiting for the model.")]
-    compute_input: Annotated[Duration, Field(description="From complete bodies to pixels.")]
-    compute_infer: Annotated[Duration, Field(description="Runs of the model.")]
-    compute_output: Annotated[Duration, Field(description="From probabilities to answers.")]
-    cache_hit: Duration = Duration()
-    cache_miss: Duration = Duration()
-
-
-class ModelStatistics(BaseModel):
-    """What the model has done since the start, by `POST /predict` and by this protocol."""
-
-    name: str
-    version: str
-    last_inference: Annotated[int, Field(description="Milliseconds since 1970.")]
-    inference_count: Annotated[int, Field(description="Images classified.")]
-    execution_count: Annotated[int, Field(description="Runs of the model, each of a batch.")]
-    inference_stats: InferenceStatistics
-    batch_stats: list[Any] = []
-
-
-class AllStatistics(BaseModel):
-    """The statistics of all models, of which there is one."""
-
-    model_stats: list[ModelStatistics]
-
-
-class IndexedModel(BaseModel):
-    """A model in the repository."""
-
-    name: str
-    version: str
-    state: Literal["READY"] = "READY"
-    reason: str = ""
-
-
-class InferenceOutput(BaseModel):
-    """A tensor of the answer."""
-
-    name: str
-    datatype: Literal["FP32", "BYTES"]
-    shape: list[int]
-    parameters: dict[str, Any] | None = None
-    data: Annotated[
-        list[float] | list[str] | None, Field(description="Row by row, unless sent as binary.")
-    ] = None
-
-
-class InferenceResponse(BaseModel):
-    """The answer to an inference request."""
-
-    model_name: str
-    model_version: str
-    id: str | None = None
-    outputs: list[InferenceOutput]
 
 
 def infer_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handler:
@@ -329,7 +208,10 @@ def open_inference_router(
         model_name: Annotated[str, Path(description=f"`{model.name}`", examples=[model.name])],
     ) -> None:
         if model_name != model.name:
-            raise NotFound(f"There is no such model here, only {model.name}.", code="unknown_model")
+            raise NotFound(  # NVIDIA's examples look for "unknown model"
+                f"Request for unknown model: the server has only `{model.name}`.",
+                code="unknown_model",
+            )
 
     def check_version(
         model_version: Annotated[
@@ -338,7 +220,7 @@ def open_inference_router(
     ) -> None:
         if model_version != model.version:
             raise NotFound(
-                f"There is no such version of the model, only {model.version}.",
+                f"Request for unknown model version: `{model.name}` has only {model.version}.",
                 code="unknown_version",
             )
 
@@ -354,17 +236,17 @@ def open_inference_router(
         return ServerMetadata(name="bn-lenet-service", version=__version__, extensions=EXTENSIONS)
 
     @router.get("/v2/health/live", summary="Is the process alive?")
-    async def live() -> ServerLive:
+    async def server_live() -> ServerLive:
         return ServerLive()
 
     @router.get(
         "/v2/health/ready", summary="May requests come?", dependencies=[Depends(check_ready)]
     )
-    async def ready() -> ServerReady:
+    async def server_ready() -> ServerReady:
         return ServerReady()
 
     @router.post("/v2/repository/index", summary="List the models", openapi_extra=INDEX_REQUEST)
-    async def index(request: Request) -> list[IndexedModel]:
+    async def repository_index(request: Request) -> list[IndexedModel]:
         return _response(await index_handle(request.scope["exchange"]))  # type: ignore[return-value] # ready-made, but documented
 
     @router.get("/v2/models/stats", summary="Statistics of all models")
@@ -379,7 +261,7 @@ def open_inference_router(
         # The prefix is the router's own: what an including router adds is in no route's template,
         # which logs and metrics tell.
         models = APIRouter(prefix=prefix, dependencies=checks)
-        models.get("/stats", summary="Model statistics")(statistics)
+        models.get("/stats", summary="Model statistics", name="model_statistics")(statistics)
 
         @models.get("", summary="Model metadata")
         async def model_metadata() -> ModelMetadata:
@@ -389,7 +271,7 @@ def open_inference_router(
                 platform=PLATFORM,
                 inputs=[_metadata(*INPUT)],
                 outputs=[_metadata(*OUTPUT)],
-                parameters=ModelParameters(provider=model.provider),
+                properties={"provider": model.provider, "revision": model.revision},
             )
 
         @models.get("/ready", summary="Is the model ready?", dependencies=[Depends(check_ready)])
@@ -412,9 +294,9 @@ def open_inference_router(
             response_model=InferenceResponse,
             summary="Classify images",
             openapi_extra=INFER_REQUEST,
-            responses={200: {"content": {"application/json": {"example": _example(classifier)}}}},
+            responses=infer_answer(_example(classifier)),
         )
-        async def classify(request: Request) -> Response:
+        async def infer(request: Request) -> Response:
             """Classify up to 256 images.
 
             Tensors are JSON or, after the JSON, binary. The header field
@@ -430,85 +312,3 @@ def open_inference_router(
     versioned = "/v2/models/{model_name}/versions/{model_version}"
     router.include_router(models_router(versioned, name, number))
     return router
-
-
-PARAMETERS = {"type": "object", "description": "Those not named here are ignored."}
-
-
-def _object(required: list[str], **properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "required": required, "properties": properties}
-
-
-def _one(item: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": item, "minItems": 1, "maxItems": 1}
-
-
-def _parameters(**properties: dict[str, Any]) -> dict[str, Any]:
-    return {**PARAMETERS, "properties": properties}
-
-
-BOOLEAN = {"type": "boolean"}
-INPUT_SCHEMA = _object(
-    ["name", "shape", "datatype"],
-    name={"const": INPUT[0]},
-    shape={
-        "type": "array",
-        "prefixItems": [
-            {"type": "integer", "minimum": 1, "maximum": MAX_BATCH_SIZE},
-            *({"const": length} for length in IMAGE_SHAPE),
-        ],
-        "minItems": 4,
-        "maxItems": 4,
-    },
-    datatype={"enum": ["UINT8", "FP32"]},
-    data={
-        "type": "array",
-        "description": "Whole numbers from 0 to 255 in either datatype, 0 being the background;"
-        " nested or flat, row by row. Absent when binary.",
-    },
-    parameters=_parameters(binary_data_size={"type": "integer"}),
-)
-OUTPUT_SCHEMA = _object(
-    ["name"],
-    name={"const": OUTPUT[0]},
-    parameters=_parameters(
-        binary_data=BOOLEAN,
-        classification={
-            "type": "integer",
-            "minimum": 0,
-            "description": "Answer the k most probable classes as `value:index:label`.",
-        },
-    ),
-)
-EXAMPLE_IMAGE = [[[[(row * column) % 256 for column in range(28)] for row in range(28)]]]
-EXAMPLE = {
-    "id": "42",
-    "inputs": [
-        {"name": INPUT[0], "shape": [1, *IMAGE_SHAPE], "datatype": "UINT8", "data": EXAMPLE_IMAGE}
-    ],
-}
-INFER_REQUEST = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": _object(
-                    ["inputs"],
-                    id={"type": "string"},
-                    parameters=_parameters(binary_data_output=BOOLEAN),
-                    inputs=_one(INPUT_SCHEMA),
-                    outputs=_one(OUTPUT_SCHEMA),
-                ),
-                "example": EXAMPLE,
-            },
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-        },
-    },
-}
-INDEX_REQUEST = {
-    "requestBody": {
-        "content": {
-            "application/json": {"schema": _object([], ready={"type": ["boolean", "null"]})}
-        }
-    }
-}

@@ -24,6 +24,10 @@ CLASS_IDS = range(CLASSES)
 MAX_JSON_BYTES = 2**22  # the largest batch with 20 bytes for a number and its white space
 MAX_JSON_BRACKETS = 2**14  # twice those of the largest batch; each takes as long as 40 numbers
 FP32 = np.dtype("<f4")
+NOT_PIXELS = (
+    "Pixels must be whole numbers from 0 to 255 in either datatype, as in the data set (not scaled"
+    " to 0..1)."
+)
 KINDS: dict[type, str] = {
     dict: "an object",
     list: "an array",
@@ -192,14 +196,18 @@ def _pixels(inputs: list[Json], parameters: Json, text: bytes, tail: bytes) -> N
     # Searching the text first takes a fraction of looking at every type.
     if (b"true" in text or b"false" in text) and bool in map(type, flat):
         raise _invalid("The values must be numbers, not true and false.")
-    try:
-        if datatype == "UINT8":
+    if datatype == "UINT8":
+        try:
             return np.frombuffer(bytes(flat), np.uint8).reshape(shape)  # checks all, in C
-        return _whole(np.frombuffer(array("d", flat))).reshape(shape)
-    except (TypeError, ValueError):
-        raise _invalid(
-            f"The values of {datatype} pixels must be whole numbers from 0 to 255."
-        ) from None
+        except TypeError:  # clients made from the protocol's own file send 0 as 0.0
+            pass
+        except ValueError:
+            raise _invalid(NOT_PIXELS) from None
+    try:
+        numbers = np.frombuffer(array("d", flat))
+    except TypeError:
+        raise _invalid(NOT_PIXELS) from None
+    return _whole(numbers).reshape(shape)
 
 
 def _flatten(data: list[Any]) -> list[Any]:
@@ -217,9 +225,7 @@ def _whole(values: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
         pixels = values.astype(np.uint8)
         if (pixels == values).all():
             return pixels
-    raise _invalid(
-        "FP32 pixels must be whole numbers from 0 to 255, as in the data set (not scaled to 0..1)."
-    )
+    raise _invalid(NOT_PIXELS)
 
 
 def _optional(holder: Json, name: str, kind: type[Kind]) -> Kind | None:

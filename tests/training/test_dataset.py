@@ -2,8 +2,10 @@
 
 import gzip
 import hashlib
+import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -364,6 +366,35 @@ def test_a_wrong_beginning_is_thrown_away(
     assert held(cache) == files
     asked = [wanted for name, wanted in mirrors[0].asked if name == TEST_IMAGES]
     assert asked == [f"bytes={len(rest)}-", None]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_mirror_that_falls_silent_is_passed_over(
+    begins: bool,
+    mirrors: list[Mirror],
+    files: Files,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It accepts the connection and never answers, or stops after the first five bytes."""
+    assert 5 <= dataset._TIMEOUT_SECONDS <= 60
+    monkeypatch.setattr(dataset, "_TIMEOUT_SECONDS", 0.5)
+    put({name: data for name, data in files.items() if name != TEST_LABELS}, cache)
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(files[TEST_LABELS])}\r\n\r\n".encode()
+    with socket.create_server(("127.0.0.1", 0)) as silent, ExitStack() as stack:
+
+        def accept() -> None:
+            connection = stack.enter_context(silent.accept()[0])
+            if begins:
+                connection.sendall(head + files[TEST_LABELS][:5])
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        load(mirrors=[f"http://127.0.0.1:{silent.getsockname()[1]}/", mirrors[0].url])
+        thread.join()
+    assert held(cache) == files
+    assert mirrors[0].asked == [(TEST_LABELS, "bytes=5-" if begins else None)]
 
 
 def test_a_mirror_that_sends_other_bytes_is_passed_over(

@@ -35,6 +35,7 @@ PROVENANCE = Provenance(
 @pytest.fixture(scope="module")
 def fitted(fashion_mnist: FashionMNIST) -> BNLeNet:
     """Fit for two hundred small steps: enough to be far better than chance."""
+    torch.set_num_threads(1)
     model = BNLeNet()
     initialise(model, seed=0)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -50,7 +51,8 @@ def fitted(fashion_mnist: FashionMNIST) -> BNLeNet:
 
 @pytest.fixture(scope="module")
 def some(fashion_mnist: FashionMNIST) -> Split:
-    return Split(fashion_mnist.test.images[:300], fashion_mnist.test.labels[:300])
+    """Return enough images for four batches, the last of them smaller."""
+    return Split(fashion_mnist.test.images[:350], fashion_mnist.test.labels[:350])
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +161,23 @@ def test_the_metadata_are_the_contracts(exported: ExportReport) -> None:
     assert self_test.keys() == {"formula", "pixels", "probabilities", "tolerance"}
 
 
+def test_the_metadata_say_where_these_weights_come_from(
+    fitted: BNLeNet, some: Split, tmp_path: Path
+) -> None:
+    other = Provenance("mine", 11, "e" * 64, "moving", {"python": "3.14.0"})
+    report = export(fitted, other, some, tmp_path / "model.onnx")
+    metadata = {prop.key: prop.value for prop in onnx.load(report.path).metadata_props}
+    assert [metadata[key] for key in ("recipe", "seed", "dataset_sha256", "statistics")] == [
+        "mine",
+        "11",
+        "e" * 64,
+        "moving",
+    ]
+    assert json.loads(metadata["versions"])["python"] == "3.14.0"
+    right = run(report.path, some.images).argmax(1) == some.labels
+    assert metadata["test_accuracy"] == f"{right.mean():.4f}"
+
+
 def test_the_digest_ends_the_file_and_covers_every_other_byte(exported: ExportReport) -> None:
     data = exported.path.read_bytes()
     digest = onnx.load_from_string(data).metadata_props[-1]
@@ -215,10 +234,12 @@ def test_the_self_test_would_notice_a_wrong_machine(fitted: BNLeNet) -> None:
     assert (scaled - right).abs().max() > 1e-4
 
 
-def test_one_image_alone_gives_the_bits_it_gives_in_a_batch(
+def test_one_image_alone_gives_what_it_gives_in_a_batch(
     exported: ExportReport, some: Split
 ) -> None:
-    assert np.array_equal(run(exported.path, some.images, 1), run(exported.path, some.images, 64))
+    """To float32's rounding: ONNX Runtime promises no bits across batch sizes."""
+    alone, together = (run(exported.path, some.images, batch) for batch in (1, 64))
+    np.testing.assert_allclose(alone, together, rtol=0, atol=1e-6)
 
 
 def test_the_same_model_gives_the_same_bytes(fitted: BNLeNet, some: Split, tmp_path: Path) -> None:
@@ -284,6 +305,35 @@ def test_a_wrong_fold_is_never_written(
         export(fitted, PROVENANCE, some, out)
     assert out.read_bytes() == b"the model that is served"
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("place", [(0, 0), (349, 9)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_fold_error_is_the_largest_over_all_logits_of_all_images(
+    place: tuple[int, int],
+    sign: int,
+    fitted: BNLeNet,
+    some: Split,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One logit is spoiled, by less than what is allowed and then by more."""
+    right, off = export_module._run, 0.0
+
+    def spoiled(proto: onnx.ModelProto, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        outputs = right(proto, images)
+        if len(outputs) == 2:
+            outputs[1][place] += np.float32(sign * off)
+        return outputs
+
+    monkeypatch.setattr(export_module, "_run", spoiled)
+    off = 8e-5
+    report = export(fitted, PROVENANCE, some, tmp_path / "model.onnx")
+    assert report.fold_error == pytest.approx(off, abs=1.5e-5)
+    off = 1.2e-4
+    with pytest.raises(ExportError, match="where 1e-04 is allowed"):
+        export(fitted, PROVENANCE, some, tmp_path / "other.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_another_class_than_the_models_is_never_written(

@@ -81,13 +81,29 @@ def test_initial_weights_are_xavier_uniform_and_biases_torchs_default() -> None:
     """Glorot and Bengio's bound is sqrt(6 / (fan in + fan out)); torch's, 1 / sqrt(fan in)."""
     model = BNLeNet()
     initialise(model, seed=0)
-    fans = {"conv1": (25, 150), "conv2": (150, 400), "linear1": (256, 120), "linear3": (84, 10)}
+    fans = {
+        "conv1": (25, 150),
+        "conv2": (150, 400),
+        "linear1": (256, 120),
+        "linear2": (120, 84),
+        "linear3": (84, 10),
+    }
     for name, (fan_in, fan_out) in fans.items():
         weight = model.get_parameter(f"{name}.weight")
         bound = (6 / (fan_in + fan_out)) ** 0.5
         assert 0.95 * bound < weight.abs().max() <= bound
         assert abs(weight.std() - bound / 3**0.5) < 0.1 * bound
-        assert 0 < model.get_parameter(f"{name}.bias").abs().max() <= fan_in**-0.5
+        bias = model.get_parameter(f"{name}.bias")
+        assert 0.6 * fan_in**-0.5 < bias.abs().max() <= fan_in**-0.5
+        assert bias.min() < 0 < bias.max()
+
+
+def test_layers_deep_inside_and_without_a_bias_are_drawn_too() -> None:
+    linear = nn.Linear(4, 3, bias=False)
+    before = linear.weight.clone()
+    initialise(nn.Sequential(nn.Sequential(linear)), seed=0)
+    assert not torch.equal(linear.weight, before)
+    assert linear.weight.abs().max() <= (6 / 7) ** 0.5
 
 
 def test_the_seed_alone_decides_the_initial_weights() -> None:

@@ -1,5 +1,6 @@
 """The real process: how it starts, what it does with rude clients, and how it stops."""
 
+import errno
 import io
 import json
 import os
@@ -110,6 +111,24 @@ class TestStart:
     def test_a_host_that_is_no_name_is_one_sentence(self) -> None:
         with pytest.raises(server.StartError, match=r"Cannot listen on a\.\.b:0"):
             server.bind(Settings(host="a..b", port=0))
+
+    def test_every_address_is_of_both_families(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with server.bind(Settings(host="::", port=0)) as listener:
+            listener.listen()
+            socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=10).close()
+            if listener.family == socket.AF_INET6:
+                only = listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+                assert only == 0  # whatever the system's default is
+
+        def without_ipv6(family: int, *arguments: int) -> socket.socket:
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+            return original(family, *arguments)
+
+        original = socket.socket
+        monkeypatch.setattr(socket, "socket", without_ipv6)
+        with server.bind(Settings(host="::", port=0)) as listener:
+            assert listener.getsockname()[0] == "0.0.0.0"  # noqa: S104 - asked for
 
     def test_a_port_taken_while_the_model_was_loaded_is_one_sentence(self, artefact: Path) -> None:
         settings = Settings(port=0, model_path=artefact)

@@ -160,6 +160,16 @@ def test_cuda_is_refused_where_there_is_none(artefact: Path) -> None:
         assert result.stderr.count("\n") == 1  # the other build has words of its own to say
 
 
+def test_bytes_that_were_read_already_are_not_read_again(
+    artefact: Path, classifier: Classifier
+) -> None:
+    """A supervisor reads the file once, so that all its workers serve the same revision."""
+    data = artefact.read_bytes()
+    assert Classifier.load(Path("/gone.onnx"), data=data).info == classifier.info
+    with pytest.raises(ModelError, match=r"The model file /gone\.onnx is damaged"):
+        Classifier.load(Path("/gone.onnx"), data=data[:-1])
+
+
 def test_a_gpu_that_is_not_got_is_refused_and_never_replaced_by_the_cpu(
     artefact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ class Device:
 
     Attributes:
         batches: how many images it was given, run by run.
+        tasks: the requests that `in_one_batch` makes.
     """
+
+    tasks: Sequence[asyncio.Task[Any]] = ()
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -178,3 +182,88 @@ def test_the_threaded_way_works_on_the_real_model_bit_for_bit(
 @pytest.fixture
 def make_images() -> Callable[[int], NDArray[np.uint8]]:
     return lambda n: np.random.default_rng(2).integers(0, 256, (n, 1, 28, 28), dtype=np.uint8)
+
+
+async def in_one_batch(infer: Inference, device: Device, values: list[int]) -> list[Any]:
+    """Let requests of one, two, three ... images run together; return answers and exceptions."""
+    if isinstance(infer, ThreadedInference):  # while one runs, the others gather
+        device.free.clear()
+        first = asyncio.ensure_future(infer(image(0)))
+        await settle()
+    tasks = [asyncio.ensure_future(infer(image(value, 1 + i))) for i, value in enumerate(values)]
+    device.tasks = tasks
+    await settle()
+    device.free.set()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    if isinstance(infer, ThreadedInference):
+        await first
+    assert device.batches[-1] == sum(range(1, 1 + len(values)))
+    return answers
+
+
+@KINDS
+async def test_a_failed_batch_fails_every_request_in_it(
+    kind: type[Inference], device: Device
+) -> None:
+    answers = await asyncio.wait_for(in_one_batch(crowd(kind, device), device, [1, 255, 3]), 10)
+    assert [str(answer) for answer in answers] == ["the device failed"] * 3
+
+
+class CancellingDevice(Device):
+    """Cancels the second request of a batch while the batch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.get_running_loop()
+
+    def probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if len(pixels) > 1:
+            if threading.current_thread() is threading.main_thread():
+                self.tasks[1].cancel()
+            else:
+                asyncio.run_coroutine_threadsafe(self.cancel(), self.loop).result(10)
+        return super().probabilities(pixels)
+
+    async def cancel(self) -> None:
+        self.tasks[1].cancel()
+        await asyncio.sleep(0)
+
+
+@KINDS
+async def test_a_request_cancelled_while_it_runs_leaves_the_others_their_own_rows(
+    kind: type[Inference],
+) -> None:
+    device = CancellingDevice()
+    infer = crowd(kind, device)
+    answers = await in_one_batch(infer, device, [1, 2, 3, 4])
+    assert isinstance(answers.pop(1), asyncio.CancelledError)
+    for answer, (value, count) in zip(answers, [(1, 1), (3, 3), (4, 4)], strict=True):
+        assert np.array_equal(answer, np.full((count, 10), value, np.float32))
+    assert np.array_equal(await infer(image(9)), np.full((1, 10), 9, np.float32))
+
+
+async def test_every_request_has_its_wait_for_the_model_counted(device: Device) -> None:
+    """A wait is from the request's pixels to the start of its own run."""
+    infer = crowd(ThreadedInference, device)
+    device.free.clear()
+    begin = perf_counter()
+    tasks = [asyncio.ensure_future(infer(image(i))) for i in range(5)]
+    await settle()
+    waited = perf_counter()
+    await asyncio.sleep(0.05)
+    waited = perf_counter() - waited
+    device.free.set()
+    await asyncio.gather(*tasks)
+    queue = infer.runs.queue
+    assert (device.batches, sum(queue.counts)) == ([1, 4], 5)
+    assert 4 * waited <= queue.seconds <= 5 * (perf_counter() - begin)
+
+
+async def test_a_wait_of_one_turn_is_counted_too(device: Device) -> None:
+    infer = crowd(Inference, device)
+    await asyncio.gather(*(infer(image(i)) for i in range(20)))
+    assert sum(infer.runs.queue.counts) == 20
+    assert infer.runs.queue.seconds > 0
+    alone = crowd_of_one(device)
+    await alone(image(1))
+    assert (sum(alone.runs.queue.counts), alone.runs.queue.seconds) == (1, 0)

@@ -66,7 +66,7 @@ async def test_the_server_tells_its_extensions(make_app: MakeApp) -> None:
 
 @VERSIONS
 async def test_metadata_and_configuration_are_those_of_the_file(
-    make_app: MakeApp, artefact: Path, path: str
+    make_app: MakeApp, classifier: Classifier, artefact: Path, path: str
 ) -> None:
     graph = onnx.load(artefact).graph
     metadata = await get(make_app(), path)
@@ -76,7 +76,10 @@ async def test_metadata_and_configuration_are_those_of_the_file(
         "platform": "onnxruntime_onnx",
         "inputs": signature(graph.input),
         "outputs": signature(graph.output),
-        "parameters": {"provider": "CPUExecutionProvider"},
+        "properties": {
+            "provider": "CPUExecutionProvider",
+            "revision": classifier.info.revision,
+        },
     }
     config = await get(make_app(), f"{path}/config")
     (given,), (answered,) = metadata["inputs"], metadata["outputs"]
@@ -120,6 +123,7 @@ async def test_other_models_and_versions_are_not_found(
     method = "POST" if tail == "/infer" else "GET"
     answer = await ask(make_app(), b"{}", method=method, target=path + tail)
     assert (answer.status, json.loads(answer.body)["code"]) == (404, code)
+    assert "unknown model" in json.loads(answer.body)["error"]  # the words in NVIDIA's examples
 
 
 @VERSIONS

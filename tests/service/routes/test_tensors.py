@@ -64,9 +64,8 @@ LAYOUTS: dict[str, Callable[[Pixels], Any]] = {
 def test_json_pixels_arrive_however_they_are_nested(
     datatype: str, layout: str, pixels: Pixels
 ) -> None:
+    """Whole numbers may be written as 3 or as 3.0, which some clients do for every datatype."""
     for number in (np.uint8, np.float64):
-        if datatype == "UINT8" and number is np.float64:
-            continue  # 3.0 is not a UINT8
         data = LAYOUTS[layout](pixels.astype(number))
         read = decode(dump(request(pixels, datatype=datatype, data=data)))
         assert np.array_equal(read.pixels, pixels)
@@ -157,6 +156,10 @@ BAD_DATA: dict[str, Any] = {
     "huge": [10**30, *FLAT[1:]],
     "infinite": [1e308 * 10, *FLAT[1:]],
     "a fraction": [0.5, *FLAT[1:]],
+    "whole floats but one": [*map(float, FLAT[1:]), 0.5],
+    "floats and true": [*map(float, FLAT[1:]), True],
+    "floats and 256": [*map(float, FLAT[1:]), 256],
+    "floats beyond any": [*map(float, FLAT[1:]), 1e300],
     "null": [None, *FLAT[1:]],
     "true": [True, *FLAT[1:]],
     "false nested": [[[[False, *FLAT[1:28]], *IMAGE[0, 0, 1:].tolist()]]],
@@ -256,6 +259,14 @@ def test_other_documents_are_refused(document: Any) -> None:
     with pytest.raises(ServiceError) as refused:
         decode(dump(document))
     assert (refused.value.status, refused.value.code) == (400, "invalid_input")
+
+
+def test_values_given_twice_are_refused_and_neither_is_taken() -> None:
+    """As `data` and as bytes, the sizes of both being right."""
+    text = dump(request(parameters={"binary_data_size": 784}))
+    for body, length in [(text + bytes(784), b"%d" % len(text)), (text, None)]:
+        with pytest.raises(ServiceError, match="as `data`, or after the JSON"):
+            decode(body, length)
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,19 @@ def test_no_image_is_lost_where_there_are_many(fashion_mnist: FashionMNIST) -> N
     assert np.array_equal(change(many), np.concatenate(halves))
 
 
-def test_shifts_move_the_content_and_bring_in_background(images: NDArray[np.uint8]) -> None:
-    down_left = perturbations()["shift (+2, -2)"](images)
-    assert np.array_equal(down_left[:, 2:, :-2], images[:, :-2, 2:])
-    assert not down_left[:, :2].any()
-    assert not down_left[:, :, -2:].any()
-    up = perturbations()["shift (-2, +0)"](images)
-    assert np.array_equal(up[:, :-2], images[:, 2:])
+@pytest.mark.parametrize(("down", "right"), [(-2, -2), (-2, 0), (-2, 2), (0, -2)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_shifts_move_the_content_and_bring_in_background(
+    images: NDArray[np.uint8], down: int, right: int, sign: int
+) -> None:
+    """Every pixel goes where its shift says; the others are zero."""
+    down, right = sign * down, sign * right
+    moved = perturbations()[f"shift ({down:+d}, {right:+d})"](images)
+    expected = np.zeros_like(images)
+    for y, x in np.ndindex(28, 28):
+        if 0 <= y + down < 28 and 0 <= x + right < 28:
+            expected[:, y + down, x + right] = images[:, y, x]
+    assert np.array_equal(moved, expected)
 
 
 @pytest.mark.parametrize(("name", "degrees"), [("rotation +10", 10), ("rotation -10", -10)])
@@ -67,7 +73,7 @@ def test_resampling_is_torchs_grid_sample(
 
 
 def test_the_scale_is_nine_tenths(images: NDArray[np.uint8]) -> None:
-    smaller = resample(images.astype(float), scale=0.9)
+    smaller = resample(images.astype(float), 0.0, 0.9)
     assert np.array_equal(perturbations()["scale 0.9"](images), np.rint(smaller))
 
 
@@ -79,11 +85,22 @@ def test_blur_and_unsharp_mask_are_those_of_the_gaussian(images: NDArray[np.uint
     assert np.array_equal(perturbations()["unsharp 100 %"](images), sharp)
 
 
+def test_resampling_alone_changes_nothing(images: NDArray[np.uint8]) -> None:
+    np.testing.assert_allclose(resample(images.astype(float)), images, rtol=0, atol=1e-9)
+
+
 def test_tones_follow_their_formulas() -> None:
+    greys = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    changes = perturbations()
+    for exponent in (0.7, 1.4):
+        found = changes[f"gamma {exponent}"](greys).ravel().tolist()
+        assert found == [round(255 * (grey / 255) ** exponent) for grey in range(256)]
     image = np.zeros((1, 28, 28), np.uint8)
     image[0, :14] = 100
-    changes = perturbations()
-    assert changes["gamma 0.7"](image)[0, 0, 0] == round(255 * (100 / 255) ** 0.7) == 132
-    assert changes["gamma 1.4"](image)[0, 0, 0] == round(255 * (100 / 255) ** 1.4) == 69
     flat = changes["contrast 0.6"](image)
     assert (flat[0, 0, 0], flat[0, 27, 0]) == (50 + 0.6 * 50, 50 - 0.6 * 50)
+
+
+def test_contrast_is_about_each_images_own_mean() -> None:
+    greys = np.repeat(np.array([20, 120, 220], np.uint8), 784).reshape(3, 28, 28)
+    assert np.array_equal(perturbations()["contrast 0.6"](greys), greys)

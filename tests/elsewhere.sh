@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Runs the tests on other releases and processors, in containers, and says what it ran:
+#   make test-elsewhere                 all of these
+#   ./tests/elsewhere.sh debian13       `make test` on Debian 13, Python 3.13
+#   ./tests/elsewhere.sh python314      `make test` with Python 3.14
+#   ./tests/elsewhere.sh arm64          the tests of the service and of its contract on arm64
+# The checkout is unpacked from a tarball, in a path with spaces; the user is not root and cannot write
+# the home folder; the locale is C, the time zone is not a whole hour from others. Needs Docker; arm64 on
+# another processor needs qemu-user-static and binfmt-support, and an hour or more. DEBIAN13, PYTHON314
+# and ARM64 name other images (with python3, venv and apt-get); FASHION_MNIST_DIR is the data set's folder.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=${FASHION_MNIST_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/bn-lenet/fashion-mnist}
+results=$(mktemp)
+log=$(mktemp)
+trap 'rm -f "$results" "$log"' EXIT
+
+run() { # run NAME IMAGE PLATFORM COMMAND
+  echo "test-elsewhere: $1: $4 in $2"
+  local status=0
+  git ls-files --cached --others --exclude-standard -z | tar --null --files-from - --ignore-failed-read -c |
+    docker run --rm --interactive --init --platform "$3" --cpu-shares 512 --env COMMAND="$4" \
+      --env TZ=Asia/Kathmandu --env LC_ALL=C --env FASHION_MNIST_DIR=/data --volume "$data:/data:ro" \
+      --volume "bn-lenet-pip-$1:/pip" "$2" bash -euc '
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends curl make >/dev/null 2>&1
+        mkdir "/tmp/a path"
+        cd "/tmp/a path"
+        tar -x
+        chown -R 1234:1234 . /pip
+        export HOME=/ PIP_CACHE_DIR=/pip
+        python3 -c "import platform; print(\"ran on Python\", platform.python_version(), platform.machine())"
+        exec setpriv --reuid 1234 --regid 1234 --clear-groups bash -euc "$COMMAND"
+      ' 2>&1 | tee "$log" || status=$?
+  echo "$1: exit status $status, $(grep '^ran on' "$log"), \`$4\`: $(tail -n 1 "$log" | tr -d =)" >>"$results"
+}
+
+[ $# -gt 0 ] || set -- debian13 python314 arm64
+native=linux/$(docker version --format '{{.Server.Arch}}')
+for name; do
+  case $name in
+    debian13) run "$name" "${DEBIAN13:-python:3.13-slim-trixie}" "$native" "make test" ;;
+    python314) run "$name" "${PYTHON314:-python:3.14-slim-trixie}" "$native" "make test" ;;
+    arm64)
+      run "$name" "${ARM64:-python:3.13-slim-trixie}" linux/arm64 "make tests-service"
+      ;;
+    *) echo "there is no $name, only debian13, python314 and arm64" >&2; exit 2 ;;
+  esac
+done
+echo "test-elsewhere ran:"
+cat "$results"
+! grep -qv 'exit status 0,' "$results"

@@ -1,0 +1,313 @@
+"""What `deploy/` says is what clusters accept, and what the service really does."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml  # type: ignore[import-untyped] # PyYAML ships no types
+from jsonschema import Draft202012Validator
+
+from service.settings import PREFIX, Settings
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+KUBERNETES = ("1.34", "1.35", "1.36", "1.37")
+OVERLAYS = ("base", "overlays/local", "overlays/gpu")
+KNOWN_VARIABLES = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+
+# KServe's own definitions are not ours to commit: KSERVE_CRDS names a folder that holds
+# servingruntimes.yaml and inferenceservices.yaml from config/crd/full of github.com/kserve/kserve.
+KSERVE_CRDS = os.environ.get("KSERVE_CRDS")
+
+
+def documents(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield every manifest of a folder; kustomize's own files are no manifests."""
+    for file in sorted(folder.glob("*.yaml")):
+        if file.name != "kustomization.yaml":
+            yield from yaml.safe_load_all(file.read_text())
+
+
+def built(overlay: str) -> dict[str, dict[str, Any]]:
+    """Return an overlay's manifests by kind, as kustomize builds them."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(DEPLOY / "kubernetes" / overlay)],  # noqa: S607 - whichever there is
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "unknown field" in done.stderr:
+        pytest.skip("this kubectl is too old for kustomize's inline patches")
+    assert done.returncode == 0, done.stderr
+    return {document["kind"]: document for document in yaml.safe_load_all(done.stdout)}
+
+
+def container_of(deployment: dict[str, Any]) -> dict[str, Any]:
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    return dict(container)
+
+
+class TestKubernetes:
+    @pytest.mark.parametrize("version", KUBERNETES)
+    def test_every_manifest_of_the_base_is_valid(self, version: str) -> None:
+        kinds = []
+        for document in documents(DEPLOY / "kubernetes" / "base"):
+            kubernetes_validate.validate(document, version, strict=True)
+            kinds.append(document["kind"])
+        assert sorted(kinds) == [
+            "Deployment",
+            "HorizontalPodAutoscaler",
+            "NetworkPolicy",
+            "PodDisruptionBudget",
+            "Service",
+        ]
+
+    def test_the_pod_has_these_rights_limits_and_probes(self) -> None:
+        by_kind = {d["kind"]: d for d in documents(DEPLOY / "kubernetes" / "base")}
+        pod = by_kind["Deployment"]["spec"]["template"]["spec"]
+        container = container_of(by_kind["Deployment"])
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["enableServiceLinks"] is False
+        assert pod["terminationGracePeriodSeconds"] == 30
+        assert pod["securityContext"] == {
+            "runAsNonRoot": True,
+            "runAsUser": 10001,
+            "runAsGroup": 10001,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["imagePullPolicy"] == "IfNotPresent"
+        assert container["ports"] == [{"name": "http", "containerPort": 8000}]
+        assert container["resources"] == {
+            "requests": {"cpu": "1", "memory": "192Mi"},
+            "limits": {"memory": "512Mi"},
+        }
+        assert container["startupProbe"] == {
+            "httpGet": {"path": "/readyz", "port": "http"},
+            "periodSeconds": 1,
+            "failureThreshold": 30,
+        }
+        assert container["livenessProbe"] == {
+            "httpGet": {"path": "/livez", "port": "http"},
+            "periodSeconds": 10,
+            "timeoutSeconds": 3,
+        }
+        assert container["readinessProbe"] == {
+            "httpGet": {"path": "/readyz", "port": "http"},
+            "periodSeconds": 2,
+            "timeoutSeconds": 2,
+            "failureThreshold": 1,
+        }
+        (volume,) = pod["volumes"]
+        assert volume == {"name": "tmp", "emptyDir": {"medium": "Memory", "sizeLimit": "64Mi"}}
+        assert container["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108 - the mount's own name
+        strategy = by_kind["Deployment"]["spec"]["strategy"]["rollingUpdate"]
+        assert strategy == {"maxUnavailable": 0, "maxSurge": 1}
+        assert by_kind["PodDisruptionBudget"]["spec"]["maxUnavailable"] == 1
+        scaler = by_kind["HorizontalPodAutoscaler"]["spec"]
+        assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 10)
+        (port,) = by_kind["Service"]["spec"]["ports"]
+        assert port == {"name": "http", "port": 80, "targetPort": "http"}
+
+    @pytest.mark.parametrize("overlay", OVERLAYS)
+    def test_every_overlay_builds_to_valid_manifests(self, overlay: str) -> None:
+        manifests = built(overlay)
+        for document in manifests.values():
+            for version in KUBERNETES:
+                kubernetes_validate.validate(document, version, strict=True)
+        assert manifests.keys() >= {"Deployment", "Service", "NetworkPolicy"}
+
+    def test_a_misspelt_field_is_not_valid(self) -> None:
+        """The validator notices what it is here for."""
+        (service,) = (
+            d for d in documents(DEPLOY / "kubernetes" / "base") if d["kind"] == "Service"
+        )
+        service["spec"]["selectors"] = service["spec"].pop("selector")
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(service, KUBERNETES[0], strict=True)
+
+    def test_the_local_overlay_uses_the_image_that_was_loaded(self) -> None:
+        manifests = built("overlays/local")
+        container = container_of(manifests["Deployment"])
+        assert container["image"] == "bn-lenet:latest"
+        assert container["imagePullPolicy"] == "Never"
+        assert manifests["HorizontalPodAutoscaler"]["spec"]["maxReplicas"] == 1
+
+    def test_the_gpu_overlay_asks_for_one_gpu_and_insists_on_it(self) -> None:
+        container = container_of(built("overlays/gpu")["Deployment"])
+        assert container["image"] == "bn-lenet:gpu"
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        variables = {each["name"]: each.get("value") for each in container["env"]}
+        assert variables.items() >= {"BNLENET_DEVICE": "cuda"}.items()
+        assert "BNLENET_API_KEY" in variables
+
+    def test_only_the_service_port_is_open_and_no_pod_calls_out(self) -> None:
+        by_kind = {d["kind"]: d for d in documents(DEPLOY / "kubernetes" / "base")}
+        policy = by_kind["NetworkPolicy"]["spec"]
+        template = by_kind["Deployment"]["spec"]["template"]
+        assert policy["podSelector"]["matchLabels"] == template["metadata"]["labels"]
+        assert policy["policyTypes"] == ["Ingress", "Egress"]
+        assert policy["ingress"] == [{"ports": [{"port": "http"}]}]
+        assert policy["egress"] == []
+        assert {"name": "http", "containerPort": 8000} in container_of(by_kind["Deployment"])[
+            "ports"
+        ]
+
+    def test_the_service_monitor_watches_the_service_under_the_alerts_job(self) -> None:
+        (monitor,) = documents(DEPLOY / "kubernetes" / "components" / "service-monitor")
+        by_kind = {d["kind"]: d for d in documents(DEPLOY / "kubernetes" / "base")}
+        service = by_kind["Service"]
+        labels = service["metadata"]["labels"]
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        (endpoint,) = monitor["spec"]["endpoints"]
+        assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+        assert endpoint["path"] == "/metrics"
+        job = labels[monitor["spec"]["jobLabel"]]
+        assert f'job="{job}"' in (DEPLOY / "prometheus" / "alerts.yaml").read_text()
+
+
+class TestKServe:
+    @pytest.fixture
+    def manifests(self) -> dict[str, dict[str, Any]]:
+        return {document["kind"]: document for document in documents(DEPLOY / "kserve")}
+
+    @pytest.mark.parametrize("kind", ["ServingRuntime", "InferenceService"])
+    def test_it_is_what_kserves_own_definition_allows(
+        self, manifests: dict[str, dict[str, Any]], kind: str
+    ) -> None:
+        if KSERVE_CRDS is None:
+            pytest.skip("KSERVE_CRDS does not name a folder with KServe's definitions")
+        text = Path(KSERVE_CRDS, f"{kind.lower()}s.yaml").read_text()
+        definition = yaml.load(text, Loader=yaml.CSafeLoader)
+        manifest = manifests[kind]
+        version = manifest["apiVersion"].partition("/")[2]
+        (schema,) = (
+            entry["schema"]["openAPIV3Schema"]
+            for entry in definition["spec"]["versions"]
+            if entry["name"] == version
+        )
+        validator = Draft202012Validator(strict(schema))
+        assert [error.message for error in validator.iter_errors(manifest)] == []
+        manifest = {**manifest, "spec": {**manifest["spec"], "containrs": []}}
+        assert not validator.is_valid(manifest)
+
+    def test_the_runtime_runs_as_the_protocol_and_the_deployment_do(
+        self, manifests: dict[str, dict[str, Any]]
+    ) -> None:
+        spec = manifests["ServingRuntime"]["spec"]
+        (container,) = spec["containers"]
+        by_kind = {d["kind"]: d for d in documents(DEPLOY / "kubernetes" / "base")}
+        pod = by_kind["Deployment"]["spec"]["template"]["spec"]
+        ours = container_of(by_kind["Deployment"])
+        assert container["name"] == "kserve-container"  # the name KServe looks for
+        assert spec["protocolVersions"] == ["v2"]
+        assert container["ports"][0]["containerPort"] == 8080
+        variables = {each["name"]: each["value"] for each in container["env"]}
+        assert variables == {
+            "BNLENET_PORT": "8080",
+            "BNLENET_MODEL_PATH": "/mnt/models",
+            "BNLENET_MODEL_NAME": "{{.Name}}",
+        }
+        assert spec["annotations"] == {
+            "prometheus.kserve.io/port": "8080",
+            "prometheus.kserve.io/path": "/metrics",
+        }
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            assert container[probe]["httpGet"]["port"] == 8080
+            assert {
+                **container[probe],
+                "httpGet": {**container[probe]["httpGet"], "port": "http"},
+            } == ours[probe]
+        assert container["resources"] == ours["resources"]
+        assert container["securityContext"] == {**pod["securityContext"], **ours["securityContext"]}
+        assert (container["volumeMounts"], spec["volumes"]) == (
+            ours["volumeMounts"],
+            pod["volumes"],
+        )
+
+    def test_the_inference_service_uses_the_runtime(
+        self, manifests: dict[str, dict[str, Any]]
+    ) -> None:
+        runtime = manifests["ServingRuntime"]
+        predictor = manifests["InferenceService"]["spec"]["predictor"]
+        assert predictor["model"]["runtime"] == runtime["metadata"]["name"]
+        served = [f["name"] for f in runtime["spec"]["supportedModelFormats"]]
+        assert predictor["model"]["modelFormat"]["name"] in served
+        settings = Settings.model_construct()
+        needed = settings.drain_seconds + settings.request_timeout_seconds
+        assert predictor["terminationGracePeriodSeconds"] > needed
+
+
+def strict(schema: Any) -> Any:
+    """Return a schema that refuses fields it does not name, as the API server would."""
+    if isinstance(schema, list):
+        return [strict(entry) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: strict(value) for name, value in schema.items()}
+    if isinstance(closed.get("properties"), dict) and closed.get("type") == "object":
+        closed.setdefault(
+            "additionalProperties", bool(schema.get("x-kubernetes-preserve-unknown-fields"))
+        )
+        if "metadata" in closed["properties"] and "apiVersion" in closed["properties"]:
+            closed["properties"]["metadata"] = {
+                "type": "object"
+            }  # Kubernetes' own, checked elsewhere
+    return closed
+
+
+class TestScaling:
+    def test_the_balancer_checks_readiness_within_the_drain_time(self) -> None:
+        lines = [line.split() for line in (DEPLOY / "haproxy.cfg").read_text().splitlines()]
+        (check,) = (line for line in lines if line[:2] == ["http-check", "send"])
+        assert check[check.index("uri") + 1] == "/readyz"
+        (defaults,) = (line for line in lines if line[:1] == ["default-server"])
+        seconds = int(defaults[defaults.index("inter") + 1].removesuffix("ms")) / 1000
+        falls = int(defaults[defaults.index("fall") + 1])
+        assert 2 * falls * seconds < Settings.model_construct().drain_seconds
+
+    def test_the_balancer_waits_longer_than_the_service_and_holds_no_more_than_it(self) -> None:
+        lines = [line.split() for line in (DEPLOY / "haproxy.cfg").read_text().splitlines()]
+        timeouts = {line[1]: line[2] for line in lines if line[:1] == ["timeout"]}
+        settings = Settings.model_construct()
+        assert int(timeouts["server"].removesuffix("s")) > settings.request_timeout_seconds
+        (defaults,) = (line for line in lines if line[:1] == ["default-server"])
+        assert int(defaults[defaults.index("maxconn") + 1]) <= settings.max_in_flight
+
+    def test_haproxy_accepts_the_configuration(self) -> None:
+        if shutil.which("haproxy") is None:
+            pytest.skip("haproxy is not installed: apt-get install haproxy")
+        done = subprocess.run(
+            ["haproxy", "-c", "-f", str(DEPLOY / "haproxy.cfg")],  # noqa: S607 - whichever there is
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "WARNING" not in done.stderr
+
+    def test_the_balancer_has_the_same_restrictions_as_the_service(self) -> None:
+        (balancer,) = yaml.safe_load((DEPLOY / "compose.scale.yaml").read_text())[
+            "services"
+        ].values()
+        service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["bn-lenet"]
+        for key in ("read_only", "cap_drop", "security_opt", "restart"):
+            assert balancer[key] == service[key]
+
+
+def test_every_variable_in_deploy_is_a_setting() -> None:
+    text = "".join(file.read_text() for file in DEPLOY.rglob("*.yaml"))
+    named = set(re.findall(rf"{PREFIX}[A-Z_]+", text))
+    assert named
+    assert named <= KNOWN_VARIABLES

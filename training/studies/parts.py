@@ -1,0 +1,134 @@
+"""Which part of batch norm does the work (exercises 4 and 5).
+
+Batch norm subtracts the batch's mean, divides by its deviation, then scales by gamma and shifts by
+beta. Each arm leaves something out: the division, the subtraction, or the learning of gamma, of
+beta, or of both.
+"""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from training.batch_norm import BatchNorm
+from training.dataset import FashionMNIST
+from training.evaluation.intervals import mean_interval, paired_difference
+from training.evaluation.report import table
+from training.studies.fits import Norm, batch_norm, fitted, lenet, samples, scores
+from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
+
+
+class MeanOnly(BatchNorm):
+    """Batch norm that subtracts the mean and does not divide."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Subtract the mean of the batch, or in prediction the moving mean."""
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        mean = x.mean(axes) if self.training else self.moving_mean
+        if self.training:
+            self.moving_mean.lerp_(mean.detach(), 1 - self.momentum)
+        return self.gamma.view(shape) * (x - mean.view(shape)) + self.beta.view(shape)
+
+
+class VarianceOnly(BatchNorm):
+    """Batch norm that divides by the deviation and does not subtract the mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Divide by the deviation from the batch's own mean, which stays."""
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        variance = x.var(axes, correction=0) if self.training else self.moving_variance
+        if self.training:
+            self.moving_variance.lerp_(variance.detach(), 1 - self.momentum)
+        scale = self.gamma * torch.rsqrt(variance + self.eps)
+        return scale.view(shape) * x + self.beta.view(shape)
+
+
+def fixed(gamma: bool, beta: bool) -> Norm:
+    """Return a maker of batch norms whose gamma stays 1, or whose beta stays 0, or both."""
+
+    def make(channels: int, dims: int) -> nn.Module:
+        layer = batch_norm(channels, dims)
+        layer.weight.requires_grad_(not gamma)
+        layer.bias.requires_grad_(not beta)
+        return layer
+
+    return make
+
+
+NORMS: dict[str, Norm | None] = {
+    "full": batch_norm,
+    "mean only": lambda channels, dims: MeanOnly(channels, 4 if dims == 4 else 2),
+    "variance only": lambda channels, dims: VarianceOnly(channels, 4 if dims == 4 else 2),
+    "gamma fixed": fixed(gamma=True, beta=False),
+    "beta fixed": fixed(gamma=False, beta=True),
+    "both fixed": fixed(gamma=True, beta=True),
+    "none": None,
+}
+
+
+def tasks(scale: Scale) -> list[Task]:
+    """Return a fit for each part and seed."""
+    return arms(scale, norm=list(NORMS))
+
+
+def measure(data: FashionMNIST, task: Task) -> Line:
+    """Fit LeNet with this normalisation in all four places."""
+    parts = samples(data, task["images"])
+    network = lenet([NORMS[task["norm"]]] * 4)
+    return scores(fitted(network, parts.train, seed=task["seed"], epochs=task["epochs"]), parts)
+
+
+def report(lines: Sequence[Line]) -> Report:
+    """Return each arm's accuracy, and its paired difference from full batch norm."""
+    full = by_seed(lines, "held_out", norm="full")
+    loss = {
+        n: paired_difference(by_seed(lines, "held_out", norm=n), full) for n in NORMS if n != "full"
+    }
+    mean, variance = loss["mean only"], loss["variance only"]
+    part, other = ("division", mean) if mean.mean < variance.mean else ("subtraction", variance)
+    affine = loss["both fixed"]
+    small = "costs" if affine.excludes(0) and affine.mean < 0 else "does not measurably cost"
+    answer = (
+        f"The {part} does most of the work: without it accuracy changes by {other:+.3f}. Fixing "
+        f"gamma at 1 and beta at 0 {small} accuracy ({affine:+.3f})."
+    )
+    rows = [
+        [
+            name,
+            f"{mean_interval(by_seed(lines, 'held_out', norm=name)):.4f}",
+            f"{loss[name]:+.4f}" if name in loss else "",
+            f"{fmean(by_seed(lines, 'test', norm=name)):.4f}",
+        ]
+        for name in NORMS
+    ]
+    return Report(
+        answer, table(["arm", "held-out accuracy", "paired difference from full", "test"], rows)
+    )
+
+
+def draw(lines: Sequence[Line], figure: Figure) -> None:
+    """Draw each arm's accuracy, a point for each seed."""
+    figure.set_size_inches(8, 3)
+    axes = figure.subplots()
+    for y, name in enumerate(NORMS):
+        values = by_seed(lines, "held_out", norm=name)
+        axes.scatter(values, [y] * len(values), alpha=0.6)
+    axes.set_yticks(range(len(NORMS)), list(NORMS))
+    axes.invert_yaxis()
+    axes.set(xlabel="held-out accuracy")
+    axes.grid(alpha=0.3)
+
+
+STUDY = Study(
+    "parts",
+    "Which part of batch norm does the work?",
+    "exercises 4 and 5",
+    tasks,
+    measure,
+    report,
+    draw,
+)

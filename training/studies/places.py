@@ -1,0 +1,127 @@
+"""Does every layer need batch norm (exercise 3).
+
+All 16 subsets of the four places, as a two-level factorial design: the main effect of a place is
+the mean change of accuracy when it gets batch norm, over all settings of the other three; an
+interaction of two places is how much the effect of one changes with the other.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations, product
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from training.dataset import FashionMNIST
+from training.evaluation.intervals import Interval, mean_interval
+from training.evaluation.report import table
+from training.studies.fits import batch_norm, fitted, lenet, samples, scores
+from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
+
+PLACES = ("conv1", "conv2", "linear1", "linear2")
+SUBSETS = ["".join(bits) for bits in product("01", repeat=4)]
+
+
+def tasks(scale: Scale) -> list[Task]:
+    """Return a fit for each subset and seed; "1010" has batch norm behind conv1 and linear1."""
+    return arms(scale, places=SUBSETS)
+
+
+def measure(data: FashionMNIST, task: Task) -> Line:
+    """Fit LeNet with batch norm in these places."""
+    parts = samples(data, task["images"])
+    network = lenet([batch_norm if bit == "1" else None for bit in task["places"]])
+    network = fitted(network, parts.train, seed=task["seed"], epochs=task["epochs"])
+    return scores(network, parts)
+
+
+def effect(lines: Sequence[Line], places: Sequence[int]) -> Interval:
+    """Return a main effect (one place) or an interaction (several), with its interval over seeds.
+
+    A contrast of a 2^4 factorial: each subset counts with the product of its signs at the places
+    (Box, Hunter and Hunter, "Statistics for Experimenters", chapter 5).
+    """
+    contrasts = [0.0] * len(by_seed(lines, "held_out", places=SUBSETS[0]))
+    for subset in SUBSETS:
+        sign = 1
+        for place in places:
+            sign *= 1 if subset[place] == "1" else -1
+        for index, value in enumerate(by_seed(lines, "held_out", places=subset)):
+            contrasts[index] += sign * value / 8
+    return mean_interval(contrasts)
+
+
+def report(lines: Sequence[Line]) -> Report:
+    """Return the effects, and the accuracy of each subset."""
+    main = {name: effect(lines, [i]) for i, name in enumerate(PLACES)}
+    best = max(main, key=lambda name: main[name].mean)
+    each = {s: mean_interval(by_seed(lines, "held_out", places=s)) for s in SUBSETS}
+    singles = {s: each[s] for s in SUBSETS if s.count("1") == 1}
+    single = max(singles, key=lambda s: singles[s].mean)
+    full, none = each["1111"], each["0000"]
+    share = (singles[single].mean - none.mean) / (full.mean - none.mean)
+    gained = "all" if share >= 1 else f"{share:.0%}"
+    answer = (
+        f"No: one batch norm, behind {PLACES[single.index('1')]}, brings {gained} of what all four "
+        f"bring ({none.mean:.3f} without, {singles[single].mean:.3f} with one, {full.mean:.3f} "
+        f"with four). The place that matters most on average is {best} ({main[best]:+.3f})."
+    )
+    if singles[single].mean < none.mean + 0.5 * (full.mean - none.mean):
+        answer = (
+            f"More than one does: the best single place, {PLACES[single.index('1')]}, brings only "
+            f"{share:.0%} of what all four bring ({none.mean:.3f} without, {full.mean:.3f} with "
+            "four)."
+        )
+    effects = [[name, f"{value:+.4f}"] for name, value in main.items()]
+    effects += [
+        [" and ".join(PLACES[i] for i in pair), f"{effect(lines, pair):+.4f}"]
+        for pair in combinations(range(4), 2)
+    ]
+    rows = [
+        [
+            ", ".join(p for p, bit in zip(PLACES, s, strict=True) if bit == "1") or "none",
+            f"{each[s]:.4f}",
+            f"{fmean(by_seed(lines, 'test', places=s)):.4f}",
+        ]
+        for s in sorted(SUBSETS, key=lambda s: each[s].mean)
+    ]
+    return Report(
+        answer,
+        f"""## Effects
+
+{table(["effect", "change of held-out accuracy"], effects)}
+
+A main effect is the mean change when the place gets batch norm, over all settings of the other
+three. An interaction is negative where two places do each other's work.
+
+## All 16 subsets
+
+{table(["batch norm behind", "held-out accuracy", "test"], rows)}""",
+    )
+
+
+def draw(lines: Sequence[Line], figure: Figure) -> None:
+    """Draw the accuracy of each subset, in order, with one row of marks for each place."""
+    figure.set_size_inches(8, 4)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    values = {s: mean_interval(by_seed(lines, "held_out", places=s)) for s in SUBSETS}
+    order = sorted(SUBSETS, key=lambda s: values[s].mean)
+    above.errorbar(
+        range(16),
+        [values[s].mean for s in order],
+        [values[s].half_width for s in order],
+        fmt="o",
+        capsize=3,
+    )
+    above.set(ylabel="held-out accuracy")
+    above.grid(alpha=0.3)
+    for x, subset in enumerate(order):
+        for y, bit in enumerate(subset):
+            below.scatter(x, y, marker="s", color="tab:blue" if bit == "1" else "0.88", s=60)
+    below.set_yticks(range(4), PLACES)
+    below.set_xticks([])
+    below.set(ylim=(3.6, -0.6), xlabel="where batch norm is (blue)")
+
+
+STUDY = Study(
+    "places", "Does every layer need batch norm?", "exercise 3", tasks, measure, report, draw
+)

@@ -1,0 +1,160 @@
+"""Runs a study's tasks on all cores or on a cluster, and writes its page.
+
+Each finished measurement is written at once, so that a study that is stopped goes on where it was.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+
+import joblib
+import torch
+from matplotlib.figure import Figure
+
+from training.atomic import write_whole
+from training.dataset import FashionMNIST, load
+from training.evaluation.report import save_figure
+from training.studies.records import Records, conditions, in_words
+from training.studies.study import Line, Report, Scale, Study, Task
+
+
+class ClusterError(Exception):
+    """The cluster cannot be used; the message is one sentence that says what to do."""
+
+
+def missing(study: Study, records: Records, scale: Scale) -> list[Task]:
+    """Return the tasks that have no measurement yet."""
+    return [
+        task
+        for task in study.tasks(scale)
+        if not any(task.items() <= line.items() for line in records.lines)
+    ]
+
+
+def run(
+    study: Study,
+    records: Records,
+    scale: Scale,
+    *,
+    data_dir: Path | None = None,
+    jobs: int = -1,
+    cluster: str | None = None,
+    on_line: Callable[[Line], None] = lambda _: None,
+) -> None:
+    """Take all missing measurements of a study.
+
+    Args:
+        study: which.
+        records: where measurements are read and added.
+        scale: how large its fits are.
+        data_dir: where the data set is, also on the workers; None for the usual places.
+        jobs: how many processes; -1 for one a core. A timed study uses one.
+        cluster: the address of a Dask scheduler to send the tasks to, such as tcp://host:8786.
+        on_line: called with each measurement.
+
+    Raises:
+        ClusterError: no scheduler answers there, or its package is not installed.
+        RunError: the measurements cannot be written.
+    """
+    todo = missing(study, records, scale)
+    with _connected(cluster) if cluster else nullcontext():
+        backend = joblib.parallel_config("dask") if cluster else nullcontext()
+        with backend:
+            results = joblib.Parallel(
+                n_jobs=1 if study.timed else jobs, return_as="generator_unordered"
+            )(joblib.delayed(_measure)(study.name, task, data_dir) for task in todo)
+            for line in results:
+                records.add(line)
+                on_line(line)
+
+
+def _connected(address: str):  # type: ignore[no-untyped-def] # the optional package's own type
+    try:
+        from distributed import Client  # noqa: PLC0415 - optional: only --cluster needs it
+    except ImportError as error:
+        raise ClusterError(
+            "--cluster needs the package distributed: pip install distributed."
+        ) from error
+    try:
+        return Client(address, timeout=10)  # type: ignore[no-untyped-call] # untyped there
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"no Dask scheduler answers at {address}: start one with `dask scheduler`."
+        ) from error
+
+
+@cache
+def _data(data_dir: Path | None) -> FashionMNIST:
+    return load(data_dir)
+
+
+def _measure(name: str, task: Task, data_dir: Path | None) -> Line:
+    """Take one measurement in a worker process, on one thread."""
+    from training.studies import STUDIES  # noqa: PLC0415 - the registry imports the studies
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return task | STUDIES[name].measure(_data(data_dir), task)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def lines_of(study: Study, records: Records, scale: Scale) -> list[Line]:
+    """Return the measurements of this scale's tasks, in the order of the tasks."""
+    return [
+        next(line for line in records.lines if task.items() <= line.items())
+        for task in study.tasks(scale)
+    ]
+
+
+def page(study: Study, report: Report, records: Records, scale: Scale) -> str:
+    """Return a study's page in Markdown: the answer first."""
+    options = "" if scale == Scale() else f" --seeds {scale.seeds}"
+    return f"""# {study.title}
+
+**{report.answer}**
+
+![{study.title}]({study.name}.png)
+
+From the chapter: {study.source}.
+
+{report.body}
+
+## How it was measured
+
+{scale.images:,} training images, {scale.epochs} epochs, {scale.seeds} seeds, unless the page says \
+otherwise. Arms with
+the same seed start from the same weights and see the same images in the same order. Intervals are
+95 % t-intervals over the seeds. Accuracy is that on 10,000 held-out training images; "test" is that
+on the test set, which nothing was chosen by.
+
+{in_words(records.conditions)}.
+
+```sh
+python -m training study {study.name}{" --quick" if scale.quick else options}
+```
+
+All measurements: [{study.name}.jsonl]({study.name}.jsonl).
+"""
+
+
+def write(study: Study, records: Records, scale: Scale, out: Path) -> Report:
+    """Write a study's page and figure into a folder; return what it found."""
+    lines = lines_of(study, records, scale)
+    report = study.report(lines)
+    figure = Figure(layout="constrained")
+    study.draw(lines, figure)
+    save_figure(figure, out / f"{study.name}.png")
+    write_whole(out / f"{study.name}.md", page(study, report, records, scale).encode())
+    return report
+
+
+def begin(study: Study, out: Path, dataset_sha256: str) -> Records:
+    """Open a study's measurements in a folder, or begin them.
+
+    Raises:
+        RunError: they were begun under other conditions, or cannot be read.
+    """
+    return Records(out / f"{study.name}.jsonl", conditions(dataset_sha256=dataset_sha256))
