@@ -17,7 +17,9 @@ import numpy as np
 import uvicorn
 from numpy.typing import NDArray
 
-from service.http.server import KEEP_ALIVE_SECONDS, bind, run
+from service.app import create_app
+from service.http.connection import KEEP_ALIVE_SECONDS
+from service.http.server import bind, run
 from service.model.classifier import Classifier
 from service.settings import Settings
 
@@ -98,7 +100,8 @@ def timed(images: NDArray[np.uint8], report: Path) -> None:
 
     loops: list[float] = []
     Classifier.load = load_timed  # type: ignore[assignment, method-assign] # so that `run` loads it timed
-    run(settings, bind(settings))
+    model = Classifier.load(settings.model_path, settings.device)
+    run(create_app(settings, model), settings, bind(settings))
     loops.append(tight_loop(load(settings.model_path, settings.device), images))
 
     runs = list(islice(zip(sizes, nanoseconds, strict=True), WARM_UP, None))

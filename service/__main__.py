@@ -111,17 +111,25 @@ def _settings() -> "Settings":
 def _serve(inherited: socket.socket | None, supervisor: int | None = None) -> None:
     settings = _settings()
 
-    from service.http.server import StartError, bind, run  # noqa: PLC0415 - brings FastAPI
+    try:
+        from service.http import server  # noqa: PLC0415 - brings uvicorn
+    except ImportError as exc:  # which may be a version that we do not know
+        _fail(str(exc), 1)
     from service.http.workers import START_FAILED, SupervisorError, supervise  # noqa: PLC0415 - brings prometheus_client
     from service.telemetry import logs  # noqa: PLC0415 - a wrong setting is told before all this is loaded
 
     logs.configure(settings)
     try:
-        listener = inherited or bind(settings)
+        listener = inherited or server.bind(settings)
         if inherited is None and settings.workers > 1:
             sys.exit(supervise(settings.workers, listener))
-        run(settings, listener, supervisor)
-    except (ModelError, StartError, SupervisorError) as exc:
+        server.check_metrics_directory()
+        from service.app import create_app  # noqa: PLC0415 - brings FastAPI; a supervisor needs none
+        from service.model.classifier import Classifier  # noqa: PLC0415 - brings ONNX Runtime; neither does it need this
+
+        model = Classifier.load(settings.model_path, settings.device, settings.model_name)
+        server.run(create_app(settings, model), settings, listener, supervisor)
+    except (ModelError, server.StartError, SupervisorError) as exc:
         _fail(str(exc), START_FAILED)
 
 

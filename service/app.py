@@ -11,11 +11,14 @@ from starlette.exceptions import HTTPException
 
 from service import __version__
 from service.errors import BadRequest, InvalidInput, MethodNotAllowed, NotFound, ServiceError
-from service.http.gate import Gate, error_answer
+from service.http.admission import Admission
+from service.http.exchange import error_answer
+from service.http.gate import Gate, HotPath
 from service.model.classifier import CPU, Classifier
 from service.model.inference import Inference, ThreadedInference
 from service.pictures.decoding import configure_pillow
 from service.routes import open_inference, operations, page, predict
+from service.routes.bodies import body_limit
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -41,7 +44,7 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
         classifier: the loaded model.
 
     Returns:
-        an ASGI application; the FastAPI application is its attribute `framework`.
+        the gate; the FastAPI application is its attribute `application`.
     """
     configure_pillow()
     model = classifier.info
@@ -56,31 +59,50 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
         redirect_slashes=False,
     )
     framework.state.rejected = metrics.rejected
-    gate = Gate(framework, OPEN_PATHS, settings, metrics)
-    infer = (Inference if model.provider == CPU else ThreadedInference)(
-        classifier, metrics.inference, lambda: gate.in_flight == 1
+    admission = Admission(
+        settings.max_in_flight,
+        settings.request_timeout_seconds,
+        settings.max_body_bytes,
+        metrics.in_flight,
     )
-    handler = predict.predict_handler(model, infer, metrics)
-    gate.hot_paths["POST", predict.PATH] = handler
+    infer = (Inference if model.provider == CPU else ThreadedInference)(
+        classifier, metrics.inference, admission
+    )
+    handle_predict = predict.predict_handler(model, infer, metrics)
+    handle_infer = open_inference.infer_handler(model, infer, metrics)
+    handle_index = open_inference.index_handler(model)
+    infer_paths = open_inference.infer_paths(model)
+    hot_paths = {
+        ("POST", predict.PATH): HotPath(handle_predict, body_limit),
+        **{
+            ("POST", path): HotPath(handle_infer, lambda _: open_inference.MAX_BODY_BYTES)
+            for path in infer_paths
+        },
+        ("POST", open_inference.INDEX_PATH): HotPath(
+            handle_index, lambda _: open_inference.MAX_INDEX_BYTES
+        ),
+    }
     key_needed = [Depends(HTTPBearer(auto_error=False))] if settings.api_key else []
     framework.include_router(
-        predict.predict_router(handler, predict.example(classifier)),
+        predict.predict_router(handle_predict, predict.example(classifier)),
         dependencies=key_needed,
         responses=documented(400, 401, 408, 411, 413, 415, 422, 500, 503, 504),
     )
     framework.include_router(
-        open_inference.open_inference_router(classifier, infer, metrics, gate, [predict.PATH]),
+        open_inference.open_inference_router(
+            classifier, handle_infer, handle_index, metrics, admission, [predict.PATH]
+        ),
         dependencies=key_needed,
         responses=documented(400, 401, 404, 408, 411, 413, 415, 500, 503, 504),
     )
     framework.include_router(
-        operations.operations_router(model, metrics, gate),
+        operations.operations_router(model, metrics, admission),
         responses=documented(500, 503),
     )
     framework.include_router(page.page_router(model))
     for kind in (ServiceError, HTTPException, RequestValidationError, Exception):
         framework.add_exception_handler(kind, _answer_error)
-    return gate
+    return Gate(framework, hot_paths, admission, OPEN_PATHS, settings, metrics)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -54,7 +54,7 @@ def local(settings: Settings, preprocessing: Preprocessing, top_k: int) -> Ask:
         ModelError: the model cannot be loaded.
     """
     from service.model.classifier import Classifier  # noqa: PLC0415 - `remote` needs no ONNX Runtime
-    from service.routes.predict import Renderer  # noqa: PLC0415 - `remote` needs no framework
+    from service.routes.prediction import Renderer  # noqa: PLC0415 - `remote` needs no framework
 
     classifier = Classifier.load(settings.model_path, settings.device, settings.model_name)
     render = Renderer(classifier.info)

@@ -100,6 +100,13 @@ class HeadersTooLarge(ServiceError):
     code = "headers_too_large"
 
 
+class UnsupportedTransferCoding(ServiceError):
+    """The body is encoded for its transfer, in another way than chunked."""
+
+    status = 501
+    code = "unsupported_transfer_coding"
+
+
 class Overloaded(ServiceError):
     """As many requests are inside as are allowed: come back soon."""
 
@@ -119,3 +126,10 @@ class DeadlineExceeded(ServiceError):
 
     status = 504
     code = "deadline_exceeded"
+
+
+class UnsupportedVersion(ServiceError):
+    """The request is in another version of HTTP."""
+
+    status = 505
+    code = "unsupported_http_version"

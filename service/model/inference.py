@@ -2,9 +2,9 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,14 @@ from service.telemetry.metrics import Runs
 Pixels = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]
 Waiting = tuple[Pixels, asyncio.Future[Probabilities], float]  # and since when
+
+
+class Load(Protocol):
+    """What inference needs of admission: a request that is alone does not wait for others."""
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests have arrived and are not answered."""
 
 
 class Inference:
@@ -28,7 +36,7 @@ class Inference:
     Args:
         classifier: the model.
         runs: is told of every run, and of every wait for one.
-        alone: tells whether no other request is inside.
+        load: how many requests are in flight.
         max_batch: the most images to run together; a single request may bring more.
 
     Attributes:
@@ -39,18 +47,18 @@ class Inference:
         self,
         classifier: Classifier,
         runs: Runs,
-        alone: Callable[[], bool],
+        load: Load,
         max_batch: int = 32,
     ) -> None:
         self._classify = classifier.probabilities
         self.runs = runs
-        self._alone = alone
+        self._load = load
         self._max_batch = max_batch
         self._waiting: deque[Waiting] = deque()
 
     async def __call__(self, pixels: Pixels) -> Probabilities:
         """Classify uint8 [n, 1, 28, 28]; return float32 [n, 10]."""
-        if self._alone():
+        if self._load.in_flight == 1:
             probabilities, seconds = self._run(pixels)
             self.runs.queue.observe(0.0)
             self.runs.ran(len(pixels), seconds)
@@ -122,10 +130,10 @@ class ThreadedInference(Inference):
         self,
         classifier: Classifier,
         runs: Runs,
-        alone: Callable[[], bool],
+        load: Load,
         max_batch: int = 256,
     ) -> None:
-        super().__init__(classifier, runs, alone, max_batch)
+        super().__init__(classifier, runs, load, max_batch)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
         self._busy = False
 

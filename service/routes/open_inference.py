@@ -17,9 +17,9 @@ from prometheus_client.samples import Sample
 
 from service import __version__
 from service.errors import BadRequest, NotFound, NotReady
-from service.http.exchange import Answer, Exchange
-from service.http.gate import Gate, Handler
-from service.model.artefact import INPUT, OUTPUT, ModelInfo
+from service.http.admission import Admission
+from service.http.exchange import Answer, Exchange, Handler
+from service.model.artefact import IMAGE_SIZE, INPUT, OUTPUT, ModelInfo
 from service.model.classifier import Classifier
 from service.model.inference import Inference
 from service.routes.open_inference_schemas import (
@@ -42,12 +42,14 @@ from service.routes.open_inference_schemas import (
     TensorMetadata,
     infer_answer,
 )
-from service.routes.tensors import MAX_BATCH_SIZE, decode, encode
+from service.routes.tensors import MAX_BATCH_SIZE, MAX_JSON_BYTES, decode, encode
 from service.telemetry.metrics import Metrics
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
 PLATFORM = "onnxruntime_onnx"  # Triton's name for it
+INDEX_PATH = "/v2/repository/index"
 MAX_INDEX_BYTES = 2**10  # of a request for the index, whose one field is a boolean
+MAX_BODY_BYTES = MAX_JSON_BYTES + 4 * IMAGE_SIZE * MAX_BATCH_SIZE  # JSON, then a batch of floats
 WORTH_COMPRESSING = 500  # bytes; less fits one packet anyway
 REFUSED = re.compile(rb"q=0(\.0*)?").fullmatch
 OCTETS = (b"content-type", b"application/octet-stream")
@@ -83,11 +85,8 @@ def index_handler(model: ModelInfo) -> Handler:
     index = orjson.dumps([IndexedModel(name=model.name, version=model.version).model_dump()])
 
     async def handle(exchange: Exchange) -> Answer:
-        announced = exchange.headers.keys() & {b"content-length", b"transfer-encoding"}
-        body = (await exchange.body() if announced else b"") or b"{}"
+        body = (await exchange.body() if exchange.announces_body() else b"") or b"{}"
         try:
-            if len(body) > MAX_INDEX_BYTES:
-                raise ValueError
             ready = orjson.loads(body).get("ready")
         except (ValueError, AttributeError):
             raise _bad_index() from None
@@ -180,29 +179,31 @@ def _example(classifier: Classifier) -> dict[str, Any]:
     return answer
 
 
+def infer_paths(model: ModelInfo) -> list[str]:
+    """Return the two paths of the infer route."""
+    path = f"/v2/models/{model.name}"
+    return [f"{path}/infer", f"{path}/versions/{model.version}/infer"]
+
+
 def open_inference_router(
     classifier: Classifier,
-    infer: Inference,
+    handle_infer: Handler,
+    handle_index: Handler,
     metrics: Metrics,
-    gate: Gate,
+    admission: Admission,
     other_paths: Sequence[str],
 ) -> APIRouter:
-    """Return the documented routes, and give the busy ones to the gate.
+    """Return the documented routes.
 
     Args:
         classifier: the model.
-        infer: the way to it.
+        handle_infer: as made by `infer_handler`.
+        handle_index: as made by `index_handler`.
         metrics: what the statistics are made of.
-        gate: takes hot paths, and knows whether the server is about to stop.
+        admission: knows whether the server is about to stop.
         other_paths: the other ways to the model, for the statistics.
     """
     model = classifier.info
-    path, infer_handle = f"/v2/models/{model.name}", infer_handler(model, infer, metrics)
-    infer_paths = [f"{path}/infer", f"{path}/versions/{model.version}/infer"]
-    for infer_path in infer_paths:
-        gate.hot_paths["POST", infer_path] = infer_handle
-    index_handle = index_handler(model)
-    gate.hot_paths["POST", "/v2/repository/index"] = index_handle
 
     def check_model(
         model_name: Annotated[str, Path(description=f"`{model.name}`", examples=[model.name])],
@@ -225,7 +226,7 @@ def open_inference_router(
             )
 
     def check_ready() -> None:
-        if gate.draining:
+        if admission.draining:
             raise NotReady("The server is about to stop; send requests elsewhere.")
 
     router = APIRouter(tags=["open inference protocol"])
@@ -245,16 +246,16 @@ def open_inference_router(
     async def server_ready() -> ServerReady:
         return ServerReady()
 
-    @router.post("/v2/repository/index", summary="List the models", openapi_extra=INDEX_REQUEST)
+    @router.post(INDEX_PATH, summary="List the models", openapi_extra=INDEX_REQUEST)
     async def repository_index(request: Request) -> list[IndexedModel]:
-        return _response(await index_handle(request.scope["exchange"]))  # type: ignore[return-value] # ready-made, but documented
+        return _response(await handle_index(request.scope["exchange"]))  # type: ignore[return-value] # ready-made, but documented
 
     @router.get("/v2/models/stats", summary="Statistics of all models")
     async def statistics() -> AllStatistics:
         metrics.flush()
         samples = await run_in_threadpool(metrics.samples)  # with many workers it reads many files
         return AllStatistics(
-            model_stats=[_statistics(model, samples, [*other_paths, *infer_paths])]
+            model_stats=[_statistics(model, samples, [*other_paths, *infer_paths(model)])]
         )
 
     def models_router(prefix: str, *checks: Any) -> APIRouter:
@@ -303,7 +304,7 @@ def open_inference_router(
             `Inference-Header-Content-Length` then tells the length of the JSON; 0 says that the
             body is one image of 784 bytes and nothing else.
             """
-            return _response(await infer_handle(request.scope["exchange"]))
+            return _response(await handle_infer(request.scope["exchange"]))
 
         return models
 

@@ -8,7 +8,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
 from service.errors import NotReady
-from service.http.gate import Gate
+from service.http.admission import Admission
 from service.model.artefact import ModelInfo
 from service.telemetry.metrics import Metrics
 
@@ -36,13 +36,13 @@ class Ready(BaseModel):
     model: ReadyModel
 
 
-def operations_router(model: ModelInfo, metrics: Metrics, gate: Gate) -> APIRouter:
+def operations_router(model: ModelInfo, metrics: Metrics, admission: Admission) -> APIRouter:
     """Return the routes.
 
     Args:
         model: what is served; it was loaded and tested before the application was made.
         metrics: what `/metrics` tells.
-        gate: knows whether the server is about to stop, and how many requests are inside.
+        admission: knows whether the server is about to stop, and how many requests are inside.
     """
     router = APIRouter(tags=["operations"])
     ready = Ready(
@@ -65,13 +65,13 @@ def operations_router(model: ModelInfo, metrics: Metrics, gate: Gate) -> APIRout
     @router.get("/readyz", summary="May traffic come?")
     async def readyz() -> Ready:
         """Say ready when the model is loaded, agreed with its self-test, and no stop is near."""
-        if gate.draining:
+        if admission.draining:
             raise NotReady("The server is about to stop; send requests elsewhere.")
         return ready
 
     @router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
-        metrics.in_flight.set(gate.in_flight)
+        metrics.in_flight.set(admission.in_flight)
         metrics.flush()
         text = await run_in_threadpool(metrics.render)  # with many workers it reads many files
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -5,9 +5,11 @@ import base64
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,12 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from uvicorn.server import ServerState
 
 from service.app import create_app
+from service.http import framework
+from service.http.connection import Connection
+from service.http.exchange import Answer, Exchange
 from service.http.gate import Gate
 from service.model.classifier import Classifier
 from service.settings import Settings
@@ -226,59 +232,126 @@ def make_app(classifier: Classifier) -> Callable[..., Gate]:
     return lambda **settings: create_app(Settings(**settings), classifier)
 
 
-@dataclass
-class Conversation:
-    """One request to an ASGI application, whose body the test sends piece by piece.
+class Transport(asyncio.Transport):
+    """A connection's other end, in memory.
 
     Attributes:
-        status: of the answer; 0 until it begins.
-        headers: of the answer.
-        body: of the answer.
-        closed: the answer is complete.
+        sent: all that was written, one item for each write.
+        reading: it is not paused.
+        closed, ended: by `close`, by `write_eof`.
+        unread: what the client has not read; set by the test.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[bytes] = []
+        self.reading = True
+        self.closed = False
+        self.ended = False
+        self.unread = 0
+        self.protocol: Connection | None = None
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        assert not self.closed
+        assert not self.ended
+        self.sent.append(bytes(data))
+
+    def write_eof(self) -> None:
+        self.ended = True
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            connection, self.protocol = self.protocol, None
+            assert connection is not None
+            asyncio.get_running_loop().call_soon(connection.connection_lost, None)
+
+    abort = close
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:  # noqa: ARG002 - asyncio's signature
+        return socket.socket()
+
+
+def connect(app: Gate, state: ServerState | None = None) -> tuple[Connection, Transport]:
+    """Open a connection to the application, in memory."""
+    config: Any = SimpleNamespace(loaded_app=app)
+    connection = Connection(config, state or ServerState(), {})
+    transport = Transport()
+    transport.protocol = connection
+    connection.connection_made(transport)
+    return connection, transport
+
+
+@dataclass
+class Conversation:
+    """One request on a connection of its own, in memory, whose body the test sends in pieces."""
 
     app: Gate
     method: str = "POST"
     target: str = "/predict"
     send_headers: dict[str, str] = field(default_factory=dict)
-    status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
-    closed: bool = False
 
     def __post_init__(self) -> None:
-        self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        path, _, query = self.target.partition("?")
-        self.scope: dict[str, Any] = {
-            "type": "http",
-            "http_version": "1.1",
-            "method": self.method,
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": query.encode(),
-            "headers": [(k.lower().encode(), v.encode()) for k, v in self.send_headers.items()],
-        }
-        self._task = asyncio.ensure_future(self.app(self.scope, self._incoming.get, self._receive))
+        self._connection, self.transport = connect(self.app)
+        fields = {"Host": "test", **self.send_headers}
+        head = f"{self.method} {self.target} HTTP/1.1\r\n".encode()
+        for name, value in fields.items():
+            head += name.encode() + b": " + value.encode("latin-1") + b"\r\n"
+        self._connection.data_received(head + b"\r\n")
 
-    async def _receive(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            assert self.status == 0
-            self.status = message["status"]
-            self.headers = {k.decode(): v.decode() for k, v in message["headers"]}
-        else:
-            assert not self.closed
-            self.body += message.get("body", b"")
-            self.closed = not message.get("more_body", False)
+    @property
+    def _answer(self) -> tuple[bytes, bytes]:
+        text = b"".join(self.transport.sent).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+        head, _, body = text.partition(b"\r\n\r\n")
+        return head, body
 
-    def send(self, body: bytes, *, more: bool = False) -> None:
-        self._incoming.put_nowait({"type": "http.request", "body": body, "more_body": more})
+    @property
+    def status(self) -> int:
+        """The answer's; 0 while there is none."""
+        head, _ = self._answer
+        return int(head[9:12]) if head else 0
+
+    @property
+    def headers(self) -> dict[str, str]:
+        lines = self._answer[0].decode("latin-1").split("\r\n")[1:]
+        return dict(line.split(": ", 1) for line in lines)
+
+    @property
+    def body(self) -> bytes:
+        return self._answer[1]
+
+    @property
+    def closed(self) -> bool:
+        """The answer is complete."""
+        return bool(self.status)
+
+    def send(self, body: bytes) -> None:
+        if body:
+            self._connection.data_received(body)
 
     def leave(self) -> None:
-        self._incoming.put_nowait({"type": "http.disconnect"})
+        self.transport.close()
 
     async def answer(self) -> Any:
         """Wait for the end, and return the answer's JSON, if it is JSON."""
-        await asyncio.wait_for(self._task, 10)
+        async with asyncio.timeout(10):
+            while not (self.closed or self.transport.closed):  # noqa: ASYNC110 - what is waited for has no event
+                await asyncio.sleep(0)
         is_json = self.headers.get("content-type") == "application/json" and self.body
         return json.loads(self.body) if is_json and "content-encoding" not in self.headers else None
 
@@ -295,11 +368,23 @@ async def ask(
     headers: dict[str, str] | None = None,
 ) -> Conversation:
     """Send a whole request at once and wait for its answer."""
-    length = {"Content-Length": str(len(body))} if body else {}
+    length = {"Content-Length": str(len(body))}
     conversation = Conversation(app, method, target, {**BYTES, **length, **(headers or {})})
     conversation.send(body)
     await conversation.answer()
+    conversation.leave()
     return conversation
+
+
+def through_framework(app: Gate) -> Gate:
+    """Let the framework's routes call the hot paths' handlers."""
+
+    async def handler(exchange: Exchange) -> Answer:
+        return await framework.ask(app.application, exchange)
+
+    for key, hot_path in app.hot_paths.items():
+        app.hot_paths[key] = hot_path._replace(handler=handler)
+    return app
 
 
 @pytest.fixture

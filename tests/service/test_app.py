@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from service.app import Error, create_app
 from service.http.gate import Gate
 from service.model.classifier import Classifier
-from service.routes.predict import Prediction
+from service.routes.prediction import Prediction
 from service.settings import Settings
 from tests.service.conftest import ask
 
@@ -94,7 +94,7 @@ async def test_a_gpu_is_told_wherever_the_provider_is_and_gives_each_its_own_ans
         return (await ask(app, b"", method="GET", target=target)).body.decode()
 
     assert json.loads(await get("/readyz"))["model"]["provider"] == cuda
-    assert json.loads(await get("/v2/models/bn-lenet"))["parameters"]["provider"] == cuda
+    assert json.loads(await get("/v2/models/bn-lenet"))["properties"]["provider"] == cuda
     assert re.search(
         rf'^bnlenet_model_info{{.*provider="{cuda}"', await get("/metrics"), re.MULTILINE
     )

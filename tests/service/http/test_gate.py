@@ -3,15 +3,18 @@
 import asyncio
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from service.http import gate as gate_module
+from service.http import admission as admission_module
+from service.http import connection as connection_module
 from service.http.exchange import Answer, Exchange
-from service.http.gate import Gate
-from tests.service.conftest import BYTES, Conversation, ask
+from service.http.gate import Gate, HotPath
+from service.routes.bodies import body_limit
+from tests.service.conftest import BYTES, Conversation, ask, through_framework
 
 pytestmark = pytest.mark.anyio
 MakeApp = Callable[..., Gate]
@@ -35,14 +38,13 @@ def never_ready(app: Gate) -> asyncio.Event:
         await event.wait()
         return Answer(b"{}")
 
-    app.hot_paths["POST", "/predict"] = handler
+    app.hot_paths["POST", "/predict"] = HotPath(handler, body_limit)
     return event
 
 
 async def test_the_documented_route_and_the_hot_path_give_the_same(make_app: MakeApp) -> None:
     """The framework, given the same request, answers with the same handler."""
-    hot, documented = make_app(), make_app()
-    documented.hot_paths.clear()
+    hot, documented = make_app(), through_framework(make_app())
     requests: list[dict[str, Any]] = [
         {},
         {"target": "/predict?top_k=3&echo=pixels"},
@@ -63,7 +65,7 @@ async def test_the_documented_route_and_the_hot_path_give_the_same(make_app: Mak
 
 async def test_every_hot_path_is_documented_and_routed(make_app: MakeApp) -> None:
     app = make_app()
-    schema = app.framework.openapi()  # type: ignore[attr-defined] # it is FastAPI
+    schema = app.application.openapi()  # type: ignore[attr-defined] # it is FastAPI
     for method, path in app.hot_paths:
         template = path.replace("/bn-lenet", "/{model_name}").replace("/1/", "/{model_version}/")
         assert method.lower() in schema["paths"][template]
@@ -76,7 +78,7 @@ class TestAdmission:
         inside = [Conversation(app, send_headers=BYTES) for _ in range(2)]
         for conversation in inside:
             conversation.send(bytes(784))
-        await until(lambda: app.in_flight == 2)
+        await until(lambda: app.admission.in_flight == 2)
         seconds = []
         for _ in range(20):
             begin = time.perf_counter()
@@ -92,7 +94,7 @@ class TestAdmission:
         for conversation in inside:
             await conversation.answer()
             assert conversation.status == 200
-        assert app.in_flight == 0
+        assert app.admission.in_flight == 0
         assert (await ask(app)).status == 200
 
     async def test_requests_are_counted_when_they_arrive(self, make_app: MakeApp) -> None:
@@ -100,75 +102,103 @@ class TestAdmission:
         app = make_app(max_in_flight=3)
         burst = [Conversation(app, send_headers=BYTES) for _ in range(10)]
         for conversation in burst:
-            app.arrive(conversation.scope)
             conversation.send(bytes(784))
         for conversation in burst:
             await conversation.answer()
         assert [c.status for c in burst] == [200] * 3 + [503] * 7
 
-    async def test_a_slow_sender_makes_room_for_others(
-        self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(gate_module, "SLOW_AFTER_SECONDS", 0.05)
+    async def test_half_a_request_takes_no_place(self, make_app: MakeApp) -> None:
+        """Heads without bodies cost their sender little, and must not keep others out."""
         app = make_app(max_in_flight=1)
-        slow = Conversation(app, send_headers=BYTES)
-        slow.send(b"a", more=True)
-        await until(lambda: app.in_flight == 1)
-        assert (await ask(app)).status == 503
-        await asyncio.sleep(0.06)
+        halves = [Conversation(app, send_headers=BYTES) for _ in range(100)]
+        for half in halves[50:]:
+            half.send(bytes(783))
+        assert app.admission.in_flight == 0
         assert (await ask(app)).status == 200
-        assert (await slow.answer())["code"] == "request_timeout"
-        assert slow.status == 408
+        halves[99].send(b"a")
+        await halves[99].answer()
+        assert halves[99].status == 200
+        for half in halves:
+            half.leave()
 
     async def test_a_slow_sender_makes_memory_for_others(
         self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Eight bodies that never end fill what is kept for bodies."""
-        monkeypatch.setattr(gate_module, "SLOW_AFTER_SECONDS", 0.05)
+        """Bodies that never end fill what is kept for bodies; whole ones are not sent away."""
+        monkeypatch.setattr(admission_module, "SLOW_AFTER_SECONDS", 0.05)
         app = make_app(max_body_bytes=1024)
+        event = never_ready(app)
+        budget = app.admission.budget.bytes_left
         headers = {**BYTES, "Content-Length": "1024"}
-        slow = [Conversation(app, send_headers=headers) for _ in range(8)]
+        whole = Conversation(app, send_headers=headers)
+        whole.send(bytes(1024))
+        slow = [Conversation(app, send_headers=headers) for _ in range(budget // 1024 - 1)]
         for conversation in slow:
-            conversation.send(bytes(1023), more=True)
-        await until(lambda: app.in_flight == 8)
-
-        async def ask_in_pieces() -> int:
-            other = Conversation(app, send_headers=BYTES)
-            other.send(bytes(400), more=True)
-            await asyncio.sleep(0.01)
-            other.send(bytes(384))
-            await other.answer()
-            return other.status
-
-        assert await ask_in_pieces() == 503
+            conversation.send(bytes(1023))
+        refused = await ask(app)
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
         await asyncio.sleep(0.06)
-        assert await ask_in_pieces() == 200
+        other = Conversation(app, send_headers=BYTES)
+        other.send(bytes(784))
         assert (await slow[0].answer())["code"] == "request_timeout"
-        assert not slow[1].closed
+        assert (slow[0].status, slow[0].headers["connection"]) == (408, "close")
+        assert [c.status for c in (whole, slow[1], other)] == [0, 0, 0]
+        event.set()
+        await whole.answer()
+        await other.answer()
+        assert (whole.status, other.status) == (200, 200)
         for conversation in slow[1:]:
             conversation.leave()
-            await conversation.answer()
+        await until(lambda: app.admission.budget.bytes_left == budget)
 
-    async def test_work_for_a_client_that_leaves_ends(self, make_app: MakeApp) -> None:
+    async def test_work_for_a_client_that_leaves_ends(
+        self, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "service.access")
         app = make_app()
         never_ready(app)
         gone = Conversation(app, send_headers=BYTES)
         gone.send(bytes(784))
-        await until(lambda: app.in_flight == 1)
-        app.leave(gone.scope)
-        await gone.answer()
-        assert (gone.status, app.in_flight) == (499, 0)
-        app.leave(gone.scope)  # is too late to change anything
-        app.leave({})
-
-    async def test_a_client_that_leaves_gives_its_place_back(self, make_app: MakeApp) -> None:
-        app = make_app(max_in_flight=1)
-        gone = Conversation(app, send_headers=BYTES)
-        gone.send(b"half", more=True)
+        await until(lambda: app.admission.in_flight == 1)
         gone.leave()
-        await gone.answer()
-        assert app.in_flight == 0
+        await until(lambda: app.admission.in_flight == 0)
+        await until(lambda: len(caplog.records) == 1)
+        assert caplog.records[0].__dict__["fields"]["status"] == 499
+        assert gone.status == 0
+
+    @pytest.mark.parametrize("whole", [True, False])
+    async def test_a_client_that_leaves_gives_back_what_it_held(
+        self, make_app: MakeApp, whole: bool
+    ) -> None:
+        app = make_app(max_in_flight=1)
+        budget = app.admission.budget.bytes_left
+        gone = Conversation(app, send_headers=BYTES)
+        gone.send(bytes(784 if whole else 783))
+        assert app.admission.budget.bytes_left < budget
+        gone.leave()
+        await until(lambda: app.admission.budget.bytes_left == budget)
+        assert app.admission.in_flight == 0
         assert (await ask(app)).status == 200
+
+    async def test_nothing_is_left_of_what_was_answered(self, make_app: MakeApp) -> None:
+        """Neither exchanges, connections nor timers: memory would grow."""
+        app = make_app()
+        seen: list[weakref.ref[Any]] = []
+        answer = app.answer
+
+        async def watched(exchange: Exchange) -> Answer:
+            seen.append(weakref.ref(exchange))
+            return await answer(exchange)
+
+        app.answer = watched  # type: ignore[method-assign] # to see what it is given
+        for _ in range(20):
+            conversation = await ask(app)
+            seen.append(weakref.ref(conversation._connection))
+            del conversation
+        await asyncio.sleep(2 * admission_module.SWEEP_SECONDS)
+        assert [ref() for ref in seen] == [None] * 40
+        timers = [t for t in asyncio.get_running_loop()._scheduled if not t.cancelled()]  # type: ignore[attr-defined] # there is no public way
+        assert timers == []
 
 
 class TestDeadline:
@@ -177,9 +207,9 @@ class TestDeadline:
         slow = Conversation(app, send_headers=BYTES)
         begin = time.perf_counter()
         while not slow.closed and time.perf_counter() - begin < 5:
-            slow.send(b"a", more=True)
+            slow.send(b"a")
             await asyncio.sleep(0.02)
-        assert 0.2 <= time.perf_counter() - begin < 1
+        assert time.perf_counter() - begin >= 0.2
         assert (await slow.answer())["code"] == "request_timeout"
         assert slow.status == 408
         assert slow.headers["connection"] == "close"
@@ -194,7 +224,7 @@ class TestDeadline:
         refused = await ask(app)
         assert refused.status == 504
         assert b'"code":"deadline_exceeded"' in refused.body
-        assert app.in_flight == 0
+        assert app.admission.in_flight == 0
 
     async def test_an_answer_that_is_ready_too_late_is_504(self, make_app: MakeApp) -> None:
         """Work on the event loop cannot be cut short, but its answer is too late all the same."""
@@ -205,7 +235,7 @@ class TestDeadline:
             time.sleep(0.06)  # noqa: ASYNC251 - blocks on purpose
             return Answer(b"{}")
 
-        app.hot_paths["POST", "/predict"] = handler
+        app.hot_paths["POST", "/predict"] = HotPath(handler, body_limit)
         assert (await ask(app)).status == 504
 
 
@@ -217,6 +247,10 @@ class TestKey:
             ({"Authorization": "opensesame"}, 401),
             ({"Authorization": "Bearer wrong"}, 401),
             ({"Authorization": "Bearer opensesame2"}, 401),
+            ({"Authorization": "Bearer opensesam"}, 401),
+            ({"Authorization": "Bearer o"}, 401),
+            ({"Authorization": "Bearer "}, 401),
+            ({"Authorization": "Bearer"}, 401),
             ({"Authorization": "Bearer ä"}, 401),
             ({"Authorization": "Basic opensesame"}, 401),
             ({"Authorization": "bearer  opensesame "}, 200),  # RFC 9110, sections 5.5 and 11.4
@@ -229,6 +263,19 @@ class TestKey:
         answer = await ask(make_app(api_key="opensesame"), headers=headers)
         assert answer.status == status
         assert ("www-authenticate" in answer.headers) == (status == 401)
+
+    async def test_neither_the_key_nor_a_wrong_one_is_logged(
+        self, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG)
+        app = make_app(api_key="opensesame")
+        for key in ("opensesame", "openBARLEY"):
+            for target in ("/predict", "/nothing"):
+                await ask(app, target=target, headers={"Authorization": f"Bearer {key}"})
+        assert len([r for r in caplog.records if r.name == "service.access"]) == 4
+        logged = "".join(str(r.__dict__) for r in caplog.records)
+        assert "opensesame" not in logged
+        assert "BARLEY" not in logged
 
     @pytest.mark.parametrize("target", ["/livez", "/readyz", "/metrics", "/docs", "/openapi.json"])
     async def test_health_metrics_and_documentation_do_not(
@@ -302,8 +349,8 @@ class TestFailures:
         async def in_framework() -> None:
             raise RuntimeError("secret detail")
 
-        app.hot_paths["POST", "/hot"] = on_hot_path
-        app.framework.add_api_route("/other", in_framework, methods=["POST"])  # type: ignore[attr-defined] # it is FastAPI
+        app.hot_paths["POST", "/hot"] = HotPath(on_hot_path, body_limit)
+        app.application.add_api_route("/other", in_framework, methods=["POST"])  # type: ignore[attr-defined] # it is FastAPI
         target = "/hot" if hot else "/other"
         answer = await ask(app, headers={"X-Request-ID": "mine"}, target=target)
         assert answer.status == 500
@@ -329,7 +376,7 @@ class TestFailures:
 async def test_answers_while_draining_close_their_connections(make_app: MakeApp) -> None:
     app = make_app()
     assert "connection" not in (await ask(app)).headers
-    app.draining = True
+    app.admission.draining = True
     assert (await ask(app)).headers["connection"] == "close"
     ready = await ask(app, b"", method="GET", target="/readyz")
     assert (ready.status, ready.headers["connection"]) == (503, "close")
@@ -348,22 +395,33 @@ async def test_answers_while_draining_close_their_connections(make_app: MakeApp)
 async def test_a_large_refused_upload_lingers_before_it_closes(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, method: str, target: str, code: bytes
 ) -> None:
-    monkeypatch.setattr(gate_module, "LINGER_SECONDS", 0.1)
+    monkeypatch.setattr(connection_module, "LINGER_SECONDS", 0.1)
     app = make_app()
     upload = Conversation(app, method, target, {**BYTES, "Content-Length": "1000000000"})
     await until(lambda: code in upload.body)
     assert upload.headers["connection"] == "close"
-    assert not upload.closed
-    assert app.in_flight == 0
-    upload.send(bytes(1000), more=True)
-    await upload.answer()
-    assert upload.closed
+    assert upload.transport.ended
+    assert not upload.transport.closed
+    upload.send(bytes(1000))
+    await until(lambda: upload.transport.closed)
+    assert app.admission.in_flight == 0
 
 
 async def test_a_small_refused_upload_keeps_its_connection(make_app: MakeApp) -> None:
     answer = await ask(make_app(api_key="opensesame"))
     assert answer.status == 401
     assert "connection" not in answer.headers
+    assert not answer.transport.ended
+
+
+async def test_a_refused_upload_of_unknown_length_closes_its_connection(make_app: MakeApp) -> None:
+    app = make_app(api_key="opensesame")
+    chunked = {"Content-Type": "image/png", "Transfer-Encoding": "chunked"}
+    upload = Conversation(app, send_headers=chunked)
+    await upload.answer()
+    assert (upload.status, upload.headers["connection"]) == (401, "close")
+    assert upload.transport.ended
+    upload.leave()
 
 
 async def test_each_request_is_one_log_line(

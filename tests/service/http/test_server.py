@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.http import connection as connection_module
 from service.http import server
 from service.http.gate import Gate
 from service.settings import Settings
@@ -61,6 +62,15 @@ def serving_here(app: Gate, listener: socket.socket) -> Iterator[server.Server]:
     finally:
         running.should_exit = True
         thread.join(10)
+
+
+def noisy_picture() -> bytes:
+    """Return a whole request whose picture takes some tenths of a second."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1200), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "PNG")
+    head = HEAD.replace(b"application/octet-stream", b"image/png")
+    return head + b"Content-Length: %d\r\n\r\n" % file.tell() + file.getvalue()
 
 
 def refuse_to_start(**settings: str) -> tuple[int, str]:
@@ -130,14 +140,16 @@ class TestStart:
         with server.bind(Settings(host="::", port=0)) as listener:
             assert listener.getsockname()[0] == "0.0.0.0"  # noqa: S104 - asked for
 
-    def test_a_port_taken_while_the_model_was_loaded_is_one_sentence(self, artefact: Path) -> None:
-        settings = Settings(port=0, model_path=artefact)
+    def test_a_port_taken_while_the_model_was_loaded_is_one_sentence(
+        self, make_app: Callable[..., Gate]
+    ) -> None:
+        settings = Settings(port=0)
         with server.bind(settings) as listener, socket.socket() as other:
             other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             other.bind(listener.getsockname())
             other.listen()
             with pytest.raises(server.StartError, match=r"\(Address already in use\)"):
-                server.run(settings, listener)
+                server.run(make_app(), settings, listener)
 
     def test_a_directory_for_metrics_that_is_none_is_one_sentence(
         self, artefact: Path, monkeypatch: pytest.MonkeyPatch
@@ -184,7 +196,7 @@ class TestRudeClients:
     ) -> None:
         """Never used, stopped within a head, and idle after an answer: each has its time."""
         for name, seconds in [("HEAD", 0.3), ("KEEP_ALIVE", 4.0), ("LOOK_EVERY", 0.05)]:
-            monkeypatch.setattr(server, f"{name}_SECONDS", seconds)
+            monkeypatch.setattr(connection_module, f"{name}_SECONDS", seconds)
         listener = server.bind(Settings(port=0))
         address = server.url(listener)
         with serving_here(make_app(), listener):
@@ -214,7 +226,7 @@ class TestRudeClients:
         make_app: Callable[..., Gate],
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        monkeypatch.setattr(server, "LOOK_EVERY_SECONDS", 0.5)
+        monkeypatch.setattr(connection_module, "LOOK_EVERY_SECONDS", 0.5)
         listener = server.bind(Settings(port=0))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with serving_here(make_app(), listener) as running, connect(server.url(listener)) as client:
@@ -287,11 +299,7 @@ class TestRudeClients:
     def test_pictures_of_clients_that_left_are_not_decoded(self, start: Callable[..., Any]) -> None:
         """They wait for the decoder's thread one after the other, and so would everybody else."""
         address, _ = start()
-        file = io.BytesIO()
-        noise = np.random.default_rng(0).integers(0, 256, (1200, 1200), dtype=np.uint8)
-        Image.fromarray(noise).save(file, "PNG")
-        post = HEAD.replace(b"application/octet-stream", b"image/png")
-        post += b"Content-Length: %d\r\n\r\n" % file.tell() + file.getvalue()
+        post = noisy_picture()
         with ExitStack() as clients:
             for _ in range(30):
                 clients.enter_context(connect(address)).sendall(post)
@@ -308,15 +316,14 @@ class TestRudeClients:
         self, start: Callable[..., Any]
     ) -> None:
         address, _ = start(max_in_flight=2)
+        picture = noisy_picture()
         with ExitStack() as inside, httpx.Client(base_url=address) as client:
-            for _ in range(2):
+            for _ in range(20):
                 connection = inside.enter_context(connect(address))
-                connection.sendall(HEAD + b"Content-Length: 784\r\n\r\nhalf")
-            for _ in range(10):  # their requests may be read after ours
+                connection.sendall(picture)
+            refused = client.post("/predict", content=bytes(784), headers=BYTES)
+            while refused.status_code != 503:  # the pictures may be read after it
                 refused = client.post("/predict", content=bytes(784), headers=BYTES)
-                if refused.status_code == 503:
-                    break
-            assert refused.status_code == 503
             assert refused.headers["retry-after"] == "1"
             assert refused.json()["code"] == "overloaded"
             assert client.get("/livez").status_code == 200
@@ -358,14 +365,15 @@ class TestRudeClients:
         """The next request's head comes in the same piece, and its body later."""
         address, _ = start()
         with connect(address) as connection:
-            connection.sendall(HEAD + b"Content-Length: 80000\r\n\r\n" + bytes(40_000))
+            picture = HEAD.replace(b"application/octet-stream", b"image/png")
+            connection.sendall(picture + b"Content-Length: 80000\r\n\r\n" + bytes(40_000))
             time.sleep(0.2)
             connection.sendall(bytes(40_000) + HEAD + b"Content-Length: 784\r\n\r\n")
             time.sleep(0.2)
             connection.sendall(bytes(784))
             connection.shutdown(socket.SHUT_WR)
             answers = connection.makefile("rb").read()
-        assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"422", b"200"]
+        assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"415", b"200"]
 
     def test_offers_of_other_protocols_are_declined(self, start: Callable[..., Any]) -> None:
         """Java's client offers HTTP/2 so, with a body, in one packet or several."""
@@ -391,8 +399,8 @@ class TestRudeClients:
         post = HEAD + b"Content-Length: 784\r\n\r\n" + bytes(784)
         chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
         for sent, statuses in (
-            (post + b"NONSENSE\r\n\r\n", [b"200"]),
-            (post + post + b"NONSENSE\r\n\r\n", [b"200", b"200"]),
+            (post + b"NONSENSE\r\n\r\n", [b"200", b"400"]),
+            (post + post + b"NONSENSE\r\n\r\n", [b"200", b"200", b"400"]),
             (chunked + b"NONSENSE\r\n\r\n", [b"400"]),
         ):
             with connect(address) as connection, connection.makefile("rb") as answers:

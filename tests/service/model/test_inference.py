@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from service.model.inference import Inference, ThreadedInference
 from service.telemetry.metrics import Runs
+
+IN_A_CROWD = SimpleNamespace(in_flight=2)
 
 pytestmark = pytest.mark.anyio
 
@@ -56,7 +59,7 @@ def device() -> Iterator[Device]:
 
 
 def crowd(kind: type[Inference], device: Any, **options: int) -> Inference:
-    return kind(device, Runs(), lambda: False, **options)
+    return kind(device, Runs(), IN_A_CROWD, **options)
 
 
 KINDS = pytest.mark.parametrize("kind", [Inference, ThreadedInference])
@@ -86,7 +89,7 @@ async def test_one_turn_of_the_loop_is_one_run(device: Device) -> None:
 
 
 def crowd_of_one(device: Any) -> Inference:
-    return Inference(device, Runs(), lambda: True)
+    return Inference(device, Runs(), SimpleNamespace(in_flight=1))
 
 
 async def test_a_request_that_is_alone_runs_at_once(device: Device) -> None:
@@ -158,7 +161,7 @@ async def test_a_failing_device_fails_those_in_the_batch_and_no_others(
 @KINDS
 async def test_runs_are_counted(kind: type[Inference], device: Device) -> None:
     runs = Runs()
-    infer = kind(device, runs, lambda: False)  # type: ignore[arg-type] # a stand-in
+    infer = kind(device, runs, IN_A_CROWD)  # type: ignore[arg-type] # a stand-in
     await infer(image(1))
     await infer(image(2, 3))
     assert (sum(runs.counts), infer.runs.images) == (2, 4)
@@ -171,7 +174,7 @@ def test_the_threaded_way_works_on_the_real_model_bit_for_bit(
     images = make_images(100)
 
     async def all_at_once(kind: type[Inference]) -> NDArray[np.float32]:
-        infer = kind(classifier, Runs(), lambda: False)
+        infer = kind(classifier, Runs(), IN_A_CROWD)
         return np.concatenate(await asyncio.gather(*(infer(i[None]) for i in images)))
 
     alone = np.concatenate([classifier.probabilities(i[None]) for i in images])

@@ -13,7 +13,7 @@ import pytest
 
 from service.http.gate import Gate
 from service.model.classifier import Classifier
-from tests.service.conftest import Conversation, ask
+from tests.service.conftest import Conversation, ask, through_framework
 
 pytestmark = pytest.mark.anyio
 MakeApp = Callable[..., Gate]
@@ -100,7 +100,7 @@ async def test_draining_takes_readiness_away_and_nothing_else(make_app: MakeApp,
     app = make_app()
     assert await get(app, "/v2/health/ready") == {"ready": True}
     assert await get(app, f"{path}/ready") == {"name": "bn-lenet", "ready": True}
-    app.draining = True
+    app.admission.draining = True
     assert (await get(app, "/v2/health/ready", 503))["code"] == "not_ready"
     assert (await get(app, f"{path}/ready", 503))["code"] == "not_ready"
     assert await get(app, "/v2/health/live") == {"live": True}
@@ -154,8 +154,7 @@ async def test_infer_gives_the_classifiers_own_bits(
 
 
 async def test_the_framework_and_the_hot_path_give_the_same(make_app: MakeApp) -> None:
-    hot, documented = make_app(), make_app()
-    documented.hot_paths.clear()
+    hot, documented = make_app(), through_framework(make_app())
     binary = message(outputs=[{"name": "probabilities", "parameters": {"binary_data": True}}])
     requests: list[dict[str, Any]] = [
         {"body": message(4), "headers": {"Accept-Encoding": "gzip"}},
@@ -225,9 +224,8 @@ async def test_packed_requests_are_limited_as_unpacked(
 
 @pytest.mark.parametrize("body", [b"", b"{}", b'{"ready": true}', b'{"ready": null}'])
 async def test_the_index_lists_the_model(make_app: MakeApp, body: bytes) -> None:
-    conversation = Conversation(make_app(), target="/v2/repository/index")
-    if body:
-        conversation.scope["headers"] = [(b"content-length", b"%d" % len(body))]
+    length = {"Content-Length": str(len(body))} if body else {}
+    conversation = Conversation(make_app(), target="/v2/repository/index", send_headers=length)
     conversation.send(body)
     assert await conversation.answer() == [
         {"name": "bn-lenet", "version": "1", "state": "READY", "reason": ""}

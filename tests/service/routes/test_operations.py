@@ -7,7 +7,7 @@ import pytest
 
 from service.http.gate import Gate
 from service.model.classifier import Classifier
-from tests.service.conftest import Conversation, ask
+from tests.service.conftest import BYTES, Conversation, ask
 
 pytestmark = pytest.mark.anyio
 
@@ -34,7 +34,7 @@ async def test_readiness_tells_the_model_and_its_real_provider(
 
 async def test_a_draining_server_is_alive_but_not_ready(make_app: Callable[..., Gate]) -> None:
     app = make_app()
-    app.draining = True
+    app.admission.draining = True
     assert (await get(app, "/livez")).status == 200
     refused = await get(app, "/readyz")
     assert refused.status == 503
@@ -43,16 +43,18 @@ async def test_a_draining_server_is_alive_but_not_ready(make_app: Callable[..., 
     assert (await ask(app)).status == 200
 
 
-async def test_requests_inside_are_told(make_app: Callable[..., Gate]) -> None:
+async def test_requests_in_flight_are_shown(make_app: Callable[..., Gate]) -> None:
+    """A request is in flight when all of it has come, not before."""
     app = make_app()
-    slow = Conversation(app, send_headers={"Content-Length": "784"})
-    slow.send(b"a", more=True)
+    requests = [Conversation(app, send_headers=BYTES) for _ in range(2)]
+    requests[0].send(bytes(783))
+    requests[1].send(bytes(784))
     text = (await get(app, "/metrics")).body
-    assert b"\nhttp_requests_in_flight 1.0\n" in text
-    slow.leave()
-    await slow.answer()
+    assert b"\nhttp_requests_in_flight 0.0\n" in text  # it was answered before this one
+    app.admission.in_flight = 1
+    assert b"\nhttp_requests_in_flight 1.0\n" in (await get(app, "/metrics")).body
+    requests[0].leave()
     answer = await get(app, "/metrics")
-    assert b"\nhttp_requests_in_flight 0.0\n" in answer.body
     assert answer.headers["content-type"].startswith("text/plain; version=")
 
 
@@ -73,7 +75,7 @@ async def test_a_request_whose_client_left_is_counted_as_499(
     make_app: Callable[..., Gate],
 ) -> None:
     app = make_app()
-    gone = Conversation(app, send_headers={"Content-Length": "784"})
+    gone = Conversation(app, send_headers=BYTES)
     gone.leave()
     await gone.answer()
     text = (await get(app, "/metrics")).body.decode()

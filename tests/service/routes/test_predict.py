@@ -1,15 +1,13 @@
 """`POST /predict` in detail: any body of any type, ties, and what never gets to the model."""
 
-import asyncio
 import gzip
 import io
 import json
 import math
-import threading
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from service.app import create_app
-from service.errors import Overloaded
 from service.http.gate import Gate
 from service.model.classifier import Classifier
-from service.pictures.conversion import ModelInput, Preprocessing
-from service.routes.predict import RING, Pictures, Renderer, example
+from service.pictures.conversion import ModelInput
+from service.routes.predict import RING, example
+from service.routes.prediction import Renderer
 from service.settings import Settings
 from tests.service.conftest import Conversation, ask
 
@@ -126,10 +123,7 @@ async def test_any_body_of_any_type_gets_an_answer_or_a_refusal(
 
 
 async def ask_latin(app: Gate, body: bytes, target: str, headers: dict[str, str]) -> Conversation:
-    conversation = Conversation(app, "POST", target, {"Content-Length": str(len(body))})
-    conversation.scope["headers"] += [
-        (k.lower().encode(), v.encode("latin-1")) for k, v in headers.items()
-    ]
+    conversation = Conversation(app, "POST", target, {"Content-Length": str(len(body)), **headers})
     conversation.send(body)
     await conversation.answer()
     return conversation
@@ -239,86 +233,3 @@ async def test_a_form_of_nothing_but_delimiters_is_refused_unread(
     answer = await ask(app, body, headers=headers)
     assert time.process_time() - begin < 0.2
     assert (answer.status, json.loads(answer.body)["code"]) == (422, "invalid_input")
-
-
-# Pictures that take long
-
-
-@pytest.fixture
-def photo() -> bytes:
-    file = io.BytesIO()
-    Image.linear_gradient("L").save(file, "PNG")
-    return file.getvalue()
-
-
-@pytest.fixture
-def turn(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[bytes]]:
-    """Hold the decoder up until the event; list what it was given."""
-    event, decoded = threading.Event(), list[bytes]()
-
-    def decode(data: bytes, _: str) -> ModelInput:
-        decoded.append(data)
-        event.wait(10)
-        return ModelInput(np.zeros((28, 28), np.uint8), "dataset")
-
-    monkeypatch.setattr("service.routes.predict.read_picture", decode)
-    return event, decoded
-
-
-async def test_of_the_waiting_only_those_still_wanted_are_decoded(
-    photo: bytes, turn: tuple[threading.Event, list[bytes]]
-) -> None:
-    event, decoded = turn
-    pictures = Pictures()
-    tasks = [asyncio.create_task(pictures.decode(photo + bytes([i]), "auto")) for i in range(3)]
-    await asyncio.sleep(0.01)
-    tasks[1].cancel()
-    await asyncio.sleep(0.01)
-    event.set()
-    await asyncio.gather(tasks[0], tasks[2])
-    assert decoded == [photo + b"\0", photo + b"\2"]
-
-
-async def test_files_that_wait_are_bounded_but_one_may_always_come(
-    photo: bytes,
-    turn: tuple[threading.Event, list[bytes]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    event, _ = turn
-    monkeypatch.setattr("service.routes.predict.MAX_WAITING_BYTES", len(photo) - 1)
-    pictures = Pictures()
-    first = asyncio.create_task(pictures.decode(photo, "auto"))
-    await asyncio.sleep(0.01)
-    with pytest.raises(Overloaded):
-        await pictures.decode(photo, "auto")
-    event.set()
-    await first
-    await pictures.decode(photo, "auto")
-
-
-async def test_only_a_raw_28_by_28_png_is_decoded_on_the_event_loop(
-    photo: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Metadata is parsed in the pictures' thread, however small the file."""
-    threads: list[int] = []
-
-    def read(_: bytes, __: str) -> ModelInput:
-        threads.append(threading.get_ident())
-        return ModelInput(np.zeros((28, 28), np.uint8), "none")
-
-    monkeypatch.setattr("service.routes.predict.read_picture", read)
-    raw, commented, comment = io.BytesIO(), io.BytesIO(), PngInfo()
-    comment.add_text("Comment", "short")
-    Image.new("L", (28, 28)).save(raw, "PNG")
-    Image.new("L", (28, 28)).save(commented, "PNG", pnginfo=comment)
-    pictures = Pictures()
-    for data, preprocessing in (
-        (raw.getvalue(), "auto"),
-        (raw.getvalue(), "none"),
-        (raw.getvalue(), "dataset"),
-        (commented.getvalue(), "auto"),
-        (photo, "auto"),
-    ):
-        await pictures.decode(data, cast(Preprocessing, preprocessing))
-    loop = threading.get_ident()
-    assert [thread == loop for thread in threads] == [True, True, False, False, False]

@@ -1,0 +1,25 @@
+"""Reads pictures that take long in a thread of their own: small requests go on meanwhile."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from service.pictures.conversion import ModelInput, Preprocessing, read_picture
+from service.pictures.decoding import is_raw_28x28
+
+
+class PictureThread:
+    """Reads one picture at a time; those that wait are bounded by the budget for bodies."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+
+    async def read(self, data: bytes, preprocessing: Preprocessing) -> ModelInput:
+        """Read a picture's file; when the request ends before its turn comes, it is never read.
+
+        Raises:
+            ServiceError: as `service.pictures.conversion.read_picture` does.
+        """
+        if preprocessing != "dataset" and is_raw_28x28(data):
+            return read_picture(data, preprocessing)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, read_picture, data, preprocessing)

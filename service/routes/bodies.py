@@ -1,0 +1,139 @@
+"""The four forms of body that `POST /predict` takes: bytes, JSON, a picture, a form with one."""
+
+import sys
+from collections.abc import Mapping
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from python_multipart import create_form_parser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import Field as FormField
+from python_multipart.multipart import File, parse_options_header
+
+from service.errors import BadRequest, InvalidInput, UnsupportedMediaType
+from service.pictures.conversion import ModelInput
+
+SIDE = 28
+SIZE = SIDE * SIDE
+MAX_DELIMITERS = 100  # of a form, which needs two; its parser is slow where they come
+# The most bytes of a body by its media type. Pictures, and forms with one, may have as many as any
+# body; of bytes there are some more than needed, so that the answer can say how many came.
+MAX_BYTES = {
+    b"application/octet-stream": 1024,
+    b"application/json": 2**18,  # ten times what 784 numbers take however they are laid out
+    b"multipart/form-data": sys.maxsize,
+}
+
+
+def body_limit(headers: Mapping[bytes, bytes]) -> int:
+    """Return the most bytes that the body of a request with these header fields may have.
+
+    Raises:
+        UnsupportedMediaType: no body of its type is taken.
+    """
+    media_type = _media_type(headers.get(b"content-type", b""))
+    if media_type.startswith(b"image/"):
+        return sys.maxsize
+    try:
+        return MAX_BYTES[media_type]
+    except KeyError:
+        raise UnsupportedMediaType(
+            "Say what the body is in Content-Type: application/json, application/octet-stream,"
+            " image/png (or another picture format), or multipart/form-data."
+        ) from None
+
+
+def read_body(content_type: bytes, body: bytes) -> ModelInput | bytes:
+    """Turn a body into pixels or, if it has a picture, into that picture's file.
+
+    Args:
+        content_type: one that `body_limit` accepts.
+        body: the whole body, without its content encoding.
+
+    Raises:
+        BadRequest: it is malformed.
+        InvalidInput: it has something else than one image.
+    """
+    media_type = _media_type(content_type)
+    if media_type == b"application/octet-stream":
+        pixels = _from_bytes(body)
+    elif media_type == b"application/json":
+        pixels = _from_json(body)
+    elif media_type == b"multipart/form-data":
+        return _from_form(content_type, body)
+    else:
+        return body
+    return ModelInput(pixels, "none")  # pixels are what the model takes: nothing to convert
+
+
+def _media_type(content_type: bytes) -> bytes:
+    return content_type.partition(b";")[0].strip().lower()
+
+
+def _from_bytes(body: bytes) -> NDArray[np.uint8]:
+    if len(body) != SIZE:
+        raise InvalidInput(f"Send exactly {SIZE} bytes, one a pixel; there are {len(body)}.")
+    return np.frombuffer(body, np.uint8)
+
+
+def _from_json(body: bytes) -> NDArray[np.uint8]:
+    """Read 28 rows of 28 whole numbers, or 784 of them in a row.
+
+    `bytes` checks in C that all are integers from 0 to 255; what it would let through besides
+    (true and false, a bare count, other iterables) is looked for here.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise BadRequest("The body is not valid JSON.", code="malformed_json") from None
+    pixels = document.get("pixels") if isinstance(document, dict) else None
+    try:
+        if not isinstance(pixels, list):
+            raise ValueError
+        if len(pixels) == SIDE and set(map(type, pixels)) == {list}:
+            if set(map(len, pixels)) != {SIDE}:
+                raise ValueError
+            flat = b"".join(map(bytes, pixels))
+            # The letters first: finding one takes a fraction of looking at 784 types.
+            booleans = (b"t" in body or b"f" in body) and any(bool in map(type, r) for r in pixels)
+        else:
+            flat = bytes(pixels)
+            booleans = (b"t" in body or b"f" in body) and bool in map(type, pixels)
+        if booleans or len(flat) != SIZE:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InvalidInput(
+            'Send {"pixels": …}: 28 rows of 28 whole numbers from 0 to 255, or 784 of them.'
+        ) from None
+    return np.frombuffer(flat, np.uint8)
+
+
+def _from_form(content_type: bytes, body: bytes) -> bytes:
+    parts: list[File] = []
+    too_much = InvalidInput("Send one file in the form, in the field `image`, and nothing else.")
+
+    def keep(part: File | FormField) -> None:
+        if parts or not isinstance(part, File) or part.field_name != b"image":
+            raise too_much
+        parts.append(part)
+
+    _, options = parse_options_header(content_type)
+    if body.count(b"\r\n--" + options.get(b"boundary", b"")) > MAX_DELIMITERS:
+        raise too_much
+
+    headers = {"Content-Type": content_type}
+    in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
+    try:
+        parser = create_form_parser(headers, keep, keep, config=in_memory)
+        parser.write(body)
+        parser.finalize()
+    except (FormParserError, ValueError):
+        raise BadRequest(
+            "The form is damaged, or its boundary is not in Content-Type.", code="malformed_form"
+        ) from None
+    if not parts:
+        raise InvalidInput("Send one file in the form, in the field `image`.")
+    file = parts[0].file_object
+    file.seek(0)
+    return file.read()

@@ -1,0 +1,96 @@
+"""The answer of `POST /predict`: its schema, and what writes it."""
+
+from typing import Annotated, Literal
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from service.model.artefact import ModelInfo
+from service.pictures.conversion import ModelInput
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+ClassId = Annotated[int, Field(ge=0, le=9, description="The data set's number of the class.")]
+
+
+class ClassProbability(BaseModel):
+    """One class and how probable it is."""
+
+    class_id: ClassId
+    label: str
+    probability: Probability
+
+
+class Model(BaseModel):
+    """The model that answered."""
+
+    name: str
+    version: str
+    revision: Annotated[str, Field(description="Begins the model file's SHA-256.")]
+
+
+class Prediction(BaseModel):
+    """What the image shows: the most probable class, and the `top_k` most probable."""
+
+    class_id: ClassId
+    label: str
+    confidence: Probability
+    predictions: Annotated[
+        list[ClassProbability],
+        Field(min_length=1, max_length=10, description="By falling probability."),
+    ]
+    preprocessing: Annotated[
+        Literal["none", "dataset"],
+        Field(description="Pixels taken as they came, or converted as the data set was made."),
+    ]
+    notes: Annotated[
+        list[str] | None, Field(description="What the conversion had to guess or leave out.")
+    ] = None
+    pixels: Annotated[
+        list[list[int]] | None, Field(description="What the model saw, with `echo=pixels`.")
+    ] = None
+    model: Model
+
+
+class Renderer:
+    """Writes answers, of which all but the numbers is known beforehand and kept as bytes.
+
+    Args:
+        model: what answers.
+    """
+
+    def __init__(self, model: ModelInfo) -> None:
+        classes = [(i, orjson.dumps(name)) for i, name in enumerate(model.classes)]
+        self._first = [b'{"class_id":%d,"label":%b,"confidence":' % c for c in classes]
+        self._listed = [b'{"class_id":%d,"label":%b,"probability":' % c for c in classes]
+        self._ids = range(len(classes))
+        served_by = {"name": model.name, "version": model.version, "revision": model.revision}
+        self._end = b'","model":%b' % orjson.dumps(served_by)
+
+    def __call__(
+        self, probabilities: NDArray[np.float32], image: ModelInput, top_k: int, echo: bool
+    ) -> bytes:
+        """Return the answer as JSON.
+
+        Args:
+            probabilities: float32 [1, 10].
+            image: what the model saw.
+            top_k: how many classes to list.
+            echo: whether to return the pixels too.
+        """
+        # As Python floats: what a reader gets are the very float32 values, in any width.
+        values: list[float] = probabilities[0].tolist()
+        # Sorting is stable, so of equally probable classes the lower id comes first.
+        order = sorted(self._ids, key=values.__getitem__, reverse=True)[:top_k]
+        numbers = orjson.dumps(values)[1:-1].split(b",")
+        listed = b"},".join([self._listed[i] + numbers[i] for i in order])
+        first = order[0]
+        preprocessing = image.preprocessing.encode()
+        parts = (self._first[first], numbers[first], listed, preprocessing, self._end)
+        answer = b'%b%b,"predictions":[%b}],"preprocessing":"%b%b' % parts
+        if image.notes:
+            answer += b',"notes":' + orjson.dumps(image.notes)
+        if echo:
+            answer += b',"pixels":' + orjson.dumps(image.pixels.reshape(28, 28).tolist())
+        return answer + b"}"

@@ -1,0 +1,79 @@
+"""Pictures that take long are read in a thread, one by one, and only if they are still wanted."""
+
+import asyncio
+import io
+import threading
+from typing import cast
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from service.pictures.conversion import ModelInput, Preprocessing
+from service.pictures.thread import PictureThread
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def photo() -> bytes:
+    file = io.BytesIO()
+    Image.linear_gradient("L").save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def turn(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[bytes]]:
+    """Hold the decoder up until the event; list what it was given."""
+    event, decoded = threading.Event(), list[bytes]()
+
+    def decode(data: bytes, _: str) -> ModelInput:
+        decoded.append(data)
+        event.wait(10)
+        return ModelInput(np.zeros((28, 28), np.uint8), "dataset")
+
+    monkeypatch.setattr("service.pictures.thread.read_picture", decode)
+    return event, decoded
+
+
+async def test_of_the_waiting_only_those_still_wanted_are_decoded(
+    photo: bytes, turn: tuple[threading.Event, list[bytes]]
+) -> None:
+    event, decoded = turn
+    pictures = PictureThread()
+    tasks = [asyncio.create_task(pictures.read(photo + bytes([i]), "auto")) for i in range(3)]
+    await asyncio.sleep(0.01)
+    tasks[1].cancel()
+    await asyncio.sleep(0.01)
+    event.set()
+    await asyncio.gather(tasks[0], tasks[2])
+    assert decoded == [photo + b"\0", photo + b"\2"]
+
+
+async def test_only_a_raw_28_by_28_png_is_decoded_on_the_event_loop(
+    photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metadata is parsed in the pictures' thread, however small the file."""
+    threads: list[int] = []
+
+    def read(_: bytes, __: str) -> ModelInput:
+        threads.append(threading.get_ident())
+        return ModelInput(np.zeros((28, 28), np.uint8), "none")
+
+    monkeypatch.setattr("service.pictures.thread.read_picture", read)
+    raw, commented, comment = io.BytesIO(), io.BytesIO(), PngInfo()
+    comment.add_text("Comment", "short")
+    Image.new("L", (28, 28)).save(raw, "PNG")
+    Image.new("L", (28, 28)).save(commented, "PNG", pnginfo=comment)
+    pictures = PictureThread()
+    for data, preprocessing in (
+        (raw.getvalue(), "auto"),
+        (raw.getvalue(), "none"),
+        (raw.getvalue(), "dataset"),
+        (commented.getvalue(), "auto"),
+        (photo, "auto"),
+    ):
+        await pictures.read(data, cast(Preprocessing, preprocessing))
+    loop = threading.get_ident()
+    assert [thread == loop for thread in threads] == [True, True, False, False, False]
