@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help serve train data test test-all tests tests-service checks format bench test-lowest test-newest test-elsewhere \
-  test-docker image lock clean
+  test-mutants test-docker image lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -104,6 +104,11 @@ test-newest:  ## run the tests with the newest versions that there are
 test-elsewhere:  ## run the tests on other releases of Debian and on arm64, in containers
 	./tests/elsewhere.sh
 
+test-mutants: $(DEV)  ## break the small pure modules in many ways, and list what no test notices
+	$(PIP) mutmut
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 format: $(DEV)  ## format and fix what can be fixed
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
@@ -131,4 +136,4 @@ lock: $(DEV)  ## write deploy/image/*.txt: the image's packages, by version and 
 	  --custom-compile-command 'make lock' --output-file deploy/image/$$runtime.txt pyproject.toml || exit; done
 
 clean:  ## remove the virtual environments and caches
-	rm -rf .venv .venv-* .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-* .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist mutants *.egg-info

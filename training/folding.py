@@ -39,7 +39,6 @@ def fold_parameters(
     return folded_weight.to(weight.dtype), (offset * scale + beta.double()).to(weight.dtype)
 
 
-@torch.no_grad()
 def fold_batch_norm(model: nn.Sequential) -> nn.Sequential:
     """Return a new model without batch norm that predicts what `model` predicts.
 

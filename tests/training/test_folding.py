@@ -113,6 +113,7 @@ def test_the_argument_is_left_alone(kind: Literal["scratch", "torch"]) -> None:
     model = fitted(kind)
     layers, state = list(model.modules()), copy.deepcopy(model.state_dict())
     folded = fold_batch_norm(model)
+    assert all(parameter.is_leaf for parameter in folded.parameters())
     with torch.no_grad():
         for parameter in folded.parameters():
             parameter.zero_()
