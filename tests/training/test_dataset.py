@@ -21,6 +21,7 @@ from training.dataset import (
     DatasetError,
     DatasetNotFoundError,
     FashionMNIST,
+    cache_dir,
     load,
     parse_idx,
 )
@@ -64,6 +65,11 @@ def files(monkeypatch: pytest.MonkeyPatch) -> Files:
         made[f"{prefix}-labels-idx1-ubyte.gz"] = packed(labels)
     publish(made, monkeypatch)
     return made
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache/bn-lenet/fashion-mnist"
 
 
 def publish(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +118,38 @@ def test_the_digest_is_that_of_sha256sums_listing(fashion_mnist: FashionMNIST) -
     assert fashion_mnist.sha256 == expected
 
 
+def test_the_classes_are_those_of_the_publication() -> None:
+    """Xiao, Rasul and Vollgraf, "Fashion-MNIST" (2017), in the order of their labels."""
+    assert ", ".join(CLASS_NAMES) == (
+        "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot"
+    )
+
+
 # Where it is looked for
+
+
+def test_the_cache_is_in_the_home_folder_unless_another_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cache_dir() == tmp_path / "cache/bn-lenet/fashion-mnist"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache/bn-lenet/fashion-mnist"
+
+
+def test_a_home_folder_may_be_abbreviated(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put(files, tmp_path / "data")
+    assert len(load(Path("~/data")).test.labels) == 20
+
+
+def test_a_cache_that_lacks_some_files_names_the_first(files: Files, cache: Path) -> None:
+    put({TRAIN_LABELS: files[TRAIN_LABELS]}, cache)
+    with pytest.raises(DatasetError, match=f"{TEST_IMAGES} is missing") as caught:
+        load(download=False)
+    assert not isinstance(caught.value, DatasetNotFoundError)
 
 
 def test_a_named_folder_comes_before_the_environment_and_that_before_the_cache(
@@ -184,6 +221,7 @@ def test_swapped_files_are_told_apart(one: str, other: str, files: Files, tmp_pa
     ("name", "data", "finding"),
     [
         (TRAIN_IMAGES, b"\x00" * 100, "does not decompress"),
+        (TRAIN_IMAGES, zipped(b"")[:10] + b"\xff" * 100, "does not decompress"),
         (TRAIN_IMAGES, packed(np.zeros((30, 28, 28), np.uint8))[:-9], "does not decompress"),
         (TRAIN_IMAGES, packed(np.zeros(30, np.uint8)), "an IDX header of 3 dimension"),
         (TEST_LABELS, packed(np.zeros((20, 28, 28), np.uint8)), "an IDX header of 1 dimension"),
@@ -225,6 +263,7 @@ def test_every_shortening_of_an_idx_file_is_refused() -> None:
         [[4, 5], [6, 7]],
         [[8, 9], [10, 11]],
     ]
+    assert parse_idx(packed(np.zeros(0, np.uint8)), Path("x"), 1).shape == (0,)
     for length in range(len(whole)):
         with pytest.raises(DatasetError, match=r"^x "):
             parse_idx(gzip.compress(whole[:length]), Path("x"), 3)
@@ -285,11 +324,6 @@ def mirrors(files: Files) -> Iterator[list[Mirror]]:
     for server in servers:
         server.shutdown()
         server.server_close()
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache/bn-lenet/fashion-mnist"
 
 
 def fetch(mirrors: list[Mirror]) -> FashionMNIST:
@@ -422,10 +456,11 @@ def test_when_no_mirror_helps_each_ones_reason_is_told(mirrors: list[Mirror], ca
 
 
 def test_the_mirrors_are_the_official_ones() -> None:
-    assert [url.split("/")[2] for url in dataset.MIRRORS] == [
-        "raw.githubusercontent.com",
-        "fashion-mnist.s3-website.eu-central-1.amazonaws.com",
-    ]
+    """As its authors' own page names them."""
+    assert dataset.MIRRORS == (
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    )
 
 
 def test_the_arrays_may_be_written_to(fashion_mnist: FashionMNIST) -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks' own code, on little data: that they measure what they say."""
+"""The training benchmark, on little data: that it measures what it says."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,6 @@ from click.testing import CliRunner
 from rich.progress import Progress
 
 import benchmarks.training as bench
-from benchmarks import photos
 from training.dataset import FashionMNIST, Split
 from training.fitting.recipes import RECIPES
 
@@ -69,17 +68,3 @@ def test_the_time_to_an_accuracy_ends_with_the_epoch_that_reaches_it(few: Fashio
     assert 1 <= low["epochs"] <= high["epochs"] < 8
     assert 0 < low["seconds"] <= high["seconds"]
     assert missed["seconds"] is None
-
-
-@pytest.mark.usefixtures("fashion_mnist")
-def test_photographs_are_measured_in_every_scene() -> None:
-    result = CliRunner().invoke(photos.main, ["20"])
-    assert result.exit_code == 0, result.output
-    *table, line = result.stdout.splitlines()
-    rows = json.loads(line)["rows"]
-    assert [row["ground"] for row in rows[4:]] == list(photos.SCENES)
-    assert len(table) == 2 + len(rows)
-    for row in rows:
-        assert row["accuracy"] * 20 == pytest.approx(round(row["accuracy"] * 20))
-        assert row["accuracy"] > 0.6
-        assert row["milliseconds"] > 0
