@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
+# Our files are UTF-8, whatever the locale says.
+export PYTHONUTF8 := 1
+
 .DEFAULT_GOAL := help
 .PHONY: help serve train data test test-all tests tests-service checks format bench test-lowest test-newest test-elsewhere \
   test-mutants test-docker image lock clean
