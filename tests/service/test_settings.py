@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr, ValidationError
 
+import service
 from service.settings import PREFIX, Settings, SettingsError
 
 GOOD: dict[str, tuple[str, Any]] = {
@@ -27,17 +29,57 @@ GOOD: dict[str, tuple[str, Any]] = {
     "log_format": ("json", "json"),
 }
 
+DEFAULTS: dict[str, Any] = {
+    "model_path": Path(service.__file__).parent.parent / "models/bn_lenet.onnx",
+    "model_name": None,
+    "device": "auto",
+    "host": "127.0.0.1",
+    "port": 8000,
+    "workers": 1,
+    "api_key": None,
+    "max_body_bytes": 10_485_760,
+    "max_in_flight": 512,
+    "request_timeout_seconds": 10.0,
+    "drain_seconds": 5.0,
+    "cors_origins": (),
+    "log_level": "info",
+    "log_format": "text",
+}
+
+ENDS = {  # the last values that are taken
+    "port": ["0", "65535"],
+    "workers": ["1", "64"],
+    "max_body_bytes": ["1024"],
+    "max_in_flight": ["1"],
+    "request_timeout_seconds": ["1e-3", "3600"],
+    "drain_seconds": ["0", "3600"],
+    "device": ["auto", "cpu", "cuda"],
+    "log_level": ["debug", "info", "warning", "ERROR"],
+    "log_format": ["text", "JSON"],
+    "cors_origins": ["*", "https://a.example,*", "http://[::1]:8080"],
+    "api_key": ["two words", "clé €", "k"],
+    "model_name": ["x" * 64],
+}
+
 BAD = {
     "model_name": ["a/b", "two words", ".hidden", "stats", "caf\u00e9", "x" * 65, "a\n"],
     "device": ["tpu"],
     "port": ["-1", "65536", "http", "tcp://10.0.0.1:80"],
     "workers": ["0", "1.5", "65"],
     "api_key": [" secret", "secret\n", "sec\nret", "sec\udcffret"],
-    "max_body_bytes": ["0", "1e99"],
+    "max_body_bytes": ["0", "1023", "1e99"],
     "max_in_flight": ["0"],
-    "request_timeout_seconds": ["0", "nan", "inf", "-1"],
-    "drain_seconds": ["-1", "nan"],
-    "cors_origins": ["example.org", "https://a.example/path", "ftp://a.example", "https://"],
+    "request_timeout_seconds": ["0", "nan", "inf", "-1", "3600.1"],
+    "drain_seconds": ["-1", "nan", "3600.1"],
+    "cors_origins": [
+        "example.org",
+        "https://a.example/path",
+        "ftp://a.example",
+        "https://",
+        "https:a.example",
+        "https://a.example,",
+        "*,b.example",
+    ],
     "log_level": ["loud"],
     "log_format": ["xml"],
 }
@@ -68,6 +110,55 @@ def test_a_wrong_value_is_named_in_one_sentence(
         Settings.from_environment()
     assert str(caught.value).startswith(f"BNLENET_{name.upper()} is set wrongly: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "text"), [(n, t) for n, texts in ENDS.items() for t in texts])
+def test_the_last_value_within_the_limits_is_taken(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    monkeypatch.setenv(f"{PREFIX}{name.upper()}", text)
+    read = getattr(Settings.from_environment(), name)
+    shown = read.get_secret_value() if name == "api_key" else read
+    if isinstance(shown, tuple):
+        shown = ",".join(shown)
+    assert type(shown)(text.lower()) == shown
+
+
+def test_the_defaults_are_those_of_the_documentation() -> None:
+    assert dict(Settings()) == DEFAULTS
+    assert DEFAULTS["model_path"].is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("cors_origins", "b.example", "'b.example' is not an origin such as https://example.org."),
+        ("cors_origins", "http://a/b", "'http://a/b' has a path; an origin is scheme, host and"),
+        ("api_key", " a", "it has control characters, or begins or ends with white space, which"),
+        ("model_name", "a/b", "'a/b' is not a name of up to "),
+        ("workers", "0", "greater than or equal to 1"),
+    ],
+)
+def test_the_sentence_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str, sentence: str
+) -> None:
+    monkeypatch.setenv(f"{PREFIX}{name.upper()}", text)
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environment()
+    assert sentence in str(caught.value)
+    assert str(caught.value).endswith(".")
+    assert text not in str(caught.value) or name != "api_key"
+
+
+def test_an_empty_key_is_never_a_key() -> None:
+    """An empty variable means none; the settings themselves take no empty key either."""
+    with pytest.raises(ValidationError, match="at least 1"):
+        Settings(api_key=SecretStr(""))
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().port = 1
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +54,66 @@ def test_text_lines_are_for_the_eye(capsys: pytest.CaptureFixture[str]) -> None:
     assert server.endswith(" warning Invalid request")
     assert failure[0].endswith(" error   failure request_id=x")
     assert failure[-1] == "and another"
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Go to a place whose clocks show another time than UTC."""
+    monkeypatch.setenv("TZ", "IST-5:30")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_times_are_utc_to_the_millisecond(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(Settings(log_format=form))  # type: ignore[arg-type] # both are right
+    record = logging.LogRecord("a", logging.INFO, "", 0, "a", None, None)
+    record.created, record.msecs = 1_753_000_000.0, 7.9
+    logging.getLogger().handle(record)
+    (line,) = capsys.readouterr().err.splitlines()
+    time_of_line = json.loads(line)["time"] if form == "json" else line.split()[0]
+    assert time_of_line == "2025-07-20T08:26:40.007Z"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_field_that_json_does_not_know_is_written_as_text(
+    form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(Settings(log_format=form))  # type: ignore[arg-type] # both are right
+    logging.getLogger("a").info("b", extra={"fields": {"path": Path("/c"), "n": 1}})
+    (line,) = capsys.readouterr().err.splitlines()
+    if form == "json":
+        assert (json.loads(line)["path"], json.loads(line)["n"]) == ("/c", 1)
+    else:
+        assert line.endswith(" info    b path=/c n=1")
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_the_level_is_the_least_serious_one(level: str, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(Settings(log_level=level))  # type: ignore[arg-type] # all are right
+    for name in ("debug", "info", "warning", "error"):
+        getattr(logging.getLogger("service"), name)("said")
+    lines = capsys.readouterr().err.splitlines()
+    order = ["debug", "info", "warning", "error"]
+    assert [line.split()[1] for line in lines] == order[order.index(level) :]
+
+
+def test_other_loggers_chatter_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(Settings(log_level="debug"))
+    for name in ("asyncio", "PIL.PngImagePlugin"):
+        logging.getLogger(name).info("chatter")
+        logging.getLogger(name).warning("trouble")
+    assert [line.split()[2] for line in capsys.readouterr().err.splitlines()] == ["trouble"] * 2
+
+
+def test_configured_twice_every_line_is_written_once(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(Settings())
+    logs.configure(Settings())
+    logging.getLogger("service").info("said")
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_form_that_the_parser_complains_of_is_no_line(capsys: pytest.CaptureFixture[str]) -> None:
