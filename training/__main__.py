@@ -3,12 +3,11 @@
 import hashlib
 import json
 import math
-import platform
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
@@ -25,11 +23,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from training.atomic import write_whole
-from training.dataset import CLASS_NAMES, DatasetError, FashionMNIST, load
-from training.evaluation import report
+from training.dataset import CLASS_NAMES, DatasetError, load
+from training.evaluation import pictures
+from training.evaluation.card import Runs, model_card
 from training.evaluation.measures import Evaluation, EvaluationError, evaluate, onnx_classifier
-from training.export import ExportError, Provenance, export
-from training.fitting.fit import FitError, Fitted, check, fit_side_by_side
+from training.evaluation.robustness import perturbations
+from training.export import ExportError, ExportReport, Provenance, export
+from training.fitting.fit import Fitted
+from training.fitting.plan import FitError, create_runs, new_config, resumed_run, versions
+from training.fitting.processes import fit_run, fit_runs
 from training.fitting.recipes import RECIPES
 from training.fitting.run import Config, Epoch, Run, RunError
 from training.fitting.step import Fitting
@@ -38,7 +40,7 @@ from training.studies.records import Records, conditions
 
 OVERRIDES = ("epochs", "batch_size", "learning_rate")
 SETTINGS = ("seed", "device", "batch_norm", "holdout", "threads")
-LAST_SEED, MOST_SEEDS = 2**31, 1000
+MAX_SEED, MAX_SEEDS = 2**31, 1000
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -53,10 +55,10 @@ class Commands(click.Group):
         except (DatasetError, EvaluationError, ExportError, FitError, RunError) as error:
             raise click.ClickException(str(error)) from error
         except BrokenPipeError:
-            raise  # click ends quietly when nobody reads on
-        except OSError as error:  # a full disk, or a place that may not be written to
-            place = f": {error.filename}" if error.filename else ""
-            raise click.ClickException(f"{error.strerror or error}{place}.") from error
+            raise  # click ends quietly when the reader has left
+        except OSError as error:  # a full disk, or a folder that may not be written to
+            where = f": {error.filename}" if error.filename else ""
+            raise click.ClickException(f"{error.strerror or error}{where}.") from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,8 +81,8 @@ def _seeds(_: click.Context, __: click.Parameter, text: str | None) -> list[int]
         found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not found:
             raise click.BadParameter(f"{text!r} is no list of seeds such as 0-4 or 0,3,7.")
-        if found[-1] > LAST_SEED or len(found) > MOST_SEEDS:
-            raise click.BadParameter(f"{text!r} is beyond {MOST_SEEDS:,} seeds up to {LAST_SEED}.")
+        if found[-1] > MAX_SEED or len(found) > MAX_SEEDS:
+            raise click.BadParameter(f"{text!r} is beyond {MAX_SEEDS:,} seeds up to {MAX_SEED}.")
         seeds.update(found)
     if len(seeds) < 2:
         raise click.BadParameter("a spread between seeds needs at least two of them.")
@@ -104,13 +106,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 @click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
 @click.option("--batch-size", type=click.IntRange(2), help="Instead of the recipe's.")
 @click.option("--learning-rate", type=float, callback=_positive, help="Instead of the recipe's.")
-@click.option("--seed", type=click.IntRange(0, LAST_SEED), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True)
 @click.option(
     "--seeds",
     callback=_seeds,
-    help="Fit all these seeds, 0-19 or 0,3,7, at once, as one grouped network, into run folders "
-    "OUT-SEED. It is for a GPU, which one net leaves idle; a CPU is faster at one seed after the "
-    "other.",
+    help="Fit all these seeds, 0-19 or 0,3,7, into run folders OUT-SEED: on a CPU in several "
+    "processes, on a GPU one after the other.",
 )
 @click.option(
     "--batch-norm",
@@ -126,7 +127,17 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
     show_default=True,
     help="Keep this many training images to validate on; the test set is then not touched.",
 )
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="How many torch computes with; the same number gives the same bits.  [default: the "
+    "machine's cores, shared by the seeds; at most one for every 64 images of a batch]",
+)
+@click.option(
+    "--graphs/--no-graphs",
+    default=True,
+    help="On a GPU, whether steps are replayed as CUDA graphs.  [default: where they prove right]",
+)
 @click.option("--out", type=FOLDER, help="The run folder.  [default: runs/RECIPE-SEED]")
 @click.option("--resume", is_flag=True, help="Continue the run in --out, with its own settings.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -141,134 +152,120 @@ def fit_command(
     seed: int,
     seeds: list[int],
     resume: bool,
+    graphs: bool,
     quiet: bool,
     as_json: bool,
     data_dir: Path | None,
-    **_: Any,
+    **options: Any,
 ) -> None:
     """Fit one model into a run folder; with --seeds, several into one each."""
-    if seeds and (resume or ctx.get_parameter_source("seed") is ParameterSource.COMMANDLINE):
+    given = _given(ctx)
+    if seeds and (resume or "seed" in given):
         raise click.UsageError("--seeds starts new runs: leave out --seed and --resume.")
     folder = out or Path("runs") / (recipe if seeds else f"{recipe}-{seed}")
-    stored = Run(folder).config() if resume else None
-    if stored and Run(folder).complete:
-        raise RunError(f"the run in {folder} is complete: there is nothing to resume.")
     data = load(data_dir)
-    config = _config(ctx, data, stored)
-    if seeds:
-        folders = {folder.with_name(f"{folder.name}-{each}"): each for each in seeds}
+    if resume:
+        runs = [resumed_run(folder, given | {"dataset_sha256": data.sha256})]
+        _tell_other_versions(runs[0].config())
     else:
-        folders = {folder: config.seed}
-    check(config.recipe, len(data.train.labels), config.holdout, len(folders), config.batch_norm)
-    if not stored:
-        for path in folders:
-            Run(path).must_be_new()
-    runs = [
-        Run(path) if stored else Run.create(path, replace(config, seed=each))
-        for path, each in folders.items()
-    ]
-    fitted = _fit(data, config, runs, quiet or as_json)
+        changes = {name: options[name] for name in OVERRIDES if options[name] is not None}
+        config = new_config(
+            replace(RECIPES[recipe], **changes),
+            data.sha256,
+            **{name: options[name] for name in SETTINGS if name in options},
+            processes=len(seeds) or 1,
+        )
+        runs = create_runs(folder, config, seeds or [seed], len(data.train.labels))
+    silent = quiet or as_json
+    try:
+        if seeds:
+            on_epoch = None if silent else _print_epoch
+            found = fit_runs(data, runs, graphs=graphs, on_epoch=on_epoch)
+            fitted = {run.folder: one for run, one in found}
+        else:
+            with _display(runs[0].config(), silent) as watch:
+                fitted = {folder: fit_run(data, runs[0], graphs=graphs, **watch)}
+    except KeyboardInterrupt:
+        _tell_how_to_go_on(runs)
+        raise click.exceptions.Exit(130) from None
     for run in runs:
-        report.draw_run(run)
+        pictures.draw_run(run)
     if as_json:
-        lines = [
-            {"run": str(path), "scores": {n: asdict(s) for n, s in one.scores.items()}}
-            | {"seconds": one.seconds}
-            for path, one in zip(folders, fitted, strict=True)
-        ]
+        lines = [_as_json(run, fitted[run.folder]) for run in runs]
         click.echo(json.dumps(lines if seeds else lines[0]))
     elif not quiet:
-        judged = f"{config.holdout:,} held-out images" if config.holdout else "test set"
-        click.echo(f"{'Statistics':<12} accuracy on the {judged}")
-        for name in fitted[0].scores:
-            found = [one.scores[name].accuracy for one in fitted]
-            spread = f" mean, standard deviation {stdev(found):.4f}" if seeds else ""
-            click.echo(f"{name:<12} {fmean(found):.4f}{spread}")
-        click.echo(f"Run folder{'s' * bool(seeds)}: {' '.join(map(str, folders))}")
+        _print_scores(runs, [fitted[run.folder] for run in runs])
 
 
-def _config(ctx: click.Context, data: FashionMNIST, stored: Config | None) -> Config:
-    """Make the configuration that the options ask for; a resumed run's own where they are silent.
-
-    Raises:
-        RunError: an option that was given, or the data set, differs from the resumed run's.
-        FitError: no CUDA device, where one is asked for.
-    """
-    options = {name: value for name, value in ctx.params.items() if value is not None}
-    if options["device"] == "auto":
-        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    asked = {name: options[name] for name in options if name in SETTINGS}
-    changes = {name: options[name] for name in options if name in OVERRIDES}
-    config = Config(
-        recipe=replace(RECIPES[options["recipe"]], **changes),
-        dataset_sha256=data.sha256,
-        versions={
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),  # with its build, such as +cu130
-            "numpy": np.__version__,
-        },
-        **asked,
-    )
-    if (stored or config).device == "cuda" and not torch.cuda.is_available():
-        raise FitError("torch finds no CUDA device here: use --device cpu, or auto.")
-    if stored is None:
-        return config
-    wanted, own = (
-        {**asdict(c), **asdict(c.recipe), "recipe": c.recipe.name} for c in (config, stored)
-    )
-    given = [
-        name
+def _given(ctx: click.Context) -> dict[str, Any]:
+    """Return the settings of the fit that stand on the command line."""
+    return {
+        name: ctx.params[name]
         for name in ("recipe", *OVERRIDES, *SETTINGS)
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    ]
-    for name in [*given, "dataset_sha256"]:
-        if wanted[name] != own[name]:
-            raise RunError(
-                f"the run was started with {name.replace('_', ' ')} {own[name]}, "
-                f"not {wanted[name]}: resume it with its own settings."
-            )
-    if stored.versions != config.versions:
-        now = ", ".join(f"{name} {number}" for name, number in config.versions.items())
-        click.echo(f"Resumed with {now}, other versions than it was started with.", err=True)
-    return stored
+    }
 
 
-def _fit(
-    data: FashionMNIST,
-    config: Config,
-    runs: list[Run],
-    quiet: bool,
-) -> list[Fitted]:
-    """Fit into run folders, one a seed; when interrupted, say how to continue, and exit."""
-    torch.set_num_threads(config.threads)
-    try:
-        with _display(config, quiet) as watch:
-            return fit_side_by_side(
-                data,
-                config.recipe,
-                [run.config().seed for run in runs],
-                device=config.device,
-                batch_norm=config.batch_norm,
-                holdout=config.holdout,
-                runs=runs,
-                **watch,
+def _tell_other_versions(config: Config) -> None:
+    now = versions()
+    if config.versions != now:
+        listed = ", ".join(f"{name} {number}" for name, number in now.items())
+        click.echo(f"Resumed with {listed}, other versions than it was started with.", err=True)
+
+
+def _tell_how_to_go_on(runs: Sequence[Run]) -> None:
+    epochs = runs[0].config().recipe.epochs
+    for run in runs:
+        if not run.complete:
+            click.echo(
+                f"Interrupted after {len(run.metrics())} of {epochs} epochs, all kept.\n"
+                "Continue with: python -m training fit --resume --out "
+                f"{shlex.quote(str(run.folder))}",
+                err=True,
             )
-    except KeyboardInterrupt:
-        kept = min(len(run.metrics()) for run in runs)
-        commands = [
-            f"python -m training fit --resume --out {shlex.quote(str(run.folder))}" for run in runs
-        ]
-        click.echo(
-            f"Interrupted after {kept} of {config.recipe.epochs} epochs, all kept.\n"
-            f"Continue with: {'; '.join(commands)}",
-            err=True,
-        )
-        raise click.exceptions.Exit(130) from None
+
+
+def _as_json(run: Run, fitted: Fitted) -> dict[str, Any]:
+    scores = {name: asdict(score) for name, score in fitted.scores.items()}
+    return {"run": str(run.folder), "scores": scores, "seconds": fitted.seconds}
+
+
+def _print_scores(runs: Sequence[Run], fitted: Sequence[Fitted]) -> None:
+    """Print accuracies, their spread where there are several seeds, and the next command."""
+    holdout = runs[0].config().holdout
+    judged = f"{holdout:,} held-out images" if holdout else "test set"
+    click.echo(f"{'Statistics':<12} accuracy on the {judged}")
+    for name in fitted[0].scores:
+        found = [one.scores[name].accuracy for one in fitted]
+        spread = f" mean, standard deviation {stdev(found):.4f}" if len(found) > 1 else ""
+        click.echo(f"{name:<12} {fmean(found):.4f}{spread}")
+    first, *others = [shlex.quote(str(run.folder)) for run in runs]
+    click.echo(f"Run folder{'s' * bool(others)}: {' '.join([first, *others])}")
+    if holdout:
+        click.echo(f"Next: fit all images, then export them with --held-out {first}")
+    else:
+        more = "".join(f" --seeds-from {other}" for other in others)
+        click.echo(f"Next: python -m training export {first}{more} --out {first}/bn_lenet.onnx")
+
+
+def _print_epoch(run: Run, line: Epoch) -> None:
+    """Print a line for an epoch of one of several seeds, in the process that fits it."""
+    config = run.config()
+    click.echo(f"seed {config.seed}  {_epoch_line(config, line)}", err=True)
+
+
+def _epoch_line(config: Config, line: Epoch) -> str:
+    return (
+        f"epoch {line.epoch}/{config.recipe.epochs}  loss {line.loss:.4f}  "
+        f"training {line.train_accuracy:.4f}  "
+        f"{'held out' if config.holdout else 'test'} {line.accuracy:.4f}  "
+        f"{line.images_per_second:,.0f} images/s"
+    )
 
 
 @contextmanager
 def _display(config: Config, quiet: bool) -> Iterator[dict[str, Callable[..., None]]]:
-    """Show how a fit goes: a live bar in a terminal, a plain line an epoch elsewhere."""
+    """Show how a fit goes: a live bar in a terminal, and a line an epoch."""
     console, epochs = Console(stderr=True), config.recipe.epochs
     if quiet:
         yield {}
@@ -295,28 +292,21 @@ def _display(config: Config, quiet: bool) -> Iterator[dict[str, Callable[..., No
                 task,
                 completed=epoch - 1 + seen / images,
                 epoch=epoch,
-                loss=fitting.loss.mean().item() / seen,
-                accuracy=fitting.correct.double().mean().item() / seen,
-                speed=(progress.tasks[0].speed or 0.0) * images * len(fitting.seeds),
+                loss=fitting.loss.item() / seen,
+                accuracy=fitting.correct.item() / seen,
+                speed=(progress.tasks[0].speed or 0.0) * images,
             )
 
-        def on_epoch(lines: list[Epoch]) -> None:
-            line, means = lines[0], ("loss", "train_accuracy", "accuracy")
-            loss, training, accuracy = (fmean(getattr(x, name) for x in lines) for name in means)
+        def on_epoch(line: Epoch) -> None:
             progress.update(
                 task,
                 completed=line.epoch,
                 epoch=line.epoch,
-                loss=loss,
-                accuracy=training,
+                loss=line.loss,
+                accuracy=line.train_accuracy,
                 speed=line.images_per_second,
             )
-            progress.console.print(
-                f"epoch {line.epoch}/{epochs}  loss {loss:.4f}  training {training:.4f}  "
-                f"{'held out' if config.holdout else 'test'} {accuracy:.4f}  "
-                f"{line.images_per_second:,.0f} images/s",
-                highlight=False,
-            )
+            progress.console.print(_epoch_line(config, line), highlight=False)
 
         yield {"on_batch": on_batch, "on_epoch": on_epoch}
 
@@ -354,43 +344,54 @@ def export_command(
     data_dir: Path | None,
 ) -> None:
     """Fold, verify and write RUN's model as ONNX, with MODEL_CARD.md beside it."""
-    fitted = Run(run)
-    config, others = fitted.config(), [Run(other) for other in dict.fromkeys((run, *seeds_from))]
-    validation = Run(held_out) if held_out else None
-    for other in [*others, *([validation] if validation else [])]:
-        other.results()  # all must be complete before anything is written
-        if other.config().recipe != config.recipe:
-            raise RunError(f"{other.folder} was fitted by another recipe than {run}.")
-    if len({other.config().seed for other in others}) < len(others):
-        raise RunError("two of the runs have the same seed: name every seed's once.")
-    for other in others:
-        if other.config().holdout:
-            raise RunError(
-                f"{other.folder} was not fitted on all images and tested: it held some out."
-            )
-    if validation and not validation.config().holdout:
-        raise RunError(f"{held_out} held no images out: fit it with --holdout.")
+    seeds = [Run(folder) for folder in dict.fromkeys((run, *seeds_from))]
+    runs = Runs(seeds[0], seeds, Run(held_out) if held_out else None)
+    runs.check()  # before anything is written
+    config = runs.exported.config()
     statistics = statistics or config.recipe.statistics
-    if temperature is None:
-        fallback = config.recipe.temperature
-        temperature = validation.results()["temperature"] if validation else fallback
-    test = load(data_dir).test
-    source = Provenance(
-        config.recipe.name, config.seed, config.dataset_sha256, statistics, config.versions
-    )
-    exported = export(fitted.model(statistics), source, test, out, temperature=temperature)
-    evaluation = evaluate(onnx_classifier(out), test)
-    card = report.model_card(exported, source, temperature, fitted, others, evaluation, validation)
+    temperature = temperature or runs.temperature()
+    test, source = load(data_dir).test, Provenance.of(config, statistics)
+    with _steps("comparing the file with the model", 2 + len(perturbations())) as on_step:
+        model = runs.exported.model(statistics)
+        exported = export(model, source, test, out, temperature=temperature)
+        on_step("evaluating the file")
+        evaluation = evaluate(onnx_classifier(out), test, on_step)
+    card = model_card(exported, source, temperature, runs, evaluation)
     write_whole(out.parent / "MODEL_CARD.md", card.encode())
-    report.draw_confusion(evaluation.confusion, out.parent / "confusion.png")
+    pictures.draw_confusion(evaluation.confusion, out.parent / "confusion.png")
     if as_json:
         click.echo(json.dumps(asdict(exported), default=str))
     else:
+        _print_export(exported)
+
+
+def _print_export(exported: ExportReport) -> None:
+    file = shlex.quote(str(exported.path))
+    click.echo(
+        f"{exported.path}: {exported.size_bytes:,} bytes, SHA-256 {exported.sha256}\n"
+        f"test accuracy {exported.test_accuracy:.4f}, fold error {exported.fold_error:.1e}"
+    )
+    if exported.ties:
         click.echo(
-            f"{out}: {exported.size_bytes:,} bytes, SHA-256 {exported.sha256}\n"
-            f"test accuracy {exported.test_accuracy:.4f}, fold error {exported.fold_error:.1e}, "
-            f"ties {list(exported.ties)}, disagreements {list(exported.disagreements)}"
+            f"images with two equally good classes: {list(exported.ties)}; of these, the file and "
+            f"the unfolded model differ on {list(exported.disagreements)}"
         )
+    click.echo(f"Next: python -m training evaluate {file}")
+
+
+@contextmanager
+def _steps(first: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar over a few long steps in a terminal; yield what to call when a step begins."""
+    console = Console(stderr=True)
+    with Progress(
+        BarColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as progress:
+        task = progress.add_task(first, total=total)
+        yield lambda name: progress.update(task, description=name, advance=1)
 
 
 @main.command("evaluate")
@@ -399,8 +400,9 @@ def export_command(
 @data_dir_option
 def evaluate_command(model: Path, as_json: bool, data_dir: Path | None) -> None:
     """Judge an ONNX file on the test set: accuracy, classes, calibration, robustness."""
-    classify = onnx_classifier(model)
-    evaluation = evaluate(classify, load(data_dir).test)
+    classify, test = onnx_classifier(model), load(data_dir).test
+    with _steps("images as they are", 1 + len(perturbations())) as on_step:
+        evaluation = evaluate(classify, test, on_step)
     if as_json:
         worst = {"robust_mean": evaluation.robust_mean, "robust_worst": evaluation.robust_worst}
         click.echo(json.dumps(asdict(evaluation) | worst))
@@ -412,6 +414,7 @@ def evaluate_command(model: Path, as_json: bool, data_dir: Path | None) -> None:
     )
     for table in _tables(evaluation):
         console.print(table)
+    click.echo(f"Serve it: BNLENET_MODEL_PATH={shlex.quote(str(model))} python -m service")
 
 
 def _tables(evaluation: Evaluation) -> Iterator[Table]:
@@ -440,9 +443,9 @@ def _tables(evaluation: Evaluation) -> Iterator[Table]:
 def norms_command(run: Path, picture: Path | None, as_json: bool) -> None:
     """Print the gamma and beta that every batch-norm layer of RUN learnt."""
     model = Run(run).model()
-    parameters = report.affine_parameters(model)
+    parameters = pictures.affine_parameters(model)
     if picture:
-        report.draw_norms(model, picture)
+        pictures.draw_norms(model, picture)
     if as_json:
         click.echo(json.dumps({n: {"gamma": g, "beta": b} for n, (g, b) in parameters.items()}))
         return

@@ -23,6 +23,7 @@ from torch import nn
 
 from training.atomic import write_whole
 from training.dataset import CLASS_NAMES, Split
+from training.fitting.run import Config
 from training.folding import fold_batch_norm
 
 OPSET, IR_VERSION = 20, 10  # what every ONNX Runtime of the declared range reads
@@ -60,6 +61,13 @@ class Provenance:
     dataset_sha256: str
     statistics: Literal["population", "moving"]
     versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, config: Config, statistics: Literal["population", "moving"]) -> "Provenance":
+        """Return that of a run's model with these statistics."""
+        return cls(
+            config.recipe.name, config.seed, config.dataset_sha256, statistics, config.versions
+        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,46 @@ def export(
         ValueError: the model is in training mode, or the temperature is not a positive number.
     """
     folded = divide_logits(fold_batch_norm(model), temperature)
-    expected = reference_logits(model, test.images, temperature)
+    parity = verify(folded, reference_logits(model, test.images, temperature), test)
+    expected = softmax(reference_logits(model, self_test_pixels(), temperature))
+    metadata = describe(provenance, parity, temperature, expected)
+    proto = build_model(folded, metadata | {"digest": NO_DIGEST})  # last, so that it ends the file
+    self_test_error = verify_self_test(proto, expected)
+    data = with_digest(proto.SerializeToString(deterministic=True))
+    _write(out, data)
+    return ExportReport(
+        path=out,
+        sha256=hashlib.sha256(data).hexdigest(),
+        size_bytes=len(data),
+        test_images=len(test.images),
+        test_accuracy=parity.accuracy,
+        fold_error=parity.fold_error,
+        ties=parity.ties,
+        disagreements=parity.disagreements,
+        self_test_error=self_test_error,
+    )
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How a folded model under ONNX Runtime compares with the unfolded one in float64.
+
+    The fields are those of `ExportReport`.
+    """
+
+    accuracy: float
+    fold_error: float
+    ties: tuple[int, ...]
+    disagreements: tuple[int, ...]
+
+
+def verify(folded: nn.Sequential, expected: NDArray[np.float64], test: Split) -> Parity:
+    """Compare classes and logits of a folded model with the `expected` logits [n, 10].
+
+    Raises:
+        ExportError: a logit is off by more than `LOGIT_TOLERANCE`, or the class of an image
+            differs that is no tie.
+    """
     probabilities, logits = _run(_with_logits(build_model(folded, {})), test.images)
     fold_error = float(np.abs(logits - expected).max())
     if not fold_error <= LOGIT_TOLERANCE:  # also when it is NaN
@@ -124,66 +171,63 @@ def export(
         )
     second, best = np.partition(expected, -2, axis=1)[:, -2:].T
     ties = np.flatnonzero(best - second < LOGIT_TOLERANCE)
-    disagreements = np.flatnonzero(probabilities.argmax(axis=1) != expected.argmax(axis=1))
+    answers = probabilities.argmax(axis=1)
+    disagreements = np.flatnonzero(answers != expected.argmax(axis=1))
     if wrong := sorted(set(disagreements.tolist()) - set(ties.tolist())):
         raise ExportError(
             f"the file and the unfolded model name different classes for {len(wrong)} test "
             f"image(s), the first of index {wrong[0]}: nothing was written."
         )
-
-    accuracy = float((probabilities.argmax(axis=1) == test.labels).mean())
-    pixels = self_test_pixels()
-    self_test = softmax(reference_logits(model, pixels, temperature))
-    proto = build_model(
-        folded,
-        {
-            "name": "bn-lenet",
-            "version": "1",
-            "classes": json.dumps(CLASS_NAMES),
-            "recipe": provenance.recipe,
-            "seed": str(provenance.seed),
-            "test_accuracy": f"{accuracy:.4f}",
-            "dataset_sha256": provenance.dataset_sha256,
-            "fold_error": f"{fold_error:.1e}",
-            "statistics": provenance.statistics,
-            "temperature": repr(float(temperature)),
-            "versions": json.dumps(
-                {
-                    **provenance.versions,
-                    "onnx": onnx.__version__,
-                    "onnxruntime": onnxruntime.__version__,
-                }
-            ),
-            "self_test": json.dumps(
-                {
-                    "formula": SELF_TEST_FORMULA,
-                    "pixels": base64.b64encode(pixels.tobytes()).decode(),
-                    # Rounded beyond what differs between processors, so that bytes do not.
-                    "probabilities": self_test.round(12).tolist(),
-                    "tolerance": SELF_TEST_TOLERANCE,
-                }
-            ),
-            "digest": NO_DIGEST,  # the last entry, so that it ends the file
-        },
-    )
-    self_test_error = float(np.abs(_run(proto, pixels)[0] - self_test).max())
-    if not self_test_error <= SELF_TEST_TOLERANCE:
-        raise ExportError(
-            f"the file fails its own self-test by {self_test_error:.1e}: nothing was written."
-        )
-    data = with_digest(proto.SerializeToString(deterministic=True))
-    _write(out, data)
-    return ExportReport(
-        path=out,
-        sha256=hashlib.sha256(data).hexdigest(),
-        size_bytes=len(data),
-        test_images=len(test.images),
-        test_accuracy=accuracy,
+    return Parity(
+        accuracy=float((answers == test.labels).mean()),
         fold_error=fold_error,
         ties=tuple(ties.tolist()),
         disagreements=tuple(disagreements.tolist()),
-        self_test_error=self_test_error,
     )
+
+
+def verify_self_test(proto: onnx.ModelProto, expected: NDArray[np.float64]) -> float:
+    """Return the largest error on the self-test, whose probabilities are `expected` [6, 10].
+
+    Raises:
+        ExportError: it is more than `SELF_TEST_TOLERANCE`.
+    """
+    error = float(np.abs(_run(proto, self_test_pixels())[0] - expected).max())
+    if not error <= SELF_TEST_TOLERANCE:
+        raise ExportError(f"the file fails its own self-test by {error:.1e}: nothing was written.")
+    return error
+
+
+def describe(
+    provenance: Provenance,
+    parity: Parity,
+    temperature: float,
+    self_test: NDArray[np.float64],
+) -> dict[str, str]:
+    """Return what the metadata say of a model whose self-test gives these probabilities [6, 10]."""
+    runtimes = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    return {
+        "name": "bn-lenet",
+        "version": "1",
+        "classes": json.dumps(CLASS_NAMES),
+        "recipe": provenance.recipe,
+        "seed": str(provenance.seed),
+        "test_accuracy": f"{parity.accuracy:.4f}",
+        "dataset_sha256": provenance.dataset_sha256,
+        "fold_error": f"{parity.fold_error:.1e}",
+        "statistics": provenance.statistics,
+        "temperature": repr(float(temperature)),
+        "versions": json.dumps({**provenance.versions, **runtimes}),
+        "self_test": json.dumps(
+            {
+                "formula": SELF_TEST_FORMULA,
+                "pixels": base64.b64encode(self_test_pixels().tobytes()).decode(),
+                # Rounded beyond what differs between processors, so that bytes do not.
+                "probabilities": self_test.round(12).tolist(),
+                "tolerance": SELF_TEST_TOLERANCE,
+            }
+        ),
+    }
 
 
 def build_model(folded: nn.Sequential, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -204,7 +248,7 @@ def build_model(folded: nn.Sequential, metadata: Mapping[str, str]) -> onnx.Mode
         helper.make_node("Div", ["cast", "white"], ["scaled"], "scale"),
     ]
     weights = [numpy_helper.from_array(np.array(255, np.float32), "white")]
-    last, value = next(reversed(folded._modules)), "scaled"
+    value, (*_, (last, _)) = "scaled", folded.named_children()
     for name, layer in folded.named_children():
         operator, attributes = _operator(layer)
         inputs = [value]

@@ -54,7 +54,9 @@ def fold_batch_norm(model: nn.Sequential) -> nn.Sequential:
         raise ValueError("cannot fold a model in training mode: call eval() first")
     folded: OrderedDict[str, nn.Module] = OrderedDict()
     # Not named_children(), which passes over a layer that is used a second time.
-    for name, layer in zip(dict(model._modules), model, strict=True):
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not name or "." in name:  # the model itself, or a layer inside a layer
+            continue
         if not isinstance(layer, NormLayer):
             if any(isinstance(deeper, NormLayer) for deeper in layer.modules()):
                 raise ValueError(

@@ -1,7 +1,10 @@
+"""The command line as people use it: what it prints, what it refuses, what it leaves behind."""
+
 import json
 import platform
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +13,17 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from torch import Tensor
 
 import training.__main__ as command_line
 from training.dataset import DatasetError, FashionMNIST
+from training.export import ExportReport, export
+from training.fitting import plan, processes
 from training.fitting.recipes import RECIPES, Recipe
 from training.fitting.run import Run
 from training.fitting.step import Fitting
 
-FIT = ("fit", "--epochs", "2", "--device", "cpu")
+FIT = ("fit", "--epochs", "2", "--device", "cpu", "--threads", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -44,26 +50,71 @@ def fail(*arguments: object) -> str:
     return result.stderr
 
 
-def test_fit_export_evaluate_from_end_to_end_and_again(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def finished(few: FashionMNIST, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fit the chapter's recipe, seed 5, by the command line; the folder is not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "load", lambda _: few)
+        succeed(*FIT, "--seed", 5, "--out", folder, "--quiet")
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """Return a copy of the finished run."""
+    return shutil.copytree(finished, tmp_path / "a")
+
+
+@pytest.fixture
+def unfinished(copied: Path) -> Path:
+    """Return a copy of the finished run as it was before its results were written."""
+    (copied / "results.json").unlink()
+    return copied
+
+
+def follow(printed: str, beginning: str) -> Result:
+    """Run the command that stands after `beginning` in what was printed."""
+    (line,) = (line for line in printed.splitlines() if line.startswith(beginning))
+    return succeed(*shlex.split(line.removeprefix(beginning).removeprefix("python -m training")))
+
+
+def test_fit_export_evaluate_by_the_commands_that_each_prints_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "chapter-0"
+    fitted = succeed(*FIT, "--recipe", "chapter")
+    assert re.search(r"epoch 2/2  loss \d\.\d{4}  training 0\.\d{4}  test 0\.\d{4}", fitted.stderr)
+    assert "population" in fitted.stdout
+    exported = follow(fitted.stdout, "Next: ")
+    assert "bn_lenet.onnx: " in exported.stdout
+    assert "[]" not in exported.stdout  # no list of images without any
+    evaluated = follow(exported.stdout, "Next: ")
+    scores = json.loads((folder / "results.json").read_text())["scores"]
+    assert f"accuracy {scores['population']['accuracy']:.4f}" in evaluated.stdout
+    serve = "Serve it: BNLENET_MODEL_PATH=runs/chapter-0/bn_lenet.onnx python -m service\n"
+    assert evaluated.stdout.endswith(serve)
+    assert "rotation -10" in evaluated.stdout
+    assert "\n 9 Ankle boot" in evaluated.stdout  # not cut, though the screen's width is unknown
+    assert max(map(len, evaluated.stdout.splitlines()[:-1])) <= 80
+
+
+def test_the_same_fit_gives_the_same_file(finished: Path, tmp_path: Path) -> None:
+    succeed(*FIT, "--seed", 5, "--out", tmp_path / "b", "--quiet")
     hashes = []
-    for name in ("a", "b"):
-        folder = tmp_path / name
-        result = succeed(*FIT, "--recipe", "chapter", "--out", folder)
-        assert re.search(
-            r"epoch 2/2  loss 1\.\d{4}  training 0\.\d{4}  test 0\.\d{4}", result.stderr
-        )
-        assert "population" in result.stdout
-        out = folder / "model" / "m.onnx"
+    for folder in (finished, tmp_path / "b"):
+        out = tmp_path / "model" / "m.onnx"
         exported = json.loads(succeed("export", folder, "--out", out, "--json").stdout)
         hashes.append(exported["sha256"])
     assert hashes[0] == hashes[1]
+    folder = tmp_path / "b"
     assert {path.name for path in folder.iterdir()} == {
         "checkpoint.safetensors",
         "config.json",
         "confusion.png",
         "curves.png",
         "metrics.jsonl",
-        "model",
         "norms.png",
         "results.json",
     }
@@ -77,18 +128,10 @@ def test_fit_export_evaluate_from_end_to_end_and_again(tmp_path: Path) -> None:
     assert judged["accuracy"] == pytest.approx(scores["population"]["accuracy"], abs=1e-9)
     assert judged["accuracy"] == pytest.approx(exported["test_accuracy"])
     assert judged["robust_mean"] == pytest.approx(sum(judged["robustness"].values()) / 16)
-    printed = succeed("evaluate", out).stdout
-    assert f"accuracy {judged['accuracy']:.4f}" in printed
-    assert "rotation -10" in printed
-    assert "\n 9 Ankle boot" in printed  # whole, though nobody said how wide the screen is
-    assert max(map(len, printed.splitlines())) <= 80
 
 
-def test_the_metrics_have_a_line_an_epoch(tmp_path: Path) -> None:
-    succeed(*FIT, "--out", tmp_path / "a", "--quiet")
-    lines = [
-        json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
-    ]
+def test_the_metrics_have_a_line_an_epoch(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     for line in lines:
         assert 0 < line["accuracy"] < 1
@@ -100,6 +143,7 @@ def test_the_metrics_have_a_line_an_epoch(tmp_path: Path) -> None:
 def test_quiet_prints_nothing_and_json_one_line(tmp_path: Path) -> None:
     assert succeed(*FIT, "--out", tmp_path / "a", "--quiet").output == ""
     result = succeed(*FIT, "--out", tmp_path / "b", "--json", "--holdout", 100)
+    assert len(result.stdout.splitlines()) == 1
     assert result.stderr == ""
     assert json.loads(result.stdout)["scores"]["moving"]["accuracy"] > 0
     judged = [Run(tmp_path / name).results()["judged_on"] for name in ("a", "b")]
@@ -109,75 +153,103 @@ def test_quiet_prints_nothing_and_json_one_line(tmp_path: Path) -> None:
 def test_options_override_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")  # metadata has no build
     options = ("--batch-size", 50, "--learning-rate", 0.05, "--seed", 7, "--batch-norm", "scratch")
-    succeed(*FIT, *options, "--holdout", 100, "--out", tmp_path / "a", "--quiet")
+    result = succeed(*FIT, *options, "--holdout", 100, "--out", tmp_path / "a")
     config = Run(tmp_path / "a").config()
     assert (config.recipe.batch_size, config.recipe.learning_rate) == (50, 0.05)
     assert (config.seed, config.batch_norm, config.holdout) == (7, "scratch", 100)
     assert config.versions["torch"] == "2.13.0+cu130"
+    assert "accuracy on the 100 held-out images" in result.stdout
+    assert f"then export them with --held-out {tmp_path / 'a'}" in result.stdout
 
 
-def test_gamma_and_beta_are_printed(tmp_path: Path) -> None:
-    succeed(*FIT, "--out", tmp_path / "a", "--quiet")
-    parameters = json.loads(succeed("norms", tmp_path / "a", "--json").stdout)
-    checkpoint = Run(tmp_path / "a").checkpoint()
+@pytest.mark.parametrize("options", [("--threads", "2"), ()])
+def test_the_fit_computes_with_the_threads_that_its_folder_records(
+    options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "cores", lambda: 2)
+    seen = []
+    step = Fitting.step
+
+    def noted(self: Fitting, rows: Tensor) -> None:
+        seen.append(torch.get_num_threads())
+        torch.set_num_threads(1)  # faster, where the cores are busy
+        step(self, rows)
+
+    monkeypatch.setattr(Fitting, "step", noted)
+    arguments = ("--epochs", "1", "--device", "cpu", "--batch-size", 400)
+    succeed("fit", *arguments, *options, "--out", tmp_path / "a", "--quiet")
+    assert seen == [2]
+    assert Run(tmp_path / "a").config().threads == 2
+
+
+def test_gamma_and_beta_are_printed(finished: Path) -> None:
+    parameters = json.loads(succeed("norms", finished, "--json").stdout)
+    checkpoint = Run(finished).checkpoint()
     assert list(parameters) == ["norm1", "norm2", "norm3", "norm4"]
     assert parameters["norm1"]["gamma"] == checkpoint["norm1.weight"].tolist()
     assert parameters["norm4"]["beta"] == checkpoint["norm4.bias"].tolist()
     first = f"  gamma {parameters['norm1']['gamma'][0]:+.3f}"
-    assert first in succeed("norms", tmp_path / "a").stdout
+    assert first in succeed("norms", finished).stdout
 
 
 def test_ctrl_c_leaves_a_run_that_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    succeed(*FIT, "--out", tmp_path / "whole", "--quiet")
     step = Fitting.step
 
     def interrupted(self: Fitting, *arguments: Any, **options: Any) -> None:
-        if int(self.done) == 12:
+        if int(self.steps_done) == 6:
             raise KeyboardInterrupt
         step(self, *arguments, **options)
 
     monkeypatch.setattr(Fitting, "step", interrupted)
-    result = run(*FIT, "--out", tmp_path / "a")
+    result = run(*FIT, "--seed", 5, "--out", tmp_path / "a b")
     assert result.exit_code == 130
     assert "Interrupted after 1 of 2 epochs" in result.stderr
-    command = shlex.split(result.stderr.split("python -m training ")[1])
     monkeypatch.setattr(Fitting, "step", step)
-    succeed(*command, "--quiet")
-    files = [(tmp_path / name / "checkpoint.safetensors").read_bytes() for name in ("whole", "a")]
+    follow(result.stderr, "Continue with: ")
+    files = [(f / "checkpoint.safetensors").read_bytes() for f in (finished, tmp_path / "a b")]
     assert files[0] == files[1]
 
 
-def test_resuming_with_other_versions_is_told(tmp_path: Path) -> None:
+def test_resuming_with_other_versions_is_said(unfinished: Path) -> None:
     """The weights will not be those of an unbroken fit."""
-    succeed(*FIT, "--out", tmp_path / "a", "--quiet")
-    (tmp_path / "a" / "results.json").unlink()
-    assert "Resumed" not in succeed("fit", "--resume", "--out", tmp_path / "a").stderr
-    (tmp_path / "a" / "results.json").unlink()
-    settings = json.loads((tmp_path / "a" / "config.json").read_text())
+    resume = ("fit", "--resume", "--out", unfinished)
+    assert "Resumed" not in succeed(*resume).stderr
+    (unfinished / "results.json").unlink()
+    settings = json.loads((unfinished / "config.json").read_text())
     settings["versions"]["torch"] = "1.0"
-    (tmp_path / "a" / "config.json").write_text(json.dumps(settings))
-    told = succeed("fit", "--resume", "--out", tmp_path / "a").stderr
-    assert f"Resumed with python {platform.python_version()}, torch {torch.__version__}" in told
+    (unfinished / "config.json").write_text(json.dumps(settings))
+    said = succeed(*resume).stderr
+    assert f"Resumed with python {platform.python_version()}, torch {torch.__version__}" in said
 
 
-def test_several_seeds_get_a_run_folder_each(tmp_path: Path) -> None:
+def test_several_seeds_get_a_run_folder_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other here, as on a single core or a GPU."""
+    monkeypatch.setattr(processes, "cores", lambda: 1)
     out = tmp_path / "many"
-    result = succeed(*FIT, "--seeds", "4-6", "--out", out)
-    assert "epoch 2/2  loss 1." in result.stderr
+    result = succeed(*FIT, "--seeds", "4,6", "--out", out)
+    lines = re.findall(r"^seed (\d)  epoch (\d)/2  loss", result.stderr, re.MULTILINE)
+    assert lines == [(seed, epoch) for seed in "46" for epoch in "12"]
     assert re.search(r"moving +0\.\d{4} mean, standard deviation 0\.\d{4}", result.stdout)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["many-4", "many-5", "many-6"]
-    runs = [Run(tmp_path / f"many-{seed}") for seed in (4, 5, 6)]
-    assert [run.config().seed for run in runs] == [4, 5, 6]
-    assert len({run.results()["scores"]["moving"]["loss"] for run in runs}) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many-4", "many-6"]
+    runs = [Run(tmp_path / f"many-{seed}") for seed in (4, 6)]
+    assert [run.config().seed for run in runs] == [4, 6]
+    assert len({run.results()["scores"]["moving"]["loss"] for run in runs}) == 2
     assert (runs[1].folder / "curves.png").exists()
     assert "many-4 already exists" in fail(*FIT, "--seeds", "4-5", "--out", out)
     assert "leave out --seed and" in fail(*FIT, "--seeds", "0-1", "--seed", 1, "--out", out)
+    follow(result.stdout, "Next: ")
+    card = (runs[0].folder / "MODEL_CARD.md").read_text()
+    for run in runs:
+        accuracy = run.results()["scores"]["moving"]["accuracy"]
+        assert f"| {run.config().seed} | {accuracy:.4f} |" in card
 
 
 @pytest.mark.parametrize(
-    ("seeds", "told"),
+    ("seeds", "message"),
     [
         ("", "'' is no list of seeds such as 0-4 or 0,3,7"),
         ("²-5", "is no list of seeds"),
@@ -189,43 +261,40 @@ def test_several_seeds_get_a_run_folder_each(tmp_path: Path) -> None:
         ("9" * 5000, "is no list of seeds"),
     ],
 )
-def test_lists_of_seeds_that_are_none_are_refused(seeds: str, told: str, tmp_path: Path) -> None:
-    assert told in fail(*FIT, "--seeds", seeds, "--out", tmp_path / "a")
+def test_lists_of_seeds_that_are_none_are_refused(seeds: str, message: str, tmp_path: Path) -> None:
+    assert message in fail(*FIT, "--seeds", seeds, "--out", tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "a"
-    succeed(*FIT, "--seed", 5, "--out", folder, "--quiet")
-    resume = ("fit", "--resume", "--out", folder)
+def test_resuming_with_other_settings_is_refused(copied: Path) -> None:
+    resume = ("fit", "--resume", "--out", copied)
     assert "is complete: there is nothing to resume" in fail(*resume)
-    (folder / "results.json").unlink()
+    (copied / "results.json").unlink()
     assert "was started with seed 5, not 6: resume it with its own" in fail(*resume, "--seed", 6)
     assert "epochs 2, not 3" in fail(*resume, "--epochs", 3)
     assert "recipe chapter, not best" in fail(*resume, "--recipe", "best")
+    assert "threads 1, not 2" in fail(*resume, "--threads", 2)
     succeed(*resume, "--seed", 5, "--epochs", 2, "--recipe", "chapter", "--quiet")
 
 
 def test_resuming_on_another_data_set_is_refused(
-    tmp_path: Path, few: FashionMNIST, monkeypatch: pytest.MonkeyPatch
+    unfinished: Path, few: FashionMNIST, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    succeed(*FIT, "--out", tmp_path / "a", "--quiet")
-    (tmp_path / "a" / "results.json").unlink()
     monkeypatch.setattr(command_line, "load", lambda _: replace(few, sha256="other"))
-    assert "dataset sha256" in fail("fit", "--resume", "--out", tmp_path / "a")
+    assert "dataset sha256" in fail("fit", "--resume", "--out", unfinished)
 
 
 def test_the_card_tells_what_the_finish_changes(
     best: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(RECIPES, "best", best)
-    succeed("fit", "--recipe", "best", "--out", tmp_path / "a", "--quiet")
+    succeed("fit", "--recipe", "best", "--threads", 1, "--out", tmp_path / "a", "--quiet")
     succeed("export", tmp_path / "a", "--out", tmp_path / "model" / "m.onnx")
     card = (tmp_path / "model" / "MODEL_CARD.md").read_text()
     for row in ("| rotation | 6.0 |", "| finish | 0.5 |", "| shift in the finish | 1.0 |"):
         assert row in card
     assert "rotation in the finish" not in card
-    assert "fit --recipe best --seed 0" in card
+    assert "fit --recipe best --seed 0 --device cpu --threads 1 --out" in card
 
 
 @pytest.mark.parametrize(
@@ -233,10 +302,10 @@ def test_the_card_tells_what_the_finish_changes(
     [
         (("--recipe", "none"), "'none' is not one of 'chapter', 'best'"),
         (("--batch-size", 1), "1 is not in the range x>=2"),
-        (("--batch-size", 157), "leaves a last batch of one image"),
+        (("--batch-size", 133), "leaves a last batch of one image"),
         (("--learning-rate", "nan"), "nan is not a number above zero"),
         (("--learning-rate", "1e38"), "no longer finite in epoch 1, step"),
-        (("--holdout", 1100), "--holdout must leave images"),
+        (("--holdout", 400), "--holdout must leave images"),
         (("--resume",), "is no run folder"),
     ],
 )
@@ -271,8 +340,8 @@ def test_a_disk_that_fills_up_is_told_and_nothing_half_written_stays(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     file = tmp_path / "a" / "checkpoint.safetensors"
-    told = f"Error: No space left on device: {file}.\n"
-    assert fail(*FIT, "--out", tmp_path / "a", "--quiet") == told
+    message = f"Error: No space left on device: {file}.\n"
+    assert fail(*FIT, "--out", tmp_path / "a", "--quiet") == message
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["config.json", "metrics.jsonl"]
 
@@ -285,28 +354,58 @@ def test_a_damaged_data_set_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert fail(*FIT, "--out", tmp_path / "a") == "Error: x.gz is damaged: fetch it again.\n"
 
 
-def test_an_unfinished_run_is_not_exported(tmp_path: Path) -> None:
-    succeed(*FIT, "--out", tmp_path / "a", "--quiet")
-    (tmp_path / "a" / "results.json").unlink()
-    assert "is not complete" in fail("export", tmp_path / "a", "--out", tmp_path / "m.onnx")
+def test_an_unfinished_run_is_not_exported(unfinished: Path, tmp_path: Path) -> None:
+    assert "is not complete" in fail("export", unfinished, "--out", tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
 
 
-def test_the_temperature_comes_from_held_out_images(tmp_path: Path) -> None:
-    for name, options in (
-        ("a", ()),
-        ("held", ("--holdout", 300)),
-        ("other", ("--batch-size", 100)),
-    ):
-        succeed(*FIT, "--out", tmp_path / name, "--quiet", *options)
-    export = ("export", tmp_path / "a", "--out", tmp_path / "m.onnx")
-    assert "held no images out" in fail(*export, "--held-out", tmp_path / "a")
-    assert "by another recipe" in fail(*export, "--seeds-from", tmp_path / "other")
+def test_the_temperature_comes_from_held_out_images(copied: Path, tmp_path: Path) -> None:
+    succeed(*FIT, "--seed", 5, "--out", tmp_path / "held", "--quiet", "--holdout", 150)
+    export = ("export", copied, "--out", tmp_path / "m.onnx")
+    assert "held no images out" in fail(*export, "--held-out", copied)
     assert "held some out" in fail("export", tmp_path / "held", "--out", tmp_path / "m.onnx")
-    assert "have the same seed" in fail(*export, "--seeds-from", tmp_path / "." / "a" / ".." / "a")
+    assert "have the same seed" in fail(*export, "--seeds-from", copied / ".." / copied.name)
     assert not (tmp_path / "m.onnx").exists()
     succeed(*export, "--held-out", tmp_path / "held")
     temperature = Run(tmp_path / "held").results()["temperature"]
-    metadata = onnx.load(tmp_path / "m.onnx").metadata_props
-    assert float({entry.key: entry.value for entry in metadata}["temperature"]) == temperature
+    assert metadata(tmp_path / "m.onnx")["temperature"] == str(temperature)
     assert temperature != 1
+
+
+def metadata(file: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+
+
+def test_a_run_of_another_recipe_is_not_put_into_the_card(copied: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(copied, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["recipe"]["batch_size"] = 100
+    (other / "config.json").write_text(json.dumps(config))
+    export = ("export", copied, "--out", tmp_path / "m.onnx")
+    assert "by another recipe" in fail(*export, "--seeds-from", other)
+    assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("kind", ["moving", "population"])
+def test_the_file_carries_the_statistics_asked_for(
+    finished: Path, tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "m.onnx"
+    succeed("export", finished, "--out", out, "--statistics", kind, "--temperature", 1.5)
+    assert (metadata(out)["statistics"], metadata(out)["temperature"]) == (kind, "1.5")
+    judged = json.loads(succeed("evaluate", out, "--json").stdout)
+    scores = Run(finished).results()["scores"]
+    assert judged["accuracy"] == pytest.approx(scores[kind]["accuracy"])
+    assert f"**This file carries: {kind}.**" in (tmp_path / "MODEL_CARD.md").read_text()
+
+
+def test_images_with_two_equally_good_classes_are_listed(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tied(*arguments: Any, **options: Any) -> ExportReport:
+        return replace(export(*arguments, **options), ties=(3, 7), disagreements=(7,))
+
+    monkeypatch.setattr("training.__main__.export", tied)
+    printed = succeed("export", finished, "--out", tmp_path / "m.onnx").stdout
+    assert "equally good classes: [3, 7]; of these" in printed
+    assert "differ on [7]" in printed

@@ -12,8 +12,8 @@ import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
 from PIL import Image
 
 from training.dataset import FashionMNIST
-from training.evaluation import report
-from training.fitting.fit import on_device
+from training.evaluation import pictures
+from training.fitting.images import on_device
 from training.fitting.run import Run
 from training.model import BNLeNet, initialise
 from training.studies import batch_size
@@ -70,7 +70,7 @@ def test_its_pictures_are_small() -> None:
 
 def test_the_picture_of_gamma_and_beta_is_of_the_committed_model(tmp_path: Path) -> None:
     """Compared by eye, as it were: another version of matplotlib may set its type otherwise."""
-    report.draw_norms(RUN.model(), tmp_path / "again.png")
+    pictures.draw_norms(RUN.model(), tmp_path / "again.png")
     again, committed = (
         np.asarray(Image.open(path).convert("L"), float)
         for path in (tmp_path / "again.png", DOCS / "norms.png")

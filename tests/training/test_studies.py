@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,22 @@ from PIL import Image
 
 import training.__main__ as command_line
 from training.dataset import FashionMNIST, Split
-from training.fitting.fit import evaluate, fit, on_device, predict
-from training.fitting.recipes import Recipe
+from training.fitting.fit import fit
+from training.fitting.images import on_device
+from training.fitting.recipes import RECIPES, Recipe
 from training.fitting.run import RunError
+from training.fitting.scoring import evaluate, predict
 from training.model import BNLeNet, initialise
 from training.studies import batch_size, statistics
 from training.studies.records import Records
 
 PAGES = Path(__file__).parents[2] / "docs" / "studies"
 CONDITIONS = {"epochs": 3}
+
+
+@pytest.fixture
+def chapter() -> Recipe:
+    return replace(RECIPES["chapter"], epochs=3)
 
 
 def run(*arguments: object) -> Result:
@@ -165,7 +173,7 @@ def test_shares_are_counted_against_labels_and_fixed_statistics(
     monkeypatch.setattr(batch_size, "SIZES", (4, 64))
     model = fit(few, chapter).model
     # As many of each class, as in the whole test set: no batch of one is left over.
-    some = np.concatenate([np.flatnonzero(few.test.labels == c)[:36] for c in range(10)])
+    some = np.concatenate([np.flatnonzero(few.test.labels == c)[:12] for c in range(10)])
     test = Split(few.test.images[some], few.test.labels[some])
     records = Records(tmp_path / "a.jsonl", {})
     batch_size.measure(model, test, records)

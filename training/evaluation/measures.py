@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from training.dataset import Split
 from training.evaluation.robustness import perturbed
+from training.fitting.scoring import confusion_matrix
 
 Probabilities = NDArray[np.float32]
 Classifier = Callable[[NDArray[np.uint8]], Probabilities]
@@ -61,12 +62,21 @@ class Evaluation:
         return min(self.robustness.items(), key=lambda entry: entry[1])
 
 
-def evaluate(classify: Classifier, split: Split) -> Evaluation:
-    """Judge a classifier on a split and on its changed versions."""
+def evaluate(
+    classify: Classifier, split: Split, on_change: Callable[[str], None] = lambda _: None
+) -> Evaluation:
+    """Judge a classifier on a split and on its changed versions.
+
+    `on_change` is called with the name of each change when its images are about to be classified.
+    """
     probabilities = classify(split.images)
     confusion = confusion_matrix(probabilities.argmax(1), split.labels)
     right = confusion.diagonal()
     likelihood = probabilities[np.arange(len(split.labels)), split.labels].astype(np.float64)
+    robustness = {}
+    for name, images in perturbed(split.images):
+        on_change(name)
+        robustness[name] = accuracy(classify(images), split.labels)
     return Evaluation(
         images=len(split.labels),
         accuracy=accuracy(probabilities, split.labels),
@@ -75,21 +85,13 @@ def evaluate(classify: Classifier, split: Split) -> Evaluation:
         precision=(right / np.maximum(confusion.sum(0), 1)).tolist(),
         recall=(right / np.maximum(confusion.sum(1), 1)).tolist(),
         confusion=confusion.tolist(),
-        robustness={
-            name: accuracy(classify(images), split.labels)
-            for name, images in perturbed(split.images)
-        },
+        robustness=robustness,
     )
 
 
 def accuracy(probabilities: Probabilities, labels: NDArray[np.uint8]) -> float:
     """Return the share of rows [n, 10] whose largest entry is the label's."""
     return float((probabilities.argmax(1) == labels).mean())
-
-
-def confusion_matrix(answers: NDArray[np.int64], labels: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Count images [10, 10]: rows are true classes, columns answers."""
-    return np.bincount(labels.astype(np.int64) * 10 + answers, minlength=100).reshape(10, 10)
 
 
 def calibration_error(

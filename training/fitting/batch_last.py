@@ -1,4 +1,6 @@
-"""The training forward pass with the batch as the last axis: BN-LeNet twice as fast on a CPU core.
+"""The training forward pass with the batch as the last axis, which suits a CPU.
+
+On a quiet core an epoch by this pass is 1.2 to 1.3 times as fast as one by the plain model.
 
 It computes what calling the model computes, to rounding, on the model's own parameters and moving
 statistics; only the memory layout differs. A 6 x 6 tile of the input, taken at every second row

@@ -14,7 +14,7 @@ class Muon(torch.optim.Optimizer):
     takes neither convolutions nor a learning rate on the device, and works in bfloat16.
 
     Args:
-        parameters: weights [out, in] or [out, in, h, w], or stacks of such, [S, ...].
+        parameters: weights [out, in] or [out, in, h, w].
         lr: learning rate, a tensor [] on the device of the weights, read at every step.
         weight_decay: see above.
         momentum: share of the old momentum that is kept.
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(weight)
                 state["momentum"].lerp_(weight.grad, 1 - keep)
                 ahead = weight.grad.lerp(state["momentum"], keep)
-                ahead = ahead.flatten(-3) if ahead.ndim > 3 else ahead
+                ahead = ahead.flatten(1)
                 scale = max(1.0, ahead.shape[-2] / ahead.shape[-1]) ** 0.5
                 weight.mul_(1 - rate * group["weight_decay"])
                 weight.sub_(orthogonalise(ahead).view_as(weight) * (rate * scale))
@@ -52,7 +52,6 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """Return nearly U V^T for a matrix U S V^T, whose singular values come to about 0.7-1.2.
 
     A Newton-Schulz iteration whose coefficients Jordan et al. tuned for speed, not convergence.
-    A stack of matrices [..., rows, columns] gives a stack.
     """
     x: Tensor = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]

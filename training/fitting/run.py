@@ -82,7 +82,7 @@ class Epoch:
 
     `accuracy` is that on the images held out (the test set when none are), with moving statistics;
     nothing is chosen by it. `learning_rate` is that of the last step; `images_per_second` counts
-    those of all seeds trained side by side.
+    training images by the clock of the whole epoch, evaluation included.
     """
 
     epoch: int

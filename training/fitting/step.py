@@ -1,8 +1,8 @@
-"""One step of a fit, whose tensors all keep their places: called on a CPU, replayed on a GPU."""
+"""One training step, whose tensors keep their addresses, so that a CUDA graph can replay it."""
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -11,21 +11,33 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from training.batch_norm import NormLayer
-from training.fitting import batch_last, side_by_side
-from training.fitting.augmentation import Augmentation
+from training.fitting import batch_last
 from training.fitting.muon import Muon
-from training.fitting.recipes import NO_AUGMENTATION, Recipe
+from training.fitting.recipes import Recipe
 from training.model import BNLeNet, initialise
 
 
 class Fitting:
-    """A fit under way: every tensor that a step reads or writes keeps its place.
+    """A fit under way: model, optimisers, moving average, and the sums of the current epoch.
 
-    So the step can be captured in a CUDA graph, a fit resumed by copying into these tensors, and
-    nothing inside an epoch waits for the device. Of several seeds, the networks are views of
-    `model`, which holds them side by side.
+    Every tensor that a step reads or writes keeps its address: a CUDA graph can capture the step,
+    a resumed fit copies its state into these tensors, and no step waits for the device.
+
+    Attributes:
+        model: the network that the steps train.
+        average: moving average of its weights and statistics, float32 [all of their elements].
+        augmentation: of the current epoch.
+        generator: draws the order of the images and the augmentation.
+        schedule: by step: learning rate, AdamW's rate beside Muon, share of the new weights in the
+            average; float32 [3, steps].
+        steps_done: since the fit began; int64 [1].
+        learning_rates: of the last step, float32 [2].
+        loss: sum over this epoch's images, float64 [].
+        correct: right answers among this epoch's images, int64 [].
+        finite_steps: this epoch's steps before the loss became infinite or NaN, int64 [].
     """
 
     def __init__(
@@ -33,45 +45,38 @@ class Fitting:
         recipe: Recipe,
         images: Tensor,
         labels: Tensor,
-        seeds: Sequence[int] = (0,),
+        seed: int = 0,
         batch_norm: Literal["scratch", "torch"] = "torch",
     ) -> None:
-        self.recipe, self.images, self.labels, self.seeds = recipe, images, labels, seeds
-        self.augmentation = recipe.augmentation_in(1)  # `begin` keeps it up to date
+        self.recipe, self.images, self.labels, self.seed = recipe, images, labels, seed
+        self.augmentation = recipe.augmentation_in(1)
         device = images.device
-        self.generators = [torch.Generator(device) for _ in seeds]
-        self.networks = [BNLeNet(batch_norm) for _ in seeds]
-        for network, seed in zip(self.networks, seeds, strict=True):
-            initialise(network, seed)
-            network.to(device)
-            for layer, following in pairwise(network.children()):
-                # The norm's mean takes this bias away: its gradient is zero but for rounding, which
-                # AdamW would blow up into steps that the moving means do not keep up with.
-                if isinstance(following, NormLayer) and isinstance(layer.bias, Tensor):
-                    layer.bias.requires_grad_(False)
-        self.averages = [copy.deepcopy(n).eval().requires_grad_(False) for n in self.networks]
-        self.model, self.average = self.networks[0], self.averages[0]
+        self.generator = torch.Generator(device)
+        self.model = BNLeNet(batch_norm)
+        initialise(self.model, seed)
+        self.model.to(device)
+        for layer, following in pairwise(self.model.children()):
+            # The norm subtracts the mean, and with it this bias: its gradient is rounding alone,
+            # which AdamW would blow up into steps that the moving means do not keep up with.
+            if isinstance(following, NormLayer) and isinstance(layer.bias, Tensor):
+                layer.bias.requires_grad_(False)
+        self.average = parameters_to_vector(_floats(self.model)).detach()
+        self._averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.forward: Callable[[Tensor], Tensor] = self.model
-        if len(seeds) > 1:
-            self.model = side_by_side.stack(self.networks)
-            self.average = side_by_side.stack(self.averages)
-            self.forward = partial(side_by_side.forward, self.model)
-        elif device.type == "cpu" and batch_norm == "torch":
-            # The same numbers by another memory layout, twice as fast on a CPU core.
+        if device.type == "cpu" and batch_norm == "torch":
+            # The same numbers, to rounding, by a memory layout that suits a CPU.
             self.forward = partial(batch_last.forward, self.model)
-        # What depends on the number of the step is looked up in a table on the device.
         steps = recipe.epochs * math.ceil(len(images) / recipe.batch_size)
-        reach = max(recipe.averaging * steps, 1.0)
+        averaged_steps = max(recipe.averaging * steps, 1.0)
         rates = [recipe.learning_rate * recipe.rate(step / steps) for step in range(steps)]
         others = [recipe.other_learning_rate * recipe.rate(step / steps) for step in range(steps)]
-        shares = [max(1 / reach, 1 / (step + 1)) for step in range(steps)]
+        shares = [max(1 / averaged_steps, 1 / (step + 1)) for step in range(steps)]
         self.schedule = torch.tensor([rates, others, shares], device=device)
-        self.done = torch.zeros(1, dtype=torch.int64, device=device)
+        self.steps_done = torch.zeros(1, dtype=torch.int64, device=device)
         self.learning_rates = torch.zeros(2, device=device)
-        # Sums since the epoch began, a place for each seed; of steps, those before any divergence.
-        self.loss = torch.zeros(len(seeds), dtype=torch.float64, device=device)
-        self.correct = torch.zeros(len(seeds), dtype=torch.int64, device=device)
-        self.finite_steps = torch.zeros(len(seeds), dtype=torch.int64, device=device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.finite_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.optimizers = self._optimizers()
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
@@ -79,12 +84,10 @@ class Fitting:
         recipe, (rate, other_rate) = self.recipe, self.learning_rates.unbind()
         matrices: list[nn.Parameter] = []
         vectors: list[nn.Parameter] = []
-        for parameter, own in zip(
-            self.model.parameters(), self.networks[0].parameters(), strict=True
-        ):
+        for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-                (matrices if own.ndim > 1 else vectors).append(parameter)
+                (matrices if parameter.ndim > 1 else vectors).append(parameter)
         optimizers: list[torch.optim.Optimizer]
         match recipe.optimizer:
             case "sgd":
@@ -111,141 +114,98 @@ class Fitting:
                     tensor.zero_()
         return optimizers
 
-    def tensors(self, place: int = 0) -> dict[str, Tensor]:
-        """Return, by name, all tensors that a step changes and that outlive the epoch.
-
-        Those of the seed at `place`, in shapes and names as if it were fitted alone; views.
-        """
-        tensors = {"done": self.done}
-        model, average = self.networks[place], self.averages[place]
-        tensors |= {f"model.{name}": t for name, t in model.state_dict().items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """Return, by name, all tensors that a step changes and that outlive the epoch."""
+        tensors = {"steps_done": self.steps_done}
+        tensors |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
         if self.recipe.averaging:
-            tensors |= {f"average.{name}": t for name, t in average.state_dict().items()}
+            tensors["average"] = self.average
         for name, parameter in self.model.named_parameters():
             for optimizer in self.optimizers:
                 for kind, tensor in optimizer.state.get(parameter, {}).items():
-                    joined = len(self.seeds) > 1 and tensor.ndim > 0  # a count is everybody's
-                    tensors[f"optimizer.{name}.{kind}"] = tensor[place] if joined else tensor
+                    tensors[f"optimizer.{name}.{kind}"] = tensor
         return tensors
 
-    @property
-    def results(self) -> list[BNLeNet]:
-        """The models that the fit is for, one a seed."""
-        return self.averages if self.recipe.averaging else self.networks
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tensors that a step adds to, and that an epoch begins at zero."""
+        return self.loss, self.correct, self.finite_steps
+
+    def result(self) -> BNLeNet:
+        """Return the model that the fit is for: the average as it is now, or the last weights."""
+        if not self.recipe.averaging:
+            return self.model
+        tensors = list(_floats(self._averaged))
+        parts = torch.split(self.average, [tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+        return self._averaged
 
     def begin(self, epoch: int) -> Tensor:
-        """Make ready for epoch 1, 2, ...; return the order of its images, int64 [S, images].
+        """Make ready for epoch 1, 2, ...; return the order of its images, int64 [images].
 
-        All chance is seeded anew, so that a resumed fit needs no history.
+        The generator is seeded anew, so that a resumed fit draws the same numbers.
         """
-        for seed, generator in zip(self.seeds, self.generators, strict=True):
-            generator.manual_seed((seed << 20) + epoch)
-        for sums in (self.loss, self.correct, self.finite_steps):
-            sums.zero_()
+        self.generator.manual_seed((self.seed << 20) + epoch)
+        for tensor in self.sums():
+            tensor.zero_()
         self.model.train()
         self.augmentation = self.recipe.augmentation_in(epoch)
-        images, device = len(self.labels), self.labels.device
-        orders = [torch.randperm(images, generator=g, device=device) for g in self.generators]
-        return torch.stack(orders)
+        return torch.randperm(len(self.labels), generator=self.generator, device=self.labels.device)
 
     def step(self, rows: Tensor) -> None:
-        """Take one step on the images of these indices, int64 [n]; of S seeds, [S, n].
+        """Take one step on the images of these indices, int64 [n].
 
         This one function is the training: the CPU calls it, a CUDA graph replays it.
         """
-        recipe, n, rows = self.recipe, rows.shape[-1], rows.flatten()
-        # At most the last: a capture warms up by steps that may be beyond the end.
-        now = self.schedule.index_select(1, self.done.clamp(max=self.schedule.shape[1] - 1))[:, 0]
+        # Clamped, because a capture warms up by steps that may be beyond the end.
+        step = self.steps_done.clamp(max=self.schedule.shape[1] - 1)
+        now = self.schedule.index_select(1, step)[:, 0]
         self.learning_rates.copy_(now[:2])
         labels = self.labels.index_select(0, rows)
         images = self.images.index_select(0, rows).float().div_(255)
-        parts = zip(torch.split(images, n), self.generators, strict=True)
-        images = torch.cat([self.augmentation(part, generator) for part, generator in parts])
+        images = self.augmentation(images, self.generator)
 
         logits = self.forward(images)
-        loss = self._losses(logits, labels)
+        loss = F.cross_entropy(logits, labels)
         for parameter in self.model.parameters():
             parameter.grad = None
-        torch.autograd.backward([loss], [torch.ones_like(loss)])  # their sum's
+        torch.autograd.backward([loss])
         for optimizer in self.optimizers:
             optimizer.step()
 
         with torch.no_grad():
-            if recipe.averaging:
-                for mean, new in zip(
-                    self._floats(self.average), self._floats(self.model), strict=True
-                ):
-                    mean.lerp_(new, now[2])
-            self.loss += loss.detach() * n
-            self.correct += (logits.argmax(1) == labels).view(-1, n).sum(1)
-            self.finite_steps += self.loss - self.loss == 0  # not of infinity, not of NaN
-            self.done += 1
+            if self.recipe.averaging:
+                self.average.lerp_(parameters_to_vector(_floats(self.model)), now[2])
+            self.loss += loss.detach() * len(rows)
+            self.correct += (logits.argmax(1) == labels).sum()
+            self.finite_steps += self.loss - self.loss == 0  # false for infinity and NaN
+            self.steps_done += 1
 
-    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return each seed's mean cross-entropy, [S]."""
-        if len(self.seeds) == 1:
-            return F.cross_entropy(logits, labels)[None]
-        each = F.cross_entropy(logits, labels, reduction="none")
-        return each.view(len(self.seeds), -1).mean(1)
+    def finite(self) -> Tensor:
+        """Return whether loss, weights and statistics are all finite: bool [], on the device.
 
-    @staticmethod
-    def _floats(model: nn.Module) -> Iterator[Tensor]:
-        yield from model.parameters()
-        yield from (buffer for buffer in model.buffers() if buffer.is_floating_point())
+        The loss alone would miss the last step's weights, and a variance too large for float32.
+        """
+        tensors = [self.loss, *_floats(self.model)]
+        return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
 
 
-class Captured:
-    """`Fitting.step` as CUDA graphs, one for each shape of step and kind of augmentation.
-
-    A net this small is bound by launching kernels; a replay launches all of a step's at once.
-    """
-
-    def __init__(self, fitting: Fitting) -> None:
-        self.fitting = fitting
-        self.graphs: dict[tuple[int, Augmentation], tuple[Tensor, torch.cuda.CUDAGraph]] = {}
-        recipe = fitting.recipe
-        order = torch.arange(len(fitting.labels)).repeat(len(fitting.seeds), 1)
-        for epoch in (recipe.epochs, 1):  # the first last: where a fit begins
-            fitting.augmentation = recipe.augmentation_in(epoch)
-            for rows in torch.split(order, recipe.batch_size, dim=1):
-                key = rows.shape[1], fitting.augmentation
-                if key not in self.graphs:
-                    self.graphs[key] = self._capture(rows.contiguous().to(fitting.labels))
-
-    def __call__(self, rows: Tensor) -> None:
-        """Do what `Fitting.step` does."""
-        static, graph = self.graphs[rows.shape[-1], self.fitting.augmentation]
-        static.copy_(rows)
-        graph.replay()
-
-    def _capture(self, rows: Tensor) -> tuple[Tensor, torch.cuda.CUDAGraph]:
-        with unchanged(self.fitting):
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch forgot
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # the libraries choose their algorithms here
-                for _ in range(3):
-                    self.fitting.step(rows)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            if self.fitting.augmentation != NO_AUGMENTATION:  # else nothing is drawn
-                for generator in self.fitting.generators:
-                    graph.register_generator_state(generator)
-            with torch.cuda.graph(graph):
-                self.fitting.step(rows)
-        return rows, graph
+def _floats(model: nn.Module) -> Iterator[Tensor]:
+    """Yield a model's weights and statistics, without the counts of batches."""
+    yield from model.parameters()
+    yield from (buffer for buffer in model.buffers() if buffer.is_floating_point())
 
 
 @contextmanager
 def unchanged(fitting: Fitting) -> Iterator[None]:
-    """Undo, at the end, all that steps did to `fitting`."""
-    changing = [fitting.loss, fitting.correct, fitting.finite_steps]
-    for place in range(len(fitting.seeds)):
-        changing += fitting.tensors(place).values()
-    before = [tensor.clone() for tensor in changing]
-    states = [generator.get_state() for generator in fitting.generators]
-    yield
-    with torch.no_grad():
-        for tensor, value in zip(changing, before, strict=True):
-            tensor.copy_(value)
-    for generator, state in zip(fitting.generators, states, strict=True):
-        generator.set_state(state)
+    """Undo, at the end of the block, all that its steps did to `fitting`."""
+    tensors = [*fitting.sums(), fitting.learning_rates, *fitting.tensors().values()]
+    before = [tensor.clone() for tensor in tensors]
+    state = fitting.generator.get_state()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        fitting.generator.set_state(state)

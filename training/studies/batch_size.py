@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from training.dataset import Split
-from training.evaluation.report import save_figure, table
-from training.fitting.fit import on_device, predict
+from training.evaluation.card import table
+from training.evaluation.pictures import save_figure
+from training.fitting.images import on_device
+from training.fitting.scoring import predict
 from training.model import BNLeNet
 from training.studies.records import Records, in_words
 

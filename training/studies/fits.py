@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
 from torch import Tensor, nn
 
 from training.dataset import FashionMNIST, Split
-from training.fitting.fit import population_statistics, with_statistics
+from training.fitting.population import population_statistics, with_statistics
 from training.model import initialise, norm_layers
 
 Norm = Callable[[int, int], nn.Module]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from training.batch_norm import BatchNorm
 from training.dataset import FashionMNIST
+from training.evaluation.card import table
 from training.evaluation.intervals import mean_interval, paired_difference
-from training.evaluation.report import table
 from training.studies.fits import Norm, batch_norm, fitted, lenet, samples, scores
 from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
 

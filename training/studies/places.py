@@ -12,8 +12,8 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from training.dataset import FashionMNIST
+from training.evaluation.card import table
 from training.evaluation.intervals import Interval, mean_interval
-from training.evaluation.report import table
 from training.studies.fits import batch_norm, fitted, lenet, samples, scores
 from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from training.atomic import write_whole
 from training.dataset import FashionMNIST, load
-from training.evaluation.report import save_figure
+from training.evaluation.pictures import save_figure
 from training.studies.records import Records, conditions, in_words
 from training.studies.study import Line, Report, Scale, Study, Task
 

@@ -14,9 +14,13 @@ import torch
 from matplotlib.figure import Figure
 
 from training.dataset import FashionMNIST
-from training.evaluation.report import save_figure, table
-from training.fitting.fit import evaluate, fit, on_device, population_statistics, with_statistics
+from training.evaluation.card import table
+from training.evaluation.pictures import save_figure
+from training.fitting.fit import fit
+from training.fitting.images import on_device
+from training.fitting.population import population_statistics, with_statistics
 from training.fitting.recipes import Recipe
+from training.fitting.scoring import evaluate
 from training.fitting.step import Fitting
 from training.studies.records import Records, in_words
 
@@ -68,7 +72,7 @@ def measure(
     def on_batch(fitting: Fitting, epoch: int, seen: int) -> None:
         if seen < len(images) or epoch in known:
             return
-        model, generator = fitting.results[0], torch.Generator().manual_seed(epoch)
+        model, generator = fitting.result(), torch.Generator().manual_seed(epoch)
         few = images[torch.randperm(len(images), generator=generator)[:FEW]]
         line: dict[str, Any] = {"seed": seed, "epoch": epoch}
         line["moving"] = asdict(evaluate(model, *test))
@@ -124,7 +128,7 @@ averages that training left;
 with statistics recomputed over {FEW:,} training images drawn at random, about as many as a moving
 average with momentum 0.9 and batches of 128 effectively holds; and over all \
 {records.conditions["images"]:,} of them
-(`population_statistics` in `training/fitting/fit.py`).
+(`population_statistics` in `training/fitting/population.py`).
 
 ![Test accuracy by epoch, a line for each seed](statistics.png)
 

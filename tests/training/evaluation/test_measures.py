@@ -11,7 +11,6 @@ from training.evaluation.measures import (
     EvaluationError,
     Probabilities,
     calibration_error,
-    confusion_matrix,
     evaluate,
     onnx_classifier,
 )
@@ -43,13 +42,6 @@ def test_confidence_on_the_edge_of_a_bin_belongs_to_the_lower_one() -> None:
     assert found == pytest.approx((0.5 - 0.45) / 2, abs=1e-6)
 
 
-def test_confusion_has_true_classes_in_rows() -> None:
-    matrix = confusion_matrix(np.array([1, 1, 2]), np.array([0, 0, 2], np.uint8))
-    assert matrix[0, 1] == 2
-    assert matrix[2, 2] == 1
-    assert matrix.sum() == 3
-
-
 def test_an_evaluation_counts_what_the_classifier_says(fashion_mnist: FashionMNIST) -> None:
     """A classifier that knows the clean images by heart and says 0 to all others."""
     split = Split(fashion_mnist.test.images[:100], fashion_mnist.test.labels[:100])
@@ -60,7 +52,9 @@ def test_an_evaluation_counts_what_the_classifier_says(fashion_mnist: FashionMNI
         known = np.array_equal(images, split.images)
         return rows(*[(int(answer) if known else 0, 0.91) for answer in answers])
 
-    result = evaluate(classify, split)
+    changes: list[str] = []
+    result = evaluate(classify, split, changes.append)
+    assert changes == list(result.robustness)
     shirts, shirts_t = int((split.labels == 6).sum()), int((split.labels == 0).sum())
     assert result.images == 100
     assert result.accuracy == pytest.approx(1 - shirts / 100)

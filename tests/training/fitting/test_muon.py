@@ -108,18 +108,3 @@ def test_tall_matrices_move_further() -> None:
     weight.grad = torch.randn(40, 10, generator=torch.Generator().manual_seed(0))
     Muon([weight], lr=torch.tensor(1.0)).step()
     torch.testing.assert_close(-weight.detach(), 2 * orthogonalise(weight.grad))
-
-
-@pytest.mark.parametrize("shape", [(40, 7), (6, 1, 5, 5)])
-def test_a_stack_of_weights_moves_as_each_would_alone(shape: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(2)
-    stack, rate = torch.zeros(3, *shape, requires_grad=True), torch.tensor(0.1)
-    stack.grad = torch.randn(3, *shape, generator=generator) * torch.tensor([1.0, 9.0, 0.1]).view(
-        -1, *[1] * len(shape)
-    )
-    Muon([stack], lr=rate).step()
-    for gradient, moved in zip(stack.grad, stack.detach(), strict=True):
-        weight = torch.zeros(shape, requires_grad=True)
-        weight.grad = gradient
-        Muon([weight], lr=rate).step()
-        torch.testing.assert_close(moved, weight.detach())

@@ -1,17 +1,19 @@
-from dataclasses import replace
+"""The model card says what was measured, and of which runs."""
+
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from training.dataset import FashionMNIST
-from training.evaluation import report
+from training.evaluation.card import Runs, model_card
 from training.evaluation.measures import Evaluation
 from training.export import ExportReport, Provenance
 from training.fitting.fit import fit
 from training.fitting.recipes import RECIPES
-from training.fitting.run import Config, Run
+from training.fitting.run import Config, Run, RunError
 
 
 @pytest.fixture(scope="module")
@@ -24,28 +26,6 @@ def runs(few: FashionMNIST, tmp_path_factory: pytest.TempPathFactory) -> list[Ru
         fit(few, recipe, seed=seed, run=run)
         made.append(run)
     return made
-
-
-def colours(path: Path) -> int:
-    with Image.open(path) as image:
-        return len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0))
-
-
-def test_pictures_are_drawn_the_same_each_time(runs: list[Run]) -> None:
-    names = ("curves.png", "confusion.png", "norms.png")
-    drawn = []
-    for _ in range(2):
-        report.draw_run(runs[0])
-        drawn.append([(runs[0].folder / name).read_bytes() for name in names])
-    assert drawn[0] == drawn[1]
-    assert all(colours(runs[0].folder / name) > 20 for name in names)
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.svg", "a"])
-def test_a_picture_is_a_png_whatever_its_name(name: str, tmp_path: Path) -> None:
-    report.draw_confusion([[1] * 10] * 10, tmp_path / name)
-    with Image.open(tmp_path / name) as image:
-        assert image.format == "PNG"
 
 
 def test_the_card_says_what_was_measured(runs: list[Run]) -> None:
@@ -63,7 +43,7 @@ def test_the_card_says_what_was_measured(runs: list[Run]) -> None:
         Path("x/m.onnx"), "f" * 64, 186_855, 10_000, 0.9277, 7.2e-6, (3,), (), 2e-7
     )
     source = Provenance("chapter", 0, "d" * 64, "population", {"torch": "9.9"})
-    card = report.model_card(exported, source, 0.93, runs[0], runs, evaluation)
+    card = model_card(exported, source, 0.93, Runs(runs[0], runs), evaluation)
     scores = [run.results()["scores"] for run in runs]
     mean = np.mean([score["population"]["accuracy"] for score in scores])
     deviation = np.std([score["population"]["accuracy"] for score in scores], ddof=1)
@@ -95,14 +75,14 @@ def test_the_card_tells_what_was_chosen_on_held_out_images(
     runs: list[Run], few: FashionMNIST, tmp_path: Path
 ) -> None:
     recipe = runs[0].config().recipe
-    held = Run.create(tmp_path / "h", replace(runs[0].config(), holdout=300))
-    fit(few, recipe, run=held, holdout=300)
+    held = Run.create(tmp_path / "h", replace(runs[0].config(), holdout=150))
+    fit(few, recipe, run=held, holdout=150)
     evaluation = Evaluation(1, 1, 0, 0, [1] * 10, [1] * 10, [[0] * 10] * 10, {"a": 1})
     exported = ExportReport(Path("m.onnx"), "f", 1, 1, 1, 0, (), (), 0)
     source = Provenance("chapter", 0, "d", "moving", {})
-    card = report.model_card(exported, source, 1.0, runs[0], runs[:1], evaluation, held)
+    card = model_card(exported, source, 1.0, Runs(runs[0], runs[:1], held), evaluation)
     results = held.results()
-    assert "Of 300 images" in card
+    assert "Of 150 images" in card
     assert f"{results['temperature']:g}; the" in card
     assert f"population {results['scores']['population']['accuracy']:.4f}." in card
 
@@ -111,5 +91,30 @@ def test_a_card_of_one_run_has_no_mean(runs: list[Run]) -> None:
     evaluation = Evaluation(1, 1, 0, 0, [1] * 10, [1] * 10, [[0] * 10] * 10, {"a": 1})
     exported = ExportReport(Path("m.onnx"), "f", 1, 1, 1, 0, (), (), 0)
     source = Provenance("chapter", 0, "d", "moving", {})
-    card = report.model_card(exported, source, 1.0, runs[0], runs[:1], evaluation)
+    card = model_card(exported, source, 1.0, Runs(runs[0], runs[:1]), evaluation)
     assert "standard deviation |" not in card
+
+
+def test_runs_of_one_recipe_and_different_seeds_stand_in_one_card(
+    runs: list[Run], few: FashionMNIST, tmp_path: Path
+) -> None:
+    config = runs[0].config()
+    held = Run.create(tmp_path / "held", replace(config, holdout=150))
+    fit(few, config.recipe, run=held, holdout=150)
+    Runs(runs[0], runs, held).check()
+    assert Runs(runs[0], runs, held).temperature() == held.results()["temperature"] != 1
+    assert Runs(runs[0], runs).temperature() == 1
+    other = Run(shutil.copytree(runs[1].folder, tmp_path / "other"))
+    changed = replace(config, recipe=replace(config.recipe, learning_rate=0.2), seed=9)
+    other.write_json("config.json", asdict(changed))
+    unfinished = Run.create(tmp_path / "unfinished", replace(config, seed=8))
+    cases = [
+        (Runs(runs[0], [*runs, other]), "other was fitted by another recipe"),
+        (Runs(runs[0], [*runs, unfinished]), "unfinished is not complete"),
+        (Runs(runs[0], [*runs, runs[0]]), "two of the runs have the same seed"),
+        (Runs(held, [held]), "held was not fitted on all images"),
+        (Runs(runs[0], runs, runs[1]), "held no images out"),
+    ]
+    for case, message in cases:
+        with pytest.raises(RunError, match=message):
+            case.check()

@@ -1,102 +1,70 @@
-"""What people read of a fit: curves, confusion matrix, batch norm's parameters, the model card."""
+"""The model card: what was exported, how it was made, and how good it is."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
-from io import BytesIO
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 
-import numpy as np
-from matplotlib.figure import Figure
-
-from training.atomic import write_whole
-from training.batch_norm import affine
 from training.dataset import CLASS_NAMES
 from training.evaluation.measures import Evaluation
 from training.export import ExportReport, Provenance
 from training.fitting.recipes import NO_AUGMENTATION, RECIPES
-from training.fitting.run import Config, Epoch, Run
-from training.model import BNLeNet, norm_layers
+from training.fitting.run import Config, Run, RunError
 
 SAID_ELSEWHERE = ("name", "origin", "statistics", "temperature")
-Series = dict[str, tuple[list[float], list[float]]]
 
 
-def affine_parameters(model: BNLeNet) -> Series:
-    """Return the learnt gamma and beta of every batch-norm layer, by its name."""
-    pairs = {name: affine(layer) for name, layer in norm_layers(model).items()}
-    return {name: (gamma.tolist(), beta.tolist()) for name, (gamma, beta) in pairs.items()}
+@dataclass(frozen=True)
+class Runs:
+    """The runs that a model card reports.
 
+    Attributes:
+        exported: the run whose model the file holds.
+        seeds: the runs of its recipe in the table by seed, itself among them.
+        held_out: a run of its recipe with images held out, on which the temperature was chosen.
+    """
 
-def draw_run(run: Run) -> None:
-    """Draw a complete run's pictures into its folder: curves, confusion matrix, gamma and beta."""
-    draw_curves(run.metrics(), run.folder / "curves.png")
-    draw_confusion(run.results()["confusion"], run.folder / "confusion.png")
-    draw_norms(run.model(), run.folder / "norms.png")
+    exported: Run
+    seeds: Sequence[Run]
+    held_out: Run | None = None
 
+    def check(self) -> None:
+        """Refuse runs that cannot stand in one card.
 
-def draw_curves(metrics: Sequence[Epoch], out: Path) -> None:
-    """Draw loss and accuracies by epoch, from the lines of metrics.jsonl."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [line.epoch for line in metrics]
-    left.plot(epochs, [line.loss for line in metrics], marker=".")
-    left.set(xlabel="epoch", ylabel="training loss (nats)")
-    right.plot(epochs, [line.train_accuracy for line in metrics], marker=".", label="training")
-    right.plot(epochs, [line.accuracy for line in metrics], marker=".", label="evaluation")
-    right.set(xlabel="epoch", ylabel="accuracy")
-    right.legend()
-    save_figure(figure, out)
+        Raises:
+            RunError: one of them is not complete, was fitted by another recipe, has the seed of
+                another, or held images out where it should not, or the reverse.
+        """
+        recipe = self.exported.config().recipe
+        for run in [*self.seeds, *([self.held_out] if self.held_out else [])]:
+            run.results()
+            if run.config().recipe != recipe:
+                raise RunError(
+                    f"{run.folder} was fitted by another recipe than {self.exported.folder}."
+                )
+        if len({run.config().seed for run in self.seeds}) < len(self.seeds):
+            raise RunError("two of the runs have the same seed: name one run for each seed.")
+        for run in self.seeds:
+            if run.config().holdout:
+                raise RunError(
+                    f"{run.folder} was not fitted on all images and tested: it held some out."
+                )
+        if self.held_out and not self.held_out.config().holdout:
+            raise RunError(f"{self.held_out.folder} held no images out: fit it with --holdout.")
 
-
-def draw_confusion(confusion: Sequence[Sequence[int]], out: Path) -> None:
-    """Draw a confusion matrix [10, 10]: rows are the true classes, columns the answers."""
-    counts = np.array(confusion)
-    figure = Figure(figsize=(7, 6.2), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(10), CLASS_NAMES, rotation=45, ha="right")
-    axes.set_yticks(range(10), CLASS_NAMES)
-    axes.set(xlabel="answer", ylabel="true class")
-    for (row, column), count in np.ndenumerate(counts):
-        shade = "white" if count > counts[row].sum() / 2 else "black"
-        axes.text(column, row, str(count), ha="center", va="center", color=shade, fontsize=8)
-    save_figure(figure, out)
-
-
-def draw_norms(model: BNLeNet, out: Path) -> None:
-    """Draw the learnt gamma and beta of every batch-norm layer, channel by channel."""
-    parameters = affine_parameters(model)
-    figure = Figure(figsize=(9, 2.2 * len(parameters)), layout="constrained")
-    for axes, (name, (gamma, beta)) in zip(
-        figure.subplots(len(parameters), 1), parameters.items(), strict=True
-    ):
-        place = np.arange(len(gamma))
-        axes.bar(place - 0.2, gamma, width=0.4, label="gamma")
-        axes.bar(place + 0.2, beta, width=0.4, label="beta")
-        axes.set(title=name, xlim=(-1, len(gamma)))
-        axes.axhline(0, color="black", linewidth=0.5)
-    figure.axes[0].legend()
-    save_figure(figure, out)
-
-
-def save_figure(figure: Figure, out: Path) -> None:
-    """Write a figure as PNG, whatever the file is called; the same figure gives the same bytes."""
-    drawn = BytesIO()
-    # So without the creating software's version.
-    figure.savefig(drawn, format="png", dpi=110, metadata={"Software": None})
-    write_whole(out, drawn.getvalue())
+    def temperature(self) -> float:
+        """Return the temperature that was best on the images held out; without, the recipe's."""
+        if self.held_out is None:
+            return self.exported.config().recipe.temperature
+        return float(self.held_out.results()["temperature"])
 
 
 def model_card(
     exported: ExportReport,
     source: Provenance,
     temperature: float,
-    run: Run,
-    runs: Sequence[Run],
+    runs: Runs,
     evaluation: Evaluation,
-    validation: Run | None = None,
 ) -> str:
     """Write the model card (Mitchell et al., "Model Cards for Model Reporting", 2019) in Markdown.
 
@@ -104,13 +72,10 @@ def model_card(
         exported: what the export wrote.
         source: where its weights come from.
         temperature: by which its logits are divided.
-        run: the run that was exported.
-        runs: all runs of the recipe to show by seed, this one among them.
+        runs: the exported run, and those to compare it with.
         evaluation: of the exported file on the test set.
-        validation: a run of the recipe with images held out, if statistics and temperature were
-            chosen on it.
     """
-    config = run.config()
+    config = runs.exported.config()
     recipe, (worst_name, worst) = config.recipe, evaluation.robust_worst
     settings = {n: v for n, v in asdict(recipe).items() if n not in SAID_ELSEWHERE and v}
     for key, where in (("augmentation", ""), ("finish_augmentation", " in the finish")):
@@ -152,7 +117,7 @@ Test accuracy of the unfolded models, by the statistics that batch norm predicts
 averages of fitting; statistics of the whole training set, taken after fitting; `clean`: those
 without augmentation. **This file carries: {source.statistics}.**
 
-{_scores(runs)}
+{_scores(runs.seeds)}
 
 ## Classes
 
@@ -168,7 +133,7 @@ Accuracy on the test set, changed in the ways that `training/evaluation/robustne
 
 ## Calibration
 
-Temperature {temperature:g}, folded into the last layer. {_choice(validation)}
+Temperature {temperature:g}, folded into the last layer. {_choice(runs.held_out)}
 
 ## The file
 
@@ -182,7 +147,7 @@ Temperature {temperature:g}, folded into the last layer. {_choice(validation)}
 | of these, named differently by the file | {len(exported.disagreements)} |
 | largest error of its self-test | {exported.self_test_error:.1e} |
 | fitted with | {", ".join(f"{name} {number}" for name, number in config.versions.items())} |
-| fitting took | {run.results()["seconds"]["fit"]:.0f} s on {config.device} |
+| fitting took | {runs.exported.results()["seconds"]["fit"]:.0f} s on {config.device} |
 
 ## Intended use and limits
 
@@ -221,11 +186,11 @@ def _scores(runs: Sequence[Run]) -> str:
     return table(["seed", *columns], rows)
 
 
-def _choice(validation: Run | None) -> str:
-    """Say what statistics and temperature were chosen on."""
-    if validation is None:
+def _choice(held_out: Run | None) -> str:
+    """Return what the temperature was chosen on."""
+    if held_out is None:
         return "No image was held out to choose it."
-    results, holdout = validation.results(), validation.config().holdout
+    results, holdout = held_out.results(), held_out.config().holdout
     scores = [f"{n} {s['accuracy']:.4f}" for n, s in results["scores"].items()]
     return (
         f"Of {holdout:,} images\nheld out of a fit of the same recipe, the temperature with the "

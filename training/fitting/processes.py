@@ -1,0 +1,86 @@
+"""Runs of several seeds: a process for each on a CPU, one after the other on a GPU."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from joblib import Parallel, delayed
+
+from training.dataset import FashionMNIST
+from training.fitting.fit import Fitted, fit
+from training.fitting.plan import cores
+from training.fitting.run import Epoch, Run
+from training.fitting.step import Fitting
+
+
+def fit_run(
+    data: FashionMNIST,
+    run: Run,
+    *,
+    graphs: bool = True,
+    on_batch: Callable[[Fitting, int, int], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> Fitted:
+    """Fit, or go on to fit, by a run's own configuration, its number of threads included.
+
+    Raises:
+        FitError, RunError: see `fit`.
+    """
+    config = run.config()
+    torch.set_num_threads(config.threads)
+    return fit(
+        data,
+        config.recipe,
+        seed=config.seed,
+        device=config.device,
+        batch_norm=config.batch_norm,
+        holdout=config.holdout,
+        graphs=graphs,
+        run=run,
+        on_batch=on_batch,
+        on_epoch=on_epoch,
+    )
+
+
+def processes_for(runs: int, device: str, threads: int) -> int:
+    """Return how many of these runs are to be fitted at once: as many as the cores can carry."""
+    return min(runs, max(1, cores() // threads)) if device == "cpu" else 1
+
+
+def fit_runs(
+    data: FashionMNIST,
+    runs: Sequence[Run],
+    *,
+    graphs: bool = True,
+    on_epoch: Callable[[Run, Epoch], None] | None = None,
+) -> Iterator[tuple[Run, Fitted]]:
+    """Yield each of the runs, all of one device and number of threads, when it is fitted.
+
+    Args:
+        data: the data set; the processes share its memory.
+        runs: folders with a configuration.
+        graphs: see `fit`.
+        on_epoch: called in the process that fits, so it must be a function of a module.
+
+    Raises:
+        FitError, RunError: of the first run that fails; the others are stopped.
+    """
+    config = runs[0].config()
+    parallel = Parallel(
+        n_jobs=processes_for(len(runs), config.device, config.threads),
+        return_as="generator_unordered",
+        mmap_mode="c",  # torch takes no read-only arrays
+    )
+    yield from parallel(delayed(_one)(data, run, graphs, on_epoch) for run in runs)
+
+
+def _one(
+    data: FashionMNIST,
+    run: Run,
+    graphs: bool,
+    on_epoch: Callable[[Run, Epoch], None] | None,
+) -> tuple[Run, Fitted]:
+    def report(epoch: Epoch) -> None:
+        if on_epoch:
+            on_epoch(run, epoch)
+
+    return run, fit_run(data, run, graphs=graphs, on_epoch=report)
