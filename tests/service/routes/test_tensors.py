@@ -1,6 +1,7 @@
 """Inference requests are read as the protocol means them, and answered to the last bit."""
 
 import contextlib
+import dataclasses
 import json
 import struct
 from collections.abc import Callable
@@ -60,7 +61,7 @@ LAYOUTS: dict[str, Callable[[Pixels], Any]] = {
 @pytest.mark.parametrize("datatype", ["UINT8", "FP32"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(pixels=SOME)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_json_pixels_arrive_however_they_are_nested(
     datatype: str, layout: str, pixels: Pixels
 ) -> None:
@@ -75,7 +76,7 @@ def test_json_pixels_arrive_however_they_are_nested(
 
 @pytest.mark.parametrize("kind", ["<u1", "<f4"])
 @given(pixels=SOME)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_binary_pixels_arrive(kind: str, pixels: Pixels) -> None:
     datatype = {"<u1": "UINT8", "<f4": "FP32"}[kind]
     body, length = binary(pixels.astype(kind).tobytes(), shape=[3, 1, 28, 28], datatype=datatype)
@@ -309,6 +310,78 @@ def test_json_in_more_pieces_than_any_sound_request_is_not_parsed(piece: str) ->
         decode(f'{{"inputs":[{",".join([piece] * MAX_JSON_BRACKETS)}]}}'.encode())
 
 
+@pytest.mark.parametrize("body", [b"", b"{", b'{"inputs": [NaN]}', dump(request()) + b"x"])
+def test_damaged_json_has_a_code_of_its_own(body: bytes) -> None:
+    with pytest.raises(BadRequest) as refused:
+        decode(body)
+    assert (refused.value.status, refused.value.code) == (400, "malformed_json")
+
+
+def test_the_longest_json_is_parsed_and_one_byte_more_is_not() -> None:
+    """The limit leaves 20 bytes for a number of the largest batch."""
+    batch = np.full((256, 1, 28, 28), 255, np.uint8)
+    wide = json.dumps(request(batch), indent=17).encode()  # a line break, 17 spaces or more, 255,
+    assert len(wide) > 20 * batch.size
+    with pytest.raises(PayloadTooLarge, match=r"at most 4,194,304 bytes"):
+        decode(wide)
+    text = dump(request(batch)).replace(b" ", b"").replace(b",", b"," + b" " * 16)
+    assert 19 * batch.size < len(text) < MAX_JSON_BYTES
+    longest = text + b" " * (MAX_JSON_BYTES - len(text))
+    assert np.array_equal(decode(longest).pixels, batch)
+    with pytest.raises(PayloadTooLarge):
+        decode(longest + b" ")
+
+
+def test_the_json_of_most_brackets_is_parsed_and_one_more_is_not() -> None:
+    most = b'{"inputs":[' + b",".join([b"[]"] * (MAX_JSON_BRACKETS - 2)) + b"]}"
+    assert most.count(b"[") + most.count(b"{") == MAX_JSON_BRACKETS
+    with pytest.raises(BadRequest, match="name it once"):
+        decode(most)
+    with pytest.raises(BadRequest, match=r"at most 16,384 arrays and objects"):
+        decode(most.replace(b"]}", b",{}]}"))
+
+
+def test_the_length_of_the_json_may_be_all_of_the_body_and_have_nine_digits() -> None:
+    text = dump(request())
+    for length in (b"%d" % len(text), b"%09d" % len(text)):
+        assert np.array_equal(decode(text, length).pixels, IMAGE)
+    for length in (b"%010d" % len(text), b"%d" % (len(text) + 1)):
+        with pytest.raises(BadRequest, match="must be the length of the JSON"):
+            decode(text, length)
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ((dump(request(data=[0] * 785)), None), "There are 785 values, but the shape says 784."),
+        ((dump(request(data=[])), None), "There are 0 values, but the shape says 784."),
+        (binary(bytes(784), datatype="FP32"), "784 bytes are not the 784 values that the shape"),
+        (binary(bytes(3136)), "3136 bytes are not the 784 values that the shape says."),
+        (binary(bytes(784), 785), "come 784 bytes; its `binary_data_size` says 785."),
+        ((dump(request()) + b"ab", b"%d" % len(dump(request()))), "come 2 bytes; its .* says 0."),
+        ((dump(request(datatype=1)), None), "must be UINT8, or FP32 with whole numbers"),
+        ((dump(request(shape=[1])), None), r"must be \[n, 1, 28, 28\], n from 1 to 256."),
+        ((dump(request(name="x")), None), "The model has one input, `pixels`; name it once"),
+        ((dump({**request(), "outputs": [{}]}), None), "one output, `probabilities`; name it"),
+        ((dump({**request(), "id": 1}), None), "`id` must be a string."),
+        ((dump({**request(), "parameters": 1}), None), "`parameters` must be an object."),
+        ((dump({"inputs": 1}), None), "`inputs` must be an array."),
+        (
+            (dump({**request(), "parameters": {"binary_data_output": 1}}), None),
+            "`binary_data_output` must be true or false.",
+        ),
+        (
+            (dump(request(data=None, parameters={"binary_data_size": "1"})), None),
+            "`binary_data_size` must be a whole number.",
+        ),
+    ],
+)
+def test_the_sentence_says_what_is_wrong(body: tuple[bytes, bytes | None], sentence: str) -> None:
+    with pytest.raises(BadRequest, match=sentence) as refused:
+        decode(*body)
+    assert refused.value.code == "invalid_input"
+
+
 @pytest.mark.parametrize(
     "length",
     [b"", b"-1", b"+5", b"1e3", b"0x10", b" 5", b"1_0", b"\xb2", b"9" * 5_000, b"784"],
@@ -389,7 +462,7 @@ def mutated(draw: st.DrawFn) -> tuple[bytes, bytes | None]:
 
 
 @given(mutated())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_request_is_read_or_refused(case: tuple[bytes, bytes | None]) -> None:
     try:
         read = decode(*case)
@@ -438,6 +511,24 @@ def test_binary_probabilities_are_the_same_bits(
     assert answer["outputs"][0]["parameters"] == {"binary_data_size": 200}
     assert "data" not in answer["outputs"][0]
     assert "id" not in answer
+
+
+def test_of_equally_probable_classes_the_lower_comes_first(classifier: Classifier) -> None:
+    rows = np.full((2, 10), 0.1, np.float32)
+    rows[1, [8, 3]] = 0.5
+    body, _ = encode(classifier.info, InferenceRequest(IMAGE, classification=4), rows)
+    (output,) = json.loads(body)["outputs"]
+    assert [int(text.split(":")[1]) for text in output["data"]] == [0, 1, 2, 3, 3, 8, 0, 1]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_the_answer_names_the_model_that_gave_it(
+    classifier: Classifier, probabilities: NDArray[np.float32], binary: bool
+) -> None:
+    other = dataclasses.replace(classifier.info, name="other", version="7")
+    body, length = encode(other, InferenceRequest(IMAGE, binary=binary), probabilities)
+    answer = json.loads(body[:length])
+    assert (answer["model_name"], answer["model_version"]) == ("other", "7")
 
 
 @pytest.mark.parametrize("count", [1, 3, 10, 11, 10**9])
