@@ -1,6 +1,7 @@
 """The image and its compose file, value by value; `tests/docker.sh` judges a running container."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,10 @@ class TestPackages:
         # With torch, CUDA comes in the versions that torch asks for; the image is free of that.
         ours = {name: v for name, v in pinned.items() if not name.startswith("nvidia-")}
         assert ours.items() <= tested.items(), "run `make lock`"
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        needed = [*project["dependencies"], *project["optional-dependencies"][path.stem]]
+        names = {normalised(re.split(r"[^\w.-]", each)[0]) for each in needed}
+        assert names <= pinned.keys(), "run `make lock`"
         assert all("--hash=sha256:" in entry for entry in re.split(r"^(?=\w)", text)[1:])
 
     def test_each_runtime_has_its_own_build(self) -> None:
