@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from service.model.artefact import ModelError
+from service.model.artefact import ModelError, read_file
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -28,11 +28,12 @@ def serve() -> None:
 
 
 @main.command(hidden=True)
-@click.argument("descriptor", type=int)
+@click.argument("listener", type=int)
+@click.argument("channel", type=int)
 @click.argument("supervisor", type=int)
-def worker(descriptor: int, supervisor: int) -> None:
+def worker(listener: int, channel: int, supervisor: int) -> None:
     """Serve on an inherited socket, as one of a supervisor's processes."""
-    _serve(socket.socket(fileno=descriptor), supervisor)
+    _serve((listener, channel, supervisor))
 
 
 def _http_only(_: click.Context, __: click.Parameter, url: str | None) -> str | None:
@@ -108,27 +109,35 @@ def _settings() -> "Settings":
         _fail(str(exc), 2)
 
 
-def _serve(inherited: socket.socket | None, supervisor: int | None = None) -> None:
+def _serve(inherited: tuple[int, int, int] | None) -> None:
     settings = _settings()
 
     try:
         from service.http import server  # noqa: PLC0415 - brings uvicorn
     except ImportError as exc:  # which may be a version that we do not know
         _fail(str(exc), 1)
-    from service.http.workers import START_FAILED, SupervisorError, supervise  # noqa: PLC0415 - brings prometheus_client
+    from service.http.channel import Channel, SupervisorError  # noqa: PLC0415 - as above
+    from service.http.workers import START_FAILED, supervise  # noqa: PLC0415 - as above
     from service.telemetry import logs  # noqa: PLC0415 - a wrong setting is told before all this is loaded
 
     logs.configure(settings)
     try:
-        listener = inherited or server.bind(settings)
-        if inherited is None and settings.workers > 1:
-            sys.exit(supervise(settings.workers, listener))
-        server.check_metrics_directory()
+        data, channel, supervisor = None, None, None
+        if inherited is not None:
+            descriptor, end, supervisor = inherited
+            listener, channel = socket.socket(fileno=descriptor), Channel(end)
+            data = channel.receive_model()
+        else:
+            listener = server.bind(settings)
+            if settings.workers > 1:
+                _, data = read_file(settings.model_path)
+                sys.exit(supervise(settings.workers, listener, data))
         from service.app import create_app  # noqa: PLC0415 - brings FastAPI; a supervisor needs none
         from service.model.classifier import Classifier  # noqa: PLC0415 - brings ONNX Runtime; neither does it need this
 
-        model = Classifier.load(settings.model_path, settings.device, settings.model_name)
-        server.run(create_app(settings, model), settings, listener, supervisor)
+        model = Classifier.load(settings.model_path, settings.device, settings.model_name, data)
+        app = create_app(settings, model, channel)
+        server.run(app, settings, listener, supervisor, channel)
     except (ModelError, server.StartError, SupervisorError) as exc:
         _fail(str(exc), START_FAILED)
 

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from service import __version__
 from service.errors import BadRequest, InvalidInput, MethodNotAllowed, NotFound, ServiceError
 from service.http.admission import Admission
+from service.http.channel import Channel
 from service.http.exchange import error_answer
 from service.http.gate import Gate, HotPath
 from service.model.classifier import CPU, Classifier
@@ -36,12 +37,13 @@ class Error(BaseModel):
     request_id: str
 
 
-def create_app(settings: Settings, classifier: Classifier) -> Gate:
+def create_app(settings: Settings, classifier: Classifier, channel: Channel | None = None) -> Gate:
     """Put the application together.
 
     Args:
         settings: limits, key, origins.
         classifier: the loaded model.
+        channel: leads to the supervisor, where there is one.
 
     Returns:
         the gate; the FastAPI application is its attribute `application`.
@@ -49,6 +51,10 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
     configure_pillow()
     model = classifier.info
     metrics = Metrics(model)
+    collect = metrics.collect
+    if channel is not None:
+        channel.report(metrics.totals)
+        collect = channel.totals
     framework = FastAPI(
         title="BN-LeNet",
         version=__version__,
@@ -90,13 +96,13 @@ def create_app(settings: Settings, classifier: Classifier) -> Gate:
     )
     framework.include_router(
         open_inference.open_inference_router(
-            classifier, handle_infer, handle_index, metrics, admission, [predict.PATH]
+            classifier, handle_infer, handle_index, collect, admission, [predict.PATH]
         ),
         dependencies=key_needed,
         responses=documented(400, 401, 404, 408, 411, 413, 415, 500, 503, 504),
     )
     framework.include_router(
-        operations.operations_router(model, metrics, admission),
+        operations.operations_router(model, metrics, collect, admission),
         responses=documented(500, 503),
     )
     framework.include_router(page.page_router(model))

@@ -15,10 +15,10 @@ from types import FrameType
 
 import uvicorn
 
+from service.http.channel import Channel
 from service.http.connection import Connection
 from service.http.gate import Gate
 from service.settings import Settings
-from service.telemetry.metrics import MULTIPROCESS
 
 logger = logging.getLogger("service")
 
@@ -76,7 +76,11 @@ def _cannot_listen(address: str, exc: Exception) -> StartError:
 
 
 def run(
-    gate: Gate, settings: Settings, listener: socket.socket, supervisor: int | None = None
+    gate: Gate,
+    settings: Settings,
+    listener: socket.socket,
+    supervisor: int | None = None,
+    channel: Channel | None = None,
 ) -> None:
     """Serve until a signal ends it.
 
@@ -85,6 +89,7 @@ def run(
         settings: what the environment decided.
         listener: a bound socket.
         supervisor: stop when this is no longer the parent process; None for none.
+        channel: leads to the supervisor.
 
     Raises:
         StartError: another process took the port while the model was loaded.
@@ -99,21 +104,7 @@ def run(
     with contextlib.suppress(ValueError, OSError):
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    Server(gate, settings, supervisor).run([listener])
-
-
-def check_metrics_directory() -> None:
-    """Check that several processes can keep their metrics where the environment says.
-
-    Raises:
-        StartError: they cannot.
-    """
-    directory = os.environ.get(MULTIPROCESS)
-    if directory is not None and not os.access(directory, os.W_OK):
-        raise StartError(
-            f"{MULTIPROCESS} is {directory}, which is no directory that can be written:"
-            " unset it, or make that directory."
-        )
+    Server(gate, settings, supervisor, channel).run([listener])
 
 
 class Server(uvicorn.Server):
@@ -123,9 +114,16 @@ class Server(uvicorn.Server):
         gate: answers the requests.
         settings: what the environment decided.
         supervisor: stop when this is no longer the parent process; None for none.
+        channel: leads to the supervisor.
     """
 
-    def __init__(self, gate: Gate, settings: Settings, supervisor: int | None = None) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        settings: Settings,
+        supervisor: int | None = None,
+        channel: Channel | None = None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 gate,  # type: ignore[arg-type] # uvicorn hands it on to `Connection`, uncalled
@@ -144,10 +142,13 @@ class Server(uvicorn.Server):
         self._drain_seconds = settings.drain_seconds
         self._stop_at = math.inf
         self._supervisor = supervisor
+        self._channel = channel
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start answering, and say where."""
         await super().startup(sockets)
+        if self._channel is not None:
+            await self._channel.open()
         for listener in sockets or []:
             logger.info("ready", extra={"fields": {"url": url(listener)}})
 
@@ -162,6 +163,8 @@ class Server(uvicorn.Server):
             while select.select([listener], [], [], 0)[0] and not self.force_exit:  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0)  # the event loop accepts them
         await super().shutdown(sockets)
+        if self._channel is not None:
+            await self._channel.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         """Drain at the first SIGTERM; stop at once at SIGINT or a second signal."""

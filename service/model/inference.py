@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.model.classifier import Classifier
-from service.telemetry.metrics import Runs
+from service.telemetry.tallies import Runs, Stages
 
 Pixels = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]
-Waiting = tuple[Pixels, asyncio.Future[Probabilities], float]  # and since when
+Waiting = tuple[Pixels, asyncio.Future[Probabilities], Stages, float]  # and since when
 
 
 class Load(Protocol):
@@ -56,18 +56,26 @@ class Inference:
         self._max_batch = max_batch
         self._waiting: deque[Waiting] = deque()
 
-    async def __call__(self, pixels: Pixels) -> Probabilities:
-        """Classify uint8 [n, 1, 28, 28]; return float32 [n, 10]."""
+    async def __call__(self, pixels: Pixels, stages: Stages | None = None) -> Probabilities:
+        """Classify uint8 [n, 1, 28, 28]; return float32 [n, 10].
+
+        Args:
+            pixels: the images.
+            stages: gets the request's wait and the seconds and images of its run.
+        """
+        stages = stages or Stages()
         if self._load.in_flight == 1:
-            probabilities, seconds = self._run(pixels)
+            probabilities, stages.run = self._run(pixels)
+            stages.wait = 0.0
+            stages.images = len(pixels)
             self.runs.queue.observe(0.0)
-            self.runs.ran(len(pixels), seconds)
+            self.runs.ran(len(pixels), stages.run)
             return probabilities
         loop = asyncio.get_running_loop()
         if not self._waiting:
             loop.call_soon(self._turn)
         future: asyncio.Future[Probabilities] = loop.create_future()
-        self._waiting.append((pixels, future, perf_counter()))
+        self._waiting.append((pixels, future, stages, perf_counter()))
         return await future
 
     def _turn(self) -> None:
@@ -79,8 +87,7 @@ class Inference:
             except Exception as exc:  # raised again in each request that waits for it
                 self._fail(batch, exc)
             else:
-                self.runs.ran(len(images), seconds)
-                self._deliver(batch, probabilities)
+                self._deliver(batch, probabilities, seconds)
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._turn)
 
@@ -95,7 +102,8 @@ class Inference:
             if not one[1].done():
                 batch.append(one)
                 size += len(one[0])
-                self.runs.queue.observe(now - one[2])
+                one[2].wait = now - one[3]
+                self.runs.queue.observe(one[2].wait)
         if len(batch) < 2:
             return batch, batch[0][0] if batch else None
         return batch, np.concatenate([one[0] for one in batch])
@@ -105,16 +113,19 @@ class Inference:
         probabilities = self._classify(images)
         return probabilities, perf_counter() - begin
 
-    def _deliver(self, batch: list[Waiting], probabilities: Probabilities) -> None:
+    def _deliver(self, batch: list[Waiting], probabilities: Probabilities, seconds: float) -> None:
+        self.runs.ran(len(probabilities), seconds)
         first = 0
-        for pixels, future, _ in batch:
+        for pixels, future, stages, _ in batch:
+            stages.run = seconds
+            stages.images = len(probabilities)
             end = first + len(pixels)
             if not future.done():
                 future.set_result(probabilities[first:end])
             first = end
 
     def _fail(self, batch: list[Waiting], error: BaseException) -> None:
-        for _, future, _ in batch:
+        for _, future, *_ in batch:
             if not future.done():
                 future.set_exception(error)
 
@@ -137,10 +148,10 @@ class ThreadedInference(Inference):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
         self._busy = False
 
-    async def __call__(self, pixels: Pixels) -> Probabilities:
-        """Classify uint8 [n, 1, 28, 28]; return float32 [n, 10]."""
+    async def __call__(self, pixels: Pixels, stages: Stages | None = None) -> Probabilities:
+        """Classify uint8 [n, 1, 28, 28]; return float32 [n, 10]; see `Inference`."""
         future: asyncio.Future[Probabilities] = asyncio.get_running_loop().create_future()
-        self._waiting.append((pixels, future, perf_counter()))
+        self._waiting.append((pixels, future, stages or Stages(), perf_counter()))
         if not self._busy:
             self._start()
         return await future
@@ -150,13 +161,10 @@ class ThreadedInference(Inference):
         self._busy = images is not None
         if images is not None:
             running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, images)
-            running.add_done_callback(lambda done: self._finish(batch, images, done))
+            running.add_done_callback(lambda done: self._finish(batch, done))
 
     def _finish(
-        self,
-        batch: list[Waiting],
-        images: Pixels,
-        done: asyncio.Future[tuple[Probabilities, float]],
+        self, batch: list[Waiting], done: asyncio.Future[tuple[Probabilities, float]]
     ) -> None:
         self._start()  # the device works while the answers go out
         error = done.exception()
@@ -164,5 +172,4 @@ class ThreadedInference(Inference):
             self._fail(batch, error)
             return
         probabilities, seconds = done.result()
-        self.runs.ran(len(images), seconds)
-        self._deliver(batch, probabilities)
+        self._deliver(batch, probabilities, seconds)

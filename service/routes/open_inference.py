@@ -12,8 +12,6 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Depends, Path, Request, Response
-from fastapi.concurrency import run_in_threadpool
-from prometheus_client.samples import Sample
 
 from service import __version__
 from service.errors import BadRequest, NotFound, NotReady
@@ -27,14 +25,11 @@ from service.routes.open_inference_schemas import (
     INDEX_REQUEST,
     INFER_REQUEST,
     AllStatistics,
-    Duration,
     IndexedModel,
     InferenceResponse,
-    InferenceStatistics,
     ModelConfig,
     ModelMetadata,
     ModelReady,
-    ModelStatistics,
     ServerLive,
     ServerMetadata,
     ServerReady,
@@ -43,7 +38,9 @@ from service.routes.open_inference_schemas import (
     infer_answer,
 )
 from service.routes.tensors import MAX_BATCH_SIZE, MAX_JSON_BYTES, decode, encode
-from service.telemetry.metrics import Metrics
+from service.telemetry.metrics import Collect, Metrics
+from service.telemetry.metrics import statistics as tell_statistics
+from service.telemetry.tallies import Stages
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
 PLATFORM = "onnxruntime_onnx"  # Triton's name for it
@@ -57,15 +54,17 @@ OCTETS = (b"content-type", b"application/octet-stream")
 
 def infer_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handler:
     """Return the one implementation of the infer routes, for the gate and for the framework."""
-    observe_decode, observe_encode = metrics.decode.observe, metrics.encode.observe
+    observe_decode, answered = metrics.decode.observe, metrics.answered
 
     async def handle(exchange: Exchange) -> Answer:
         headers = exchange.headers
         body = await exchange.body()
         begin = perf_counter()
         request = decode(body, headers.get(b"inference-header-content-length"))
-        observe_decode(perf_counter() - begin)
-        probabilities = await infer(request.pixels)
+        stages = Stages()
+        stages.decode = perf_counter() - begin
+        observe_decode(stages.decode)
+        probabilities = await infer(request.pixels, stages)
         begin = perf_counter()
         body, json_length = encode(model, request, probabilities)
         answer = Answer(body)
@@ -74,7 +73,8 @@ def infer_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handl
             answer = Answer(body, headers=[OCTETS, length])
         if len(body) >= WORTH_COMPRESSING and b"accept-encoding" in headers:
             answer = _compress(answer, headers[b"accept-encoding"])
-        observe_encode(perf_counter() - begin)
+        stages.encode = perf_counter() - begin
+        answered(stages)
         return answer
 
     return handle
@@ -132,45 +132,6 @@ def _config(name: str, kind: str, dims: list[int], form: str | None = None) -> T
     return TensorConfig(name=name, data_type=f"TYPE_{kind}", format=form, dims=dims)
 
 
-def _statistics(
-    model: ModelInfo, samples: Sequence[Sample], routes: Sequence[str]
-) -> ModelStatistics:
-    """Translate the metrics into Triton's words."""
-
-    def total(name: str, **labels: str) -> float:
-        wanted = labels.items()
-        return sum(s.value for s in samples if s.name == name and wanted <= s.labels.items())
-
-    def duration(name: str, **labels: str) -> Duration:
-        seconds = total(f"{name}_sum", **labels)
-        return Duration(count=int(total(f"{name}_count", **labels)), ns=round(seconds * 1e9))
-
-    success, fail = Duration(), Duration()
-    for route in routes:
-        every = duration("http_request_duration_seconds", route=route)
-        good = duration("http_request_duration_seconds", route=route, status="200")
-        success.count += good.count
-        success.ns += good.ns
-        fail.count += every.count - good.count
-        fail.ns += every.ns - good.ns
-    runs = duration("bnlenet_inference_duration_seconds")
-    return ModelStatistics(
-        name=model.name,
-        version=model.version,
-        last_inference=int(total("bnlenet_last_inference_timestamp_seconds") * 1e3),
-        inference_count=int(total("bnlenet_images_total")),
-        execution_count=runs.count,
-        inference_stats=InferenceStatistics(
-            success=success,
-            fail=fail,
-            queue=duration("bnlenet_queue_duration_seconds"),
-            compute_input=duration("bnlenet_decode_duration_seconds"),
-            compute_infer=runs,
-            compute_output=duration("bnlenet_encode_duration_seconds"),
-        ),
-    )
-
-
 def _example(classifier: Classifier) -> dict[str, Any]:
     """Return the real answer to the documentation's request."""
     request = decode(orjson.dumps(EXAMPLE))
@@ -189,7 +150,7 @@ def open_inference_router(
     classifier: Classifier,
     handle_infer: Handler,
     handle_index: Handler,
-    metrics: Metrics,
+    collect: Collect,
     admission: Admission,
     other_paths: Sequence[str],
 ) -> APIRouter:
@@ -199,7 +160,7 @@ def open_inference_router(
         classifier: the model.
         handle_infer: as made by `infer_handler`.
         handle_index: as made by `index_handler`.
-        metrics: what the statistics are made of.
+        collect: returns the totals of all workers.
         admission: knows whether the server is about to stop.
         other_paths: the other ways to the model, for the statistics.
     """
@@ -252,11 +213,9 @@ def open_inference_router(
 
     @router.get("/v2/models/stats", summary="Statistics of all models")
     async def statistics() -> AllStatistics:
-        metrics.flush()
-        samples = await run_in_threadpool(metrics.samples)  # with many workers it reads many files
-        return AllStatistics(
-            model_stats=[_statistics(model, samples, [*other_paths, *infer_paths(model)])]
-        )
+        counted = tell_statistics(await collect(), [*other_paths, *infer_paths(model)])
+        named = {"name": model.name, "version": model.version, **counted}
+        return AllStatistics.model_validate({"model_stats": [named]})
 
     def models_router(prefix: str, *checks: Any) -> APIRouter:
         # The prefix is the router's own: what an including router adds is in no route's template,

@@ -2,15 +2,14 @@
 
 from typing import Literal
 
-from fastapi import APIRouter, Response
-from fastapi.concurrency import run_in_threadpool
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
 from service.errors import NotReady
 from service.http.admission import Admission
 from service.model.artefact import ModelInfo
-from service.telemetry.metrics import Metrics
+from service.telemetry.metrics import Collect, Metrics
 
 
 class Live(BaseModel):
@@ -36,12 +35,15 @@ class Ready(BaseModel):
     model: ReadyModel
 
 
-def operations_router(model: ModelInfo, metrics: Metrics, admission: Admission) -> APIRouter:
+def operations_router(
+    model: ModelInfo, metrics: Metrics, collect: Collect, admission: Admission
+) -> APIRouter:
     """Return the routes.
 
     Args:
         model: what is served; it was loaded and tested before the application was made.
-        metrics: what `/metrics` tells.
+        metrics: of this process.
+        collect: returns the totals of all workers.
         admission: knows whether the server is about to stop, and how many requests are inside.
     """
     router = APIRouter(tags=["operations"])
@@ -55,14 +57,15 @@ def operations_router(model: ModelInfo, metrics: Metrics, admission: Admission) 
         )
     )
 
-    # HEAD too: what many load balancers ask unless told otherwise.
-    @router.head("/livez", include_in_schema=False)
+    # Load balancers send HEAD. One route takes both, so that `Allow` names both; the one above it
+    # only documents GET.
     @router.get("/livez", summary="Is the process alive?")
+    @router.api_route("/livez", methods=["GET", "HEAD"], include_in_schema=False)
     async def livez() -> Live:
         return Live()
 
-    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", summary="May traffic come?")
+    @router.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
     async def readyz() -> Ready:
         """Say ready when the model is loaded, agreed with its self-test, and no stop is near."""
         if admission.draining:
@@ -70,10 +73,11 @@ def operations_router(model: ModelInfo, metrics: Metrics, admission: Admission) 
         return ready
 
     @router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
-    async def prometheus() -> Response:
+    @router.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)
+    async def prometheus(request: Request) -> Response:
+        """Tell the sums of all workers, as OpenMetrics where `Accept` names it."""
         metrics.in_flight.set(admission.in_flight)
-        metrics.flush()
-        text = await run_in_threadpool(metrics.render)  # with many workers it reads many files
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        text, content_type = metrics.render(await collect(), request.headers.get("accept", ""))
+        return Response(text, headers={"Content-Type": content_type})
 
     return router

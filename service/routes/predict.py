@@ -17,6 +17,7 @@ from service.pictures.thread import PictureThread
 from service.routes.bodies import SIDE, SIZE, read_body
 from service.routes.prediction import Prediction, Renderer
 from service.telemetry.metrics import Metrics
+from service.telemetry.tallies import Stages
 
 PATH = "/predict"
 PREPROCESSING = frozenset(get_args(Preprocessing))
@@ -28,7 +29,7 @@ RING = [
 
 def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handler:
     """Return the one implementation of `POST /predict`, for the gate and for the framework."""
-    observe_decode, observe_encode = metrics.decode.observe, metrics.encode.observe
+    observe_decode, answered = metrics.decode.observe, metrics.answered
     render = Renderer(model)
     pictures = PictureThread()
 
@@ -40,11 +41,14 @@ def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Han
         del body  # a form's file may wait for its turn without the form
         if isinstance(image, bytes):
             image = await pictures.read(image, preprocessing)
-        observe_decode(perf_counter() - begin)
-        probabilities = await infer(image.pixels.reshape(1, 1, SIDE, SIDE))
+        stages = Stages()
+        stages.decode = perf_counter() - begin
+        observe_decode(stages.decode)
+        probabilities = await infer(image.pixels.reshape(1, 1, SIDE, SIDE), stages)
         begin = perf_counter()
         answer = Answer(render(probabilities, image, top_k, echo))
-        observe_encode(perf_counter() - begin)
+        stages.encode = perf_counter() - begin
+        answered(stages)
         return answer
 
     return predict

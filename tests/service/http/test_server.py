@@ -75,7 +75,7 @@ def noisy_picture() -> bytes:
 
 def refuse_to_start(**settings: str) -> tuple[int, str]:
     """Run the service, which must end by itself, and return its status and what it said."""
-    environment = {k: v for k, v in os.environ.items() if k.startswith(("PATH", "PROMETHEUS"))}
+    environment = {k: v for k, v in os.environ.items() if k.startswith("PATH")}
     environment |= {"BNLENET_PORT": "0"}
     environment |= {f"BNLENET_{k.upper()}": v for k, v in settings.items()}
     command = [sys.executable, "-m", "service"]
@@ -150,14 +150,6 @@ class TestStart:
             other.listen()
             with pytest.raises(server.StartError, match=r"\(Address already in use\)"):
                 server.run(make_app(), settings, listener)
-
-    def test_a_directory_for_metrics_that_is_none_is_one_sentence(
-        self, artefact: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
-        status, said = refuse_to_start(model_path=str(artefact))
-        assert (status, said.count("\n")) == (1, 1)
-        assert said.startswith("Error: PROMETHEUS_MULTIPROC_DIR is /nowhere")
 
     def test_an_ipv6_address_is_told_as_a_url(self) -> None:
         with socket.socket(socket.AF_INET6) as unbound:

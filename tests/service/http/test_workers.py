@@ -1,134 +1,433 @@
-"""Several workers look like one server, and go on when one of them dies."""
+"""Several workers look like one server, and go on when one of them dies or hangs."""
 
 import asyncio
 import errno
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
-import tempfile
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
+import onnx
 import pytest
 
 from service.http import workers as workers_module
-from service.http.workers import Supervisor, SupervisorError, supervise
-from tests.contract.conftest import serving
+from service.http.workers import Supervisor
+from service.telemetry.tallies import Totals
+from tests.contract.conftest import ROOT, serving
+from tests.service.conftest import make_artefact, make_weights
 
 BYTES = {"content-type": "application/octet-stream"}
+Server = tuple[str, subprocess.Popen[bytes]]
+
+
+@contextmanager
+def two_workers(log: Path, model: Path) -> Iterator[Server]:
+    with serving(log, model_path=model, workers=2, drain_seconds=30) as (address, process):
+        wait_until(lambda: log.read_text().count("ready") == 2)
+        yield address, process
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, artefact: Path) -> Iterator[Server]:
+    """Give one for all tests that leave two workers behind."""
+    with two_workers(tmp_path_factory.mktemp("workers") / "log", artefact) as server:
+        yield server
 
 
 @pytest.fixture
-def server(tmp_path: Path, artefact: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    settings = {"model_path": artefact, "workers": 2, "drain_seconds": 30}
-    with serving(tmp_path / "log", **settings) as (address, process):
-        yield address, process
+def own_server(tmp_path: Path, artefact: Path) -> Iterator[Server]:
+    with two_workers(tmp_path / "log", artefact) as server:
+        yield server
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def processes() -> dict[int, tuple[int, float]]:
+    """Return the parent and the bytes of resident memory of each process that has not ended."""
+    lines: list[list[str]] = []
+    if Path("/proc/self/stat").exists():
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has just ended
+                before, _, after = stat.read_text().rpartition(")")
+                fields = after.split()
+                kilobytes = int(fields[21]) * os.sysconf("SC_PAGE_SIZE") // 1024
+                lines.append([before.split()[0], fields[1], str(kilobytes), fields[0]])
+    else:
+        command = ["/bin/ps", "-A", "-o", "pid=,ppid=,rss=,stat="]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        lines = [line.split() for line in listed.splitlines()]
+    return {
+        int(pid): (int(parent), int(kilobytes) * 1024)
+        for pid, parent, kilobytes, state in lines
+        if state[0] != "Z"  # has ended, and waits for its parent
+    }
 
 
 def workers(supervisor: int) -> set[int]:
     """Return the ids of the processes whose parent is the supervisor."""
-    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text()
-    return set(map(int, children.split()))
+    return {pid for pid, (parent, _) in processes().items() if parent == supervisor}
+
+
+def alive(pid: int) -> bool:
+    return pid in processes()
 
 
 def predict(address: str) -> None:
     """Ask on a connection of its own, so that any worker may answer."""
-    httpx.post(f"{address}/predict", content=bytes(784), headers=BYTES).raise_for_status()
+    httpx.post(
+        f"{address}/predict", content=bytes(784), headers=BYTES, timeout=60
+    ).raise_for_status()
 
 
-def predictions(address: str) -> float:
-    pattern = r'^http_requests_total{method="POST",route="/predict",status="200"} (.*)$'
-    found = re.search(pattern, httpx.get(f"{address}/metrics").text, re.MULTILINE)
+def metric(address: str, series: str) -> float:
+    text = httpx.get(f"{address}/metrics", timeout=60).raise_for_status().text
+    found = re.search(rf"^{re.escape(series)} (.*)$", text, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 
-def test_any_worker_tells_the_sum_of_all(server: tuple[str, subprocess.Popen[bytes]]) -> None:
+def predictions(address: str) -> float:
+    return metric(address, 'http_requests_total{method="POST",route="/predict",status="200"}')
+
+
+def revisions(address: str) -> set[str]:
+    return {
+        httpx.get(f"{address}/readyz", timeout=60).json()["model"]["revision"] for _ in range(10)
+    }
+
+
+def resident(supervisor: int) -> float:
+    """Return the bytes of resident memory of all workers."""
+    return sum(memory for parent, memory in processes().values() if parent == supervisor)
+
+
+def test_any_worker_tells_the_sum_of_all(server: Server) -> None:
     address, process = server
     assert len(workers(process.pid)) == 2
+    before = predictions(address)
     for _ in range(40):
         predict(address)
-    assert {predictions(address) for _ in range(10)} == {40}
+    assert {predictions(address) for _ in range(10)} == {before + 40}
 
 
-def test_the_memory_of_all_workers_is_told(server: tuple[str, subprocess.Popen[bytes]]) -> None:
-    """As the alert on memory needs it; compared with what the kernel says of each."""
+def test_the_memory_of_all_workers_is_told(server: Server) -> None:
+    """As the alert on memory needs it; compared with what the kernel says."""
     address, process = server
-    deadline = time.monotonic() + 20
-    pattern = r"^process_resident_memory_bytes (.*)$"
-    while True:
-        predict(address)
-        found = re.search(pattern, httpx.get(f"{address}/metrics").text, re.MULTILINE)
-        statuses = [Path(f"/proc/{pid}/status").read_text() for pid in workers(process.pid)]
-        lines = [re.search(r"VmRSS:\s+(\d+) kB", status) for status in statuses]
-        kilobytes = sum(int(line[1]) for line in lines if line)
-        if found and float(found[1]) == pytest.approx(kilobytes * 1024, rel=0.1):
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+
+    def equal() -> bool:
+        told = metric(address, "process_resident_memory_bytes")
+        return told == pytest.approx(resident(process.pid), rel=0.1)
+
+    wait_until(equal)
 
 
-def test_a_worker_that_dies_is_replaced_and_its_counts_are_kept(
-    server: tuple[str, subprocess.Popen[bytes]],
-) -> None:
+def test_a_worker_that_dies_is_replaced_and_its_counts_stay(server: Server) -> None:
     address, process = server
-    for _ in range(20):
-        predict(address)
+    predict(address)
+    counted = predictions(address)
     before = workers(process.pid)
-    victim = min(before)
-    os.kill(victim, signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while len(workers(process.pid) - {victim}) < 2:
-        assert time.monotonic() < deadline
-        predict(address)
-        time.sleep(0.02)
-    assert predictions(address) >= 20
-    assert httpx.get(f"{address}/readyz").status_code == 200
+    for victim in before:
+        os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: len(workers(process.pid) - before) == 2)
+    assert predictions(address) == counted
+    assert httpx.get(f"{address}/readyz", timeout=60).status_code == 200
 
 
-def test_all_drain_and_end_with_the_supervisor(
-    server: tuple[str, subprocess.Popen[bytes]],
-) -> None:
+def test_a_stopped_worker_is_replaced_and_holds_up_nobody(server: Server) -> None:
     address, process = server
+    before = workers(process.pid)
+    stopped = min(before)
+    os.kill(stopped, signal.SIGSTOP)
+    begin = time.monotonic()
+    wait_until(lambda: not alive(stopped))
+    assert time.monotonic() - begin < 20  # five seconds where nothing else runs
+    wait_until(lambda: len(workers(process.pid) - {stopped}) == 2)
+    predict(address)
+
+
+def test_a_stopped_worker_does_not_hold_up_the_end(own_server: Server) -> None:
+    _, process = own_server
     children = workers(process.pid)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    assert {httpx.get(f"{address}/readyz").status_code for _ in range(8)} == {503}
+    os.kill(min(children), signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 1
+    assert not any(map(alive, children))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_all_drain_and_end_with_the_supervisor(own_server: Server, number: int) -> None:
+    address, process = own_server
+    children = workers(process.pid)
+    process.send_signal(number)
+    wait_until(lambda: httpx.get(f"{address}/readyz", timeout=60).status_code == 503)
+    wait_until(
+        lambda: {httpx.get(f"{address}/readyz", timeout=60).status_code for _ in range(8)} == {503}
+    )
     predict(address)
     process.send_signal(signal.SIGTERM)  # a second one ends the drain
     assert process.wait(20) == 0
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert not any(map(alive, children))
 
 
-def test_workers_do_not_outlive_a_killed_supervisor(
-    server: tuple[str, subprocess.Popen[bytes]],
-) -> None:
-    _, process = server
+def test_workers_do_not_outlive_a_killed_supervisor(own_server: Server) -> None:
+    _, process = own_server
     children = workers(process.pid)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 5
-    while any(alive(child) for child in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not any(map(alive, children)))
 
 
-def test_without_a_writable_directory_it_ends_in_one_sentence(
-    monkeypatch: pytest.MonkeyPatch,
+def test_all_workers_serve_the_model_that_was_read_first(tmp_path: Path, artefact: Path) -> None:
+    """Also those that are started after the file was replaced."""
+    model = tmp_path / "model.onnx"
+    shutil.copy(artefact, model)
+    settings = {"model_path": model, "workers": 2}
+    with serving(tmp_path / "log", **settings) as (address, process):
+        (first,) = revisions(address)
+        onnx.save(make_artefact(make_weights(1)), model)
+        before = workers(process.pid)
+        for victim in before:
+            os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: len(workers(process.pid) - before) == 2)
+        assert revisions(address) == {first}
+
+
+def test_nothing_is_written_to_a_disk(tmp_path: Path, artefact: Path) -> None:
+    """So a full one stops nobody; here there is none at all."""
+    nowhere = {"TMPDIR": "/nowhere", "PROMETHEUS_MULTIPROC_DIR": "/nowhere"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in nowhere.items():
+            patch.setenv(name, value)
+        with serving(tmp_path / "log", model_path=artefact, workers=2) as (address, _):
+            predict(address)
+            assert predictions(address) == 1
+
+
+def test_workers_run_the_code_of_their_supervisor(tmp_path: Path, artefact: Path) -> None:
+    """Not what lies under the same name in the current folder."""
+    package = tmp_path / "service"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("raise SystemExit('a stranger')")
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "BNLENET_PORT": "0",
+        "BNLENET_WORKERS": "2",
+        "BNLENET_MODEL_PATH": str(artefact),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "service"],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        while "ready" not in said and said:
+            said = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert "stranger" not in process.stderr.read()
+    assert "ready" in said
+
+
+STUB = """
+import os, signal, socket, sys, time
+from service.telemetry.tallies import Totals
+channel = socket.socket(fileno=int(sys.argv[2]))
+folder = os.environ["STUB_FOLDER"]
+with open(f"{folder}/starts", "a") as starts:
+    starts.write(f"{os.getpid()} {os.getsid(0)}\\n")
+first = len(open(f"{folder}/starts").readlines()) == 1
+def report():
+    channel.sendall(b"0 " + Totals().to_json() + b"\\n")
+"""
+
+
+class Stub:
+    """Stands in for a worker: a program of a few lines."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder = folder
+        monkeypatch.setenv("STUB_FOLDER", str(folder))
+        monkeypatch.setattr(workers_module, "TICK_SECONDS", 0.02)
+        monkeypatch.setattr(workers_module, "RESTART_AFTER_SECONDS", 0.01)
+        for name in ("START", "HANGS_AFTER", "GIVE_UP"):
+            monkeypatch.setattr(workers_module, f"{name}_TICKS", 10**6)
+
+    def supervise(self, program: str, workers: int = 1) -> int:
+        """Run a program as the worker, and return the supervisor's exit status."""
+
+        async def run() -> int:
+            supervisor = Supervisor(listener, b"model", [sys.executable, "-c", STUB + program])
+            return await asyncio.wait_for(supervisor.run(workers), 60)
+
+        with socket.socket() as listener:
+            return asyncio.run(run())
+
+    def starts(self) -> list[list[int]]:
+        """Return the process id and the session of each worker that was started."""
+        lines = (self._folder / "starts").read_text().splitlines()
+        return [[int(number) for number in line.split()] for line in lines]
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
+    return Stub(tmp_path, monkeypatch)
+
+
+STOP_SUPERVISOR = "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)\n"
+
+
+def test_when_no_worker_can_be_started_any_more_the_service_ends(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
-    with socket.socket() as unused, pytest.raises(SupervisorError, match="set TMPDIR"):
-        supervise(2, unused)
+    """So that what restarts it can act; clients would wait at the open port for ever."""
+    monkeypatch.setattr(workers_module, "GIVE_UP_TICKS", 150)
+    assert stub.supervise("if first: report()\nsys.exit(1)") == 1
+    assert len(stub.starts()) > 2
+    assert "no worker can be started" in caplog.text
+
+
+def test_a_worker_that_cannot_be_replaced_does_not_end_the_others(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers_module, "GIVE_UP_TICKS", 150)
+    report_and_stop = f"for _ in range(400): report(); time.sleep(0.01)\n{STOP_SUPERVISOR}"
+    program = f"if not first:\n report()\n sys.exit(3)\n{report_and_stop}"
+    assert stub.supervise(program, workers=2) == 0
+    assert len(stub.starts()) > 3
+
+
+def test_a_first_worker_that_fails_ends_the_service(stub: Stub) -> None:
+    assert stub.supervise("sys.exit(1)") == 1
+    assert len(stub.starts()) == 1
+
+
+@pytest.mark.parametrize("program", ["report(); time.sleep(60)", "time.sleep(60)"])
+def test_a_worker_that_hangs_is_killed_and_replaced(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, program: str
+) -> None:
+    """Whether it was ready, or never became so."""
+    monkeypatch.setattr(workers_module, "HANGS_AFTER_TICKS", 5)
+    monkeypatch.setattr(workers_module, "START_TICKS", 100)
+    stub.supervise(f"if first:\n {program}\nelse: {STOP_SUPERVISOR}")
+    assert len(stub.starts()) == 2
+    assert "a worker hangs" in caplog.text
+    assert f"{-signal.SIGKILL}" in str([vars(record).get("fields") for record in caplog.records])
+
+
+def test_a_worker_that_reports_is_left_alone(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers_module, "HANGS_AFTER_TICKS", 50)
+    program = f"for _ in range(150): report(); time.sleep(0.01)\n{STOP_SUPERVISOR}"
+    assert stub.supervise(program) == 0
+    assert len(stub.starts()) == 1
+    assert "hangs" not in caplog.text
+
+
+def test_what_a_dead_worker_counted_stays_and_what_it_had_is_gone(
+    stub: Stub, tmp_path: Path
+) -> None:
+    program = f"""
+def send(number):
+    totals = Totals({{("requests",): [2]}}, {{("in_flight",): [1]}})
+    channel.sendall(b"%d " % number + totals.to_json() + b"\\n")
+if first:
+    send(0)
+    sys.exit(3)
+channel.recv(100)  # the model
+send(-1)
+with open(f"{{folder}}/sum", "wb") as file:
+    file.write(channel.recv(1000))
+{STOP_SUPERVISOR}"""
+    assert stub.supervise(program) == 0
+    total = Totals.from_json((tmp_path / "sum").read_bytes())
+    assert total == Totals({("requests",): [4]}, {("in_flight",): [1]})
+
+
+def test_a_worker_that_does_not_answer_holds_up_no_sum(stub: Stub, tmp_path: Path) -> None:
+    """What it reported last counts."""
+    program = """
+channel.recv(100)
+if first:
+    channel.sendall(b"0 " + Totals({("requests",): [2]}).to_json() + b"\\n")
+    open(f"{folder}/reported", "w")
+    time.sleep(600)
+while not os.path.exists(f"{folder}/reported"):
+    time.sleep(0.2)
+channel.sendall(b"-1 " + Totals({("requests",): [40]}).to_json() + b"\\n")
+with open(f"{folder}/sum", "wb") as file:
+    file.write(channel.recv(1000))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(600)
+"""
+    assert stub.supervise(program, workers=2) == 0
+    assert Totals.from_json((tmp_path / "sum").read_bytes()).counters == {("requests",): [42]}
+
+
+def test_there_is_a_pause_before_a_worker_is_replaced(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that cannot live do not keep the machine busy; a signal ends the pause."""
+    monkeypatch.setattr(workers_module, "RESTART_AFTER_SECONDS", 3600)
+    signal_later = (
+        "import subprocess; subprocess.Popen([sys.executable, '-c', 'import os, sys, time;"
+        " time.sleep(1); os.kill(int(sys.argv[1]), 15)', str(os.getppid())])\n"
+    )
+    assert stub.supervise(signal_later + "report(); os._exit(0)") == 0
+    assert len(stub.starts()) == 1
+
+
+def test_a_worker_has_a_session_of_its_own(stub: Stub) -> None:
+    """Else a terminal's Ctrl-C would reach it twice, and end it without draining."""
+    stub.supervise(STOP_SUPERVISOR)
+    ((pid, session),) = stub.starts()
+    assert session == pid
+
+
+@pytest.mark.parametrize(("ends", "status"), [("sys.exit(3)", 1), ("sys.exit(0)", 0)])
+def test_the_exit_status_is_one_when_a_worker_ended_badly(
+    stub: Stub, ends: str, status: int
+) -> None:
+    handler = f"def end(*_): {ends}\nsignal.signal(signal.SIGTERM, end)\n"
+    assert stub.supervise(handler + STOP_SUPERVISOR) == status
+
+
+def test_a_signal_during_the_start_of_a_worker_reaches_it(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = asyncio.create_subprocess_exec
+
+    async def start_and_signal(*args: Any, **options: Any) -> asyncio.subprocess.Process:
+        process = await start(*args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.1)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_and_signal)
+    monkeypatch.setattr(workers_module, "START_TICKS", 10**6)
+    assert stub.supervise("time.sleep(600)") == 0
 
 
 def test_a_worker_that_cannot_be_started_is_tried_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As when memory or processes run out for a moment; the others must not end with it."""
-    monkeypatch.setattr(workers_module, "RESTART_AFTER_SECONDS", 0.01)
     tries = 0
 
     async def fail(*_: object, **__: object) -> None:
@@ -139,15 +438,6 @@ def test_a_worker_that_cannot_be_started_is_tried_again(
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", fail)
-    with socket.socket() as unused:
-        assert asyncio.run(Supervisor(unused, str(tmp_path)).run(1)) == 0
+    assert stub.supervise("") == 0
     assert tries == 3
     assert caplog.text.count("a worker cannot be started") == 3
-
-
-def alive(pid: int) -> bool:
-    """Tell whether a process runs; one that has ended may wait for its parent as a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from service.model.inference import Inference, ThreadedInference
-from service.telemetry.metrics import Runs
+from service.telemetry.tallies import Runs
 
 IN_A_CROWD = SimpleNamespace(in_flight=2)
 
