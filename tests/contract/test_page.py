@@ -6,12 +6,14 @@ import shutil
 import subprocess
 from base64 import b64encode
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 
@@ -32,6 +34,7 @@ EXAMPLES = {
     "ankle-boot": "Ankle boot",
 }
 PAGES = ["", "inside", "docs"]
+READY = ["name", "version", "revision", "provider", "test_accuracy"]
 WEB = Path(__file__).parents[2] / "service" / "routes" / "web"
 FILES = [*PAGES, *(f"static/{path.name}" for path in sorted(WEB.iterdir()))]
 
@@ -47,6 +50,71 @@ COPY = """async (base64) => {
   const picture = new Blob([bytes], { type: "image/png" });
   await navigator.clipboard.write([new ClipboardItem({ "image/png": picture })]);
 }"""
+
+
+SQUARE = [(0.25, 0.25), (0.75, 0.25), (0.75, 0.75), (0.25, 0.75), (0.25, 0.25)]
+
+
+def symmetric(*half: tuple[float, float]) -> list[tuple[float, float]]:
+    """Return a closed line of its left half and that half's mirror image."""
+    return [*half, *((1 - x, y) for x, y in reversed(half)), half[0]]
+
+
+DRAWINGS = {
+    "T-shirt/top": [
+        symmetric((0.42, 0.15), (0.33, 0.13), (0.12, 0.28), (0.2, 0.42), (0.3, 0.36), (0.3, 0.85))
+    ],
+    "Trouser": [
+        symmetric((0.34, 0.08), (0.28, 0.92), (0.45, 0.92), (0.5, 0.38)),
+    ],
+    "Pullover": [
+        symmetric(
+            *((0.42, 0.15), (0.33, 0.14), (0.22, 0.25), (0.12, 0.8)),
+            *((0.22, 0.83), (0.3, 0.45), (0.3, 0.85)),
+        )
+    ],
+    "Dress": [symmetric((0.44, 0.08), (0.38, 0.08), (0.38, 0.28), (0.42, 0.45), (0.28, 0.92))],
+    "Coat": [
+        symmetric(
+            *((0.44, 0.1), (0.34, 0.12), (0.24, 0.22), (0.14, 0.78)),
+            *((0.24, 0.8), (0.3, 0.48), (0.27, 0.92)),
+        ),
+        [(0.5, 0.12), (0.5, 0.92)],
+    ],
+    "Sandal": [
+        [
+            *((0.08, 0.62), (0.3, 0.6), (0.55, 0.45), (0.75, 0.28), (0.88, 0.25), (0.92, 0.4)),
+            *((0.92, 0.68), (0.85, 0.68), (0.84, 0.5), (0.6, 0.62), (0.4, 0.7), (0.08, 0.7)),
+            (0.08, 0.62),
+        ],
+        [(0.35, 0.62), (0.25, 0.5), (0.15, 0.6)],
+        [(0.75, 0.3), (0.7, 0.2), (0.85, 0.2), (0.88, 0.26)],
+    ],
+    "Shirt": [
+        symmetric(
+            *((0.44, 0.14), (0.36, 0.12), (0.24, 0.22), (0.14, 0.7)),
+            *((0.23, 0.73), (0.31, 0.42), (0.31, 0.86)),
+        ),
+        [(0.44, 0.14), (0.5, 0.24), (0.56, 0.14)],
+        [(0.5, 0.24), (0.5, 0.86)],
+    ],
+    "Sneaker": [
+        [
+            *((0.08, 0.45), (0.1, 0.65), (0.9, 0.65), (0.92, 0.55), (0.75, 0.5), (0.55, 0.38)),
+            *((0.48, 0.33), (0.38, 0.4), (0.25, 0.42), (0.18, 0.33), (0.08, 0.45)),
+        ]
+    ],
+    "Bag": [
+        [(0.18, 0.4), (0.82, 0.4), (0.85, 0.85), (0.15, 0.85), (0.18, 0.4)],
+        [(0.35, 0.4), (0.38, 0.22), (0.5, 0.16), (0.62, 0.22), (0.65, 0.4)],
+    ],
+    "Ankle boot": [
+        [
+            *((0.25, 0.15), (0.52, 0.15), (0.54, 0.5), (0.85, 0.62), (0.88, 0.8)),
+            *((0.25, 0.8), (0.22, 0.6), (0.25, 0.15)),
+        ]
+    ],
+}
 
 
 def png(image: Image.Image) -> bytes:
@@ -203,6 +271,54 @@ class TestPicture:
         choose(page, png(Image.fromarray(gray)))
         expect(page.locator("#preprocessing")).to_contain_text("Taken as it came")
 
+    def test_of_an_example_is_named_rightly(self, page: Page) -> None:
+        """All ten of them, one for each class."""
+        named = {}
+        for label in EXAMPLES.values():
+            page.get_by_role("list").get_by_role("button", name=label, exact=True).click()
+            expect(page.locator("#command")).to_contain_text("@")
+            expect(page.locator("#output")).to_have_attribute("aria-busy", "false")
+            named[label] = page.locator("#label").inner_text()
+            expect(page.get_by_role("img", name=label).last).to_be_visible()
+        assert named == {label: label for label in EXAMPLES.values()}
+
+    @pytest.mark.parametrize(
+        ("size", "kind", "small"),
+        [((3000, 4000), "jpeg", (768, 1024)), ((2560, 1440), "png", (1024, 576))],
+    )
+    def test_is_sent_smaller_when_it_is_large(
+        self, page: Page, tmp_path: Path, size: tuple[int, int], kind: str, small: tuple[int, int]
+    ) -> None:
+        image = Image.new("RGB", size, "white")
+        ImageDraw.Draw(image).rectangle((900, 300, 1500, 1200), "navy")
+        path = tmp_path / f"large.{kind}"
+        image.save(path)
+        page.set_input_files("#file", path)
+        expect(page.locator("#preprocessing")).to_contain_text("Scaled down in your browser")
+        picture = Image.open(io.BytesIO(sent(page)))
+        assert picture.size == small
+        expect(page.locator("#command")).to_contain_text(f"image/{kind}")
+        expect(page.locator("#command")).to_contain_text(f"@large-small.{kind}")
+        paper = np.array(picture.convert("L"))
+        assert paper[5, 5] == pytest.approx(255, abs=4)
+        assert (paper < 128).mean() == pytest.approx(600 * 900 / np.prod(size), rel=0.05)
+
+    def test_taken_with_the_camera(self, page: Page, client: httpx.Client) -> None:
+        page.context.grant_permissions(["camera"])
+        page.locator("label", has_text="Camera").click()
+        expect(page.get_by_role("button", name="Take it")).to_be_attached()
+        page.wait_for_function("document.getElementById('viewfinder').videoWidth > 0")
+        page.locator("label", has_text="Take it").click()
+        expect(page.locator("#bars .first")).to_have_count(1)
+        expect_answer(page, ask(client, sent(page)))
+        expect(page.get_by_role("button", name="Camera")).to_be_attached()
+        assert page.evaluate("document.getElementById('viewfinder').srcObject.active") is False
+
+    def test_cannot_be_taken_where_the_camera_is_denied(self, page: Page) -> None:
+        page.locator("label", has_text="Camera").click()
+        expect(page.get_by_role("alert")).to_contain_text("The camera cannot be used")
+        expect(page.get_by_role("button", name="Try again")).to_be_hidden()
+
     def test_dropped(self, page: Page, trousers: bytes, answer: dict[str, Any]) -> None:
         given = ["image/png", "trousers.png", b64encode(trousers).decode()]
         page.evaluate(GIVE, ["dragenter", *given])
@@ -334,6 +450,77 @@ class TestDrawing:
         half = len(ink) // 2
         assert ink[:, :half].any()
         assert not ink[:, half:].any()
+
+    def test_outline_is_filled_lighter_than_its_lines(self, page: Page) -> None:
+        draw(page, *SQUARE, (0.26, 0.24))  # not quite closed
+        draw(page, (0.5, 0.35), (0.5, 0.65))
+        paper = ink(page)
+        assert paper[10, 10] == 255
+        assert paper[280, 140] == paper[280, 280] == 0  # an edge, and the line inside
+        assert 0 < paper[280, 200] < 128
+        assert ((paper > 0) & (paper < 128)).mean() == pytest.approx(0.25, abs=0.05)
+
+    def test_outline_of_several_lines_is_filled(self, page: Page) -> None:
+        for line in pairwise(SQUARE):
+            assert ink(page)[280, 280] == 255
+            draw(page, *line)
+        assert 0 < ink(page)[280, 280] < 128
+
+    def test_open_line_is_not_filled(self, page: Page) -> None:
+        draw(page, *SQUARE[:-1])
+        assert ink(page)[280, 280] == 255
+
+    def test_hole_that_was_rubbed_stays(self, page: Page) -> None:
+        draw(page, *SQUARE)
+        page.get_by_label("Eraser").check()
+        draw(page, (0.45, 0.5), (0.55, 0.5))
+        assert ink(page)[280, 280] == 255
+        page.get_by_label("Fine pen").check()
+        draw(page, (0.1, 0.1), (0.2, 0.1))
+        assert ink(page)[280, 280] == 255
+        assert 0 < ink(page)[180, 280] < 128
+
+    def test_pens_have_two_sizes(self, page: Page) -> None:
+        widths = []
+        for pen in ("Fine pen", "Broad pen"):
+            page.get_by_label(pen).check()
+            draw(page, (0.2, 0.5), (0.8, 0.5))
+            widths.append(int((ink(page)[:, 280] < 128).sum()))
+            page.get_by_role("button", name="Undo").click()
+        assert 8 <= widths[0] <= 20
+        assert widths[1] > 2 * widths[0]
+
+    def test_is_undone_stroke_by_stroke(self, page: Page) -> None:
+        undo = page.get_by_role("button", name="Undo")
+        expect(undo).to_be_disabled()
+        draw(page, *SQUARE)
+        first = ink(page)
+        draw(page, (0.1, 0.1), (0.9, 0.1))
+        assert (ink(page) != first).any()
+        undo.click()
+        assert (ink(page) == first).all()
+        assert np.array_equal(np.array(Image.open(io.BytesIO(sent(page))).convert("L")), first)
+        page.keyboard.press("Control+z")
+        expect(page.get_by_text("Draw one here")).to_be_visible()
+        expect(page.locator("#bars .first")).to_have_count(0)
+        expect(undo).to_be_disabled()
+
+    def test_is_mostly_right(self, page: Page) -> None:
+        """Ten simple drawings, outlines of a few lines each."""
+        right = []
+        for label, lines in DRAWINGS.items():
+            page.get_by_role("button", name="Clear").click(force=True)
+            for line in lines:
+                draw(page, *line)
+            expect(page.locator("#output")).to_have_attribute("aria-busy", "false")
+            answer = page.locator("#label").inner_text().removeprefix("Not sure: perhaps ")
+            right.append(answer == label)
+        assert sum(right) >= 8, list(zip(DRAWINGS, right, strict=True))
+
+
+def ink(page: Page) -> NDArray[np.uint8]:
+    """Return what is drawn, 0 for black and 255 for white, [560, 560]."""
+    return gray(page, "paper")
 
 
 class TestCommand:
@@ -469,6 +656,210 @@ class TestErrors:
             assert kept == [0, 0, ""]
             assert KEY not in page.content() + page.url
 
+    def test_are_tried_again_by_hand(
+        self, page: Page, trousers: bytes, answer: dict[str, Any]
+    ) -> None:
+        retry = page.get_by_role("button", name="Try again")
+        expect(retry).to_be_hidden()
+        gone = [True]
+
+        def meet(route: Route) -> None:
+            route.abort() if gone[0] else route.continue_()
+
+        page.route("**/readyz", lambda route: route.abort())  # it does not come back by itself
+        page.route("**/predict?echo=pixels", meet)
+        choose(page, trousers)
+        expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+        gone[0] = False
+        retry.click()
+        expect_answer(page, answer)
+        expect(retry).to_be_hidden()
+
+    def test_end_by_themselves_when_the_service_is_back(
+        self, page: Page, trousers: bytes, answer: dict[str, Any]
+    ) -> None:
+        status = [503]
+
+        def meet(route: Route) -> None:
+            if status[0] == 200:
+                route.continue_()
+            else:
+                body = '{"error": "Busy.", "code": "overloaded", "request_id": "1"}'
+                route.fulfill(status=status[0], body=body)
+
+        page.route("**/readyz", meet)
+        page.route("**/predict?echo=pixels", meet)
+        choose(page, trousers)
+        expect(page.get_by_role("alert")).to_have_text("Busy.")
+        status[0] = 200
+        expect_answer(page, answer)
+        expect(page.get_by_role("alert")).to_be_empty()
+
+    def test_of_pictures_are_not_tried_again(self, page: Page) -> None:
+        requests: list[str] = []
+        choose(page, b"no picture", "letter.txt")
+        expect(page.get_by_role("alert")).not_to_be_empty()
+        expect(page.get_by_role("button", name="Try again")).to_be_hidden()
+        page.on("request", lambda request: requests.append(request.url))
+        page.wait_for_timeout(1500)
+        assert requests == []
+
+    def test_of_what_another_picture_ended_are_not_shown(
+        self, page: Page, trousers: bytes, answer: dict[str, Any]
+    ) -> None:
+        page.route("**/predict?echo=pixels", lambda _: None, times=1)  # gets no answer
+        page.evaluate(
+            """() => {
+            globalThis.said = [];
+            const alert = document.getElementById("error");
+            new MutationObserver(() => said.push(alert.textContent))
+              .observe(alert, { childList: true, characterData: true, subtree: true });
+            }"""
+        )
+        choose(page, png(Image.new("L", (28, 28))), "black.png")
+        expect(page.locator("#output")).to_have_attribute("aria-busy", "true")
+        choose(page, trousers)
+        expect_answer(page, answer)
+        assert set(page.evaluate("said")) <= {""}
+
+
+class TestAnswer:
+    """What the service might say one day, word for word on the page."""
+
+    def meet(self, page: Page, answer: dict[str, Any], status: int = 200) -> None:
+        page.route(
+            "**/predict?echo=pixels",
+            lambda route: route.fulfill(status=status, json=answer),
+            times=1,
+        )
+
+    def test_is_text_whatever_it_looks_like(
+        self, page: Page, trousers: bytes, answer: dict[str, Any]
+    ) -> None:
+        html = "<img src=x onerror=alert(1)><b>&lt;"
+        images = page.locator("img").count()
+        self.meet(page, {"error": html, "code": "x", "request_id": "1"}, 422)
+        choose(page, trousers)
+        expect(page.get_by_role("alert")).to_have_text(html)
+        answer["label"] = answer["predictions"][0]["label"] = html
+        answer["notes"] = [html]
+        answer["model"]["revision"] = html
+        page.route(
+            "**/readyz",
+            lambda route: route.fulfill(json={"model": dict.fromkeys(READY, html)}),
+            times=1,
+        )
+        self.meet(page, answer)
+        choose(page, trousers)
+        expect(page.locator("#label")).to_have_text(html)
+        expect(page.locator("#bars .first span").first).to_have_text(html)
+        expect(page.locator("#notes li")).to_have_text([html])
+        expect(page.locator("#revision")).to_have_text(html)
+        expect(page.locator("#spoken")).to_contain_text(html)
+        assert page.locator("img").count() == images
+        assert page.locator("#output b, #notes b, footer b, #error b").count() == 0
+
+    def test_loses_its_notes_to_the_next(
+        self, page: Page, trousers: bytes, answer: dict[str, Any]
+    ) -> None:
+        self.meet(page, answer | {"notes": ["First.", "Second."]})
+        choose(page, trousers)
+        expect(page.locator("#notes li")).to_have_text(["First.", "Second."])
+        self.meet(page, answer | {"notes": ["Third."]})
+        choose(page, trousers)
+        expect(page.locator("#notes li")).to_have_text(["Third."])
+        choose(page, trousers)
+        expect_answer(page, answer)
+        expect(page.locator("#notes li")).to_have_count(0)
+        self.meet(page, answer | {"notes": ["Fourth."]})
+        choose(page, trousers)
+        expect(page.locator("#notes li")).to_have_count(1)
+        choose(page, b"no picture", "letter.txt")
+        expect(page.get_by_role("alert")).not_to_be_empty()
+        expect(page.locator("#notes li")).to_have_count(0)
+
+    def test_is_no_verdict_when_the_model_is_unsure(
+        self, page: Page, trousers: bytes, answer: dict[str, Any]
+    ) -> None:
+        unsure = "Not sure: two classes are about as likely."
+        self.meet(page, answer | {"notes": ["The background is not plain.", unsure]})
+        choose(page, trousers)
+        expect(page.locator("#label")).to_have_text(f"Not sure: perhaps {answer['label']}")
+        expect(page.locator("#notes li").last).to_have_text(unsure)
+        expect(page.locator("#spoken")).to_contain_text("Not sure")
+        color = (
+            """getComputedStyle(document.querySelector("#bars i"), "::before").backgroundColor"""
+        )
+        pale = page.evaluate(color)
+        choose(page, trousers)
+        expect_answer(page, answer)
+        assert page.evaluate(color) != pale
+
+    def test_is_explained_by_what_covering_a_part_changes(
+        self, page: Page, client: httpx.Client
+    ) -> None:
+        why = page.get_by_role("button", name="Why?")
+        expect(why).to_be_disabled()
+        page.get_by_role("button", name="Coat", exact=True).click()
+        requests: list[str] = []
+        page.on("request", lambda request: requests.append(request.url))
+        expect(why).to_be_enabled()
+        why.click()
+        expect(page.locator("#heat")).to_be_visible()
+        assert [url.rpartition("/")[2] for url in requests if "/v2/" in url] == ["infer"]
+        pixels = gray(page, "seen")
+        losses, answers = occluded(client, pixels)
+        worst = max(losses, key=losses.__getitem__)
+        label, share = answers[worst]
+        expect(page.locator("#reason")).to_contain_text(f"Without the part in the frame: {label}, ")
+        expect(page.locator("#reason")).to_contain_text(percent(share))
+        frame = gray(page, "heat")[[y + 5 for y in range(worst[1] * 10, worst[1] * 10 + 50)], :]
+        assert (frame[:, worst[0] * 10] == 255).all()  # the white line on the left of it
+        why.click()
+        expect(page.locator("#heat")).to_be_hidden()
+        expect(page.locator("#reason")).to_be_empty()
+        why.click()
+        expect(page.locator("#heat")).to_be_visible()
+        page.get_by_role("button", name="Bag", exact=True).click()
+        expect(page.locator("#label")).to_have_text("Bag")
+        expect(page.locator("#heat")).to_be_hidden()  # it was the coat's
+
+    def test_is_linked_with_what_happens_inside(
+        self, page: Page, trousers: bytes, answer: dict[str, Any]
+    ) -> None:
+        choose(page, trousers)
+        expect_answer(page, answer)
+        page.get_by_role("link", name="Inside", exact=True).click()
+        expect(page.locator("#verdict")).to_contain_text(answer["label"])
+        assert (gray(page, "given") == np.array(answer["pixels"])).all()
+
+
+def occluded(
+    client: httpx.Client, pixels: NDArray[np.uint8]
+) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], tuple[str, float]]]:
+    """Return, by place, what is lost in log-odds when it is covered, and the answer then."""
+
+    def classify(image: NDArray[np.uint8]) -> dict[str, float]:
+        headers = {"content-type": "application/octet-stream"}
+        answer = client.post("/predict", content=image.tobytes(), headers=headers).json()
+        return {each["label"]: each["probability"] for each in answer["predictions"]}
+
+    def odds(answer: dict[str, float]) -> float:
+        return float(np.log(answer[label]) - np.log(sum(answer.values()) - answer[label]))
+
+    whole = classify(pixels)
+    label = max(whole, key=whole.__getitem__)
+    losses, answers = {}, {}
+    steps = [int(step * 22 / 9 + 0.5) for step in range(10)]
+    for x, y in ((x, y) for y in steps for x in steps):
+        covered = pixels.copy()
+        covered[y : y + 6, x : x + 6] = 0
+        answer = classify(covered)
+        losses[x, y] = odds(whole) - odds(answer)
+        best = max(answer, key=answer.__getitem__)
+        answers[x, y] = (f"still {best}" if best == label else best, answer[best])
+    return losses, answers
+
 
 class TestEverybody:
     def test_tabs_through_visible_places(self, page: Page, trousers: bytes) -> None:
@@ -546,6 +937,34 @@ class TestEverybody:
         assert answer is not None
         assert answer["x"] > stage["x"] + stage["width"]
         assert answer["y"] < 450
+
+    def test_sees_picture_and_answer_on_a_phone_while_drawing(self, page: Page) -> None:
+        page.set_viewport_size({"width": 375, "height": 667})
+        draw(page, *SQUARE)
+        expect(page.locator("#bars .first")).to_have_count(1)
+        assert page.evaluate("scrollY") == 0
+        for place in ("#paper", "#seen", "#label", "#bars li:nth-child(5)"):
+            box = page.locator(place).bounding_box()
+            assert box is not None
+            assert box["y"] + box["height"] <= 667
+        paper, seen = (page.locator(name).bounding_box() for name in ("#paper", "#seen"))
+        assert paper is not None
+        assert seen is not None
+        assert seen["x"] >= paper["x"] + paper["width"]  # there a finger scrolls
+        assert seen["width"] > 100
+
+    def test_needs_few_bytes(self, client: httpx.Client) -> None:
+        """Of each page with all it asks for, weights apart."""
+        sizes = {name: len(client.get(f"/{name}").content) for name in FILES}
+        pictures = sum(size for name, size in sizes.items() if name.endswith(".svg"))
+        shared = pictures + sizes["static/style.css"]
+        drawing = sizes["static/examples.js"] + sizes["static/paper.js"]
+        ask = sizes[""] + sizes["static/app.js"] + sizes["static/why.js"] + shared + drawing
+        assert ask < 50_000
+        inside = [f"static/inside.{kind}" for kind in ("js", "css")]
+        inside += ["inside", "static/network.js"]
+        assert sum(sizes[name] for name in inside) + shared + drawing < 50_000
+        assert sizes["docs"] + sizes["static/docs.js"] + sizes["static/docs.css"] + shared < 50_000
 
     def test_sees_no_motion_who_wants_none(self, page: Page) -> None:
         bar = """getComputedStyle(document.querySelector("#bars i"), "::before")"""

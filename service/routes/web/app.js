@@ -90,6 +90,7 @@ const human = (sentence) => sentence // the service says "body" of what people k
 
 function show({ answer, picture, milliseconds }) {
   refuse(200, "");
+  hideReason();
   current = answer;
   pause = 1000;
   const notes = answer.notes ?? [];

@@ -23,13 +23,16 @@ export function makePaper(canvas, changed) {
   let before; // what was enclosed when it began
   pen.lineCap = pen.lineJoin = "round";
 
-  function line({ tool, points }, from = 0) {
+  function line({ tool, points }, from = 0) { // piece by piece, as it is drawn
     pen.strokeStyle = tool.color;
     pen.lineWidth = tool.width;
-    pen.beginPath();
-    pen.moveTo(...points[from]);
-    for (const [x, y] of points.slice(from)) pen.lineTo(x, y + 0.01); // no length would leave no dot
-    pen.stroke();
+    for (let i = from; i < points.length; i += 1) {
+      const [x, y] = points[i];
+      pen.beginPath();
+      pen.moveTo(...points[Math.max(0, i - 1)]);
+      pen.lineTo(x, y + 0.01); // a line of no length would leave no dot
+      pen.stroke();
+    }
   }
 
   function fill({ cells }) {
@@ -83,7 +86,7 @@ export function makePaper(canvas, changed) {
     const { left, top, width } = canvas.getBoundingClientRect();
     const scale = canvas.width / width;
     stroke.points.push([(event.clientX - left) * scale, (event.clientY - top) * scale]);
-    line(stroke, Math.max(0, stroke.points.length - 2));
+    line(stroke, stroke.points.length - 1);
   }
 
   function end() {
@@ -94,7 +97,7 @@ export function makePaper(canvas, changed) {
       const gap = Math.hypot(points.at(-1)[0] - points[0][0], points.at(-1)[1] - points[0][1]);
       if (gap < NEAR && steps.reduce((a, b) => a + b, 0) > 4 * NEAR) {
         points.push(points[0]);
-        line(stroke, points.length - 2);
+        line(stroke, points.length - 1);
       }
       // Not what was enclosed before: someone may have rubbed a hole there.
       enclosed().forEach((now, i) => { if (now && !before[i]) stroke.cells.push(i); });
