@@ -3,11 +3,12 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def stranger(status: int, body: bytes, **headers: str) -> Iterator[tuple[str, li
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            self.headers["path"] = self.path
             got.append(self.headers)
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(status)
@@ -145,6 +147,7 @@ class TestAnswers:
             "Screenshot 1.23\u202fPM.png",
             "été 👩\u200d🎤.png",
             "tab\t.png",
+            "line\u2028paragraph\u2029.png",
             os.fsdecode(b"\xff.png"),
         ]
         paths = [tmp_path / name for name in names]
@@ -155,8 +158,20 @@ class TestAnswers:
         ]
         shown = [row.split("\t")[0] for row in classify(*paths).stdout.splitlines()]
         mark = "\N{REPLACEMENT CHARACTER}"  # for what would break the columns, or is no text
-        names[2:] = [f"tab{mark}.png", f"{mark}.png"]
+        names[2:] = [f"tab{mark}.png", f"line{mark}paragraph{mark}.png", f"{mark}.png"]
         assert shown == [str(tmp_path / name) for name in names]
+
+    def test_are_given_for_pictures_larger_than_the_service_takes(self, tmp_path: Path) -> None:
+        """Nobody else waits; only the file's size is limited."""
+        wide = tmp_path / "wide.png"
+        Image.new("L", (8200, 30)).save(wide)
+        assert classify("--json", wide).exit_code == 0
+
+    def test_name_the_model_as_it_is_set(
+        self, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("BNLENET_MODEL_NAME", "garments")
+        assert lines(classify("--json", photos[0]))[0]["model"]["name"] == "garments"
 
 
 class TestFailures:
@@ -204,6 +219,17 @@ class TestFailures:
         monkeypatch.setattr("service.classify.MAX_BYTES", 10**5)
         errors = lines(classify("--json", photos[0].parent, "/dev/zero"))
         assert [e["code"] for e in errors] == ["unreadable_file", "payload_too_large"]
+
+    def test_begin_with_one_byte_too_many(
+        self, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        size = photos[0].stat().st_size
+        monkeypatch.setattr("service.classify.MAX_BYTES", size)
+        assert classify(photos[0]).exit_code == 0
+        monkeypatch.setattr("service.classify.MAX_BYTES", size - 1)
+        (error,) = lines(classify("--json", photos[0]))
+        assert error["code"] == "payload_too_large"
+        assert error["error"] == f"The file has more than {size - 1:,} bytes."
 
     def test_speak_of_the_file(self, bad: dict[str, Path], tmp_path: Path) -> None:
         (tmp_path / "empty.png").touch()
@@ -269,6 +295,10 @@ class TestRunningService:
             (200, b"[]", "is not this service."),
             (200, b'{"predictions": [[0.1, 0.9]]}', "is not this service."),
             (200, b'{"predictions": [{"label": "cat"}]}', "is not this service."),
+            (200, b'{"predictions": [{"label": 1, "probability": 0.5}]}', "is not this service."),
+            (200, b'{"predictions": [{"label": "cat", "probability": "1"}]}', "not this service."),
+            (500, b'["error"]', "The answer was 500 Internal Server Error."),
+            (500, b'{"error": 1, "code": "x"}', "The answer was 500 Internal Server Error."),
             (502, b"<html>", "The answer was 502 Bad Gateway."),
             (500, b'{"error": "Sorry."}', "The answer was 500 Internal Server Error."),
         ],
@@ -280,6 +310,34 @@ class TestRunningService:
             result = classify("--url", url, photos[0])
         assert result.exit_code == 1
         assert result.stderr.endswith(f"{sentence}\n")
+
+    def test_is_sent_the_bytes_as_a_picture_with_what_is_asked(self, photos: list[Path]) -> None:
+        with stranger(200, b"{}") as (url, got):
+            classify("--url", f"{url}/", "--top-k", 4, "--preprocessing", "dataset", photos[0])
+        assert got[0]["Content-Type"] == "image/unknown"
+        assert got[0]["Content-Length"] == str(photos[0].stat().st_size)
+        assert got[0]["path"] == "/predict?top_k=4&preprocessing=dataset"
+        assert "Authorization" not in got[0]
+
+    @pytest.mark.timeout(60)
+    @pytest.mark.parametrize(("answer", "reason"), [(b"", "timed out"), (b"what?\r\n", "what?")])
+    def test_may_fall_silent_or_speak_no_http(
+        self, answer: bytes, reason: str, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("service.classify.TIMEOUT_SECONDS", 0.5)
+        with socket.create_server(("127.0.0.1", 0)) as server, ExitStack() as stack:
+
+            def accept() -> None:
+                connection = stack.enter_context(server.accept()[0])
+                connection.sendall(answer)
+
+            thread = threading.Thread(target=accept)
+            thread.start()
+            url = f"http://127.0.0.1:{server.getsockname()[1]}"
+            (error,) = lines(classify("--url", url, "--json", photos[0]))
+            thread.join()
+        assert error["code"] == "unreachable"
+        assert error["error"].startswith(f"The service at {url} cannot be reached: {reason}")
 
     def test_may_send_elsewhere_but_the_key_stays(
         self, photos: list[Path], monkeypatch: pytest.MonkeyPatch
@@ -401,6 +459,25 @@ class TestTerminal:
         printed, other = in_terminal(["--json", *photos], code=hurried, stdout_too=False)
         assert "Classifying" in printed
         assert other == classify("--json", *photos).stdout
+
+    def test_sees_no_bar_among_lines_of_json(self, photos: list[Path]) -> None:
+        hurried = f"import service.classify as c; c.PROGRESS_AFTER_SECONDS = 0; {PROGRAM}"
+        printed, _ = in_terminal(["--json", *photos[:2]], code=hurried)
+        assert [json.loads(line)["file"] for line in printed.splitlines()] == [
+            str(photo) for photo in photos[:2]
+        ]
+
+    def test_sees_the_notes_beside_the_name(self, tmp_path: Path) -> None:
+        """Of a picture in which nothing stands out from its background."""
+        Image.new("RGB", (60, 60), "white").save(tmp_path / "blank.png")
+        (answer,) = lines(classify("--json", tmp_path / "blank.png"))
+        assert answer["notes"]
+        printed, _ = in_terminal([tmp_path / "blank.png"], COLUMNS="200")
+        rows = [row.split() for row in printed.splitlines()]
+        shown = " ".join(" ".join(row) for row in rows)
+        for note in answer["notes"]:
+            assert note.split()[0] in shown
+        assert printed.count("%") == 1
 
     def test_sees_none_when_it_does_not(self, photos: list[Path]) -> None:
         printed, other = in_terminal(["--json", *photos[:2]], stdout_too=False)
