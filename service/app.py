@@ -1,12 +1,8 @@
 """The application: FastAPI with its routes and errors, behind the gate."""
 
-from http import HTTPStatus
-from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.security import HTTPBearer
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from service import __version__
@@ -20,6 +16,7 @@ from service.model.inference import Inference, ThreadedInference
 from service.pictures.decoding import configure_pillow
 from service.routes import open_inference, operations, page, predict
 from service.routes.bodies import body_limit
+from service.routes.document import DocumentedAPI, documented
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -27,14 +24,6 @@ OPEN_PATHS = frozenset(
     {"/", "/inside", "/docs", "/static/*", "/openapi.json"}
     | {"/livez", "/readyz", "/metrics", "/v2/health/*"}
 )
-
-
-class Error(BaseModel):
-    """The one shape of every error."""
-
-    error: str
-    code: str
-    request_id: str
 
 
 def create_app(settings: Settings, classifier: Classifier, channel: Channel | None = None) -> Gate:
@@ -55,7 +44,9 @@ def create_app(settings: Settings, classifier: Classifier, channel: Channel | No
     if channel is not None:
         channel.report(metrics.totals)
         collect = channel.totals
-    framework = FastAPI(
+    framework = DocumentedAPI(
+        OPEN_PATHS,
+        key_needed=settings.api_key is not None,
         title="BN-LeNet",
         version=__version__,
         description="Classifies 28x28 images of garments: LeNet with batch normalisation,"
@@ -88,17 +79,14 @@ def create_app(settings: Settings, classifier: Classifier, channel: Channel | No
             handle_index, lambda _: open_inference.MAX_INDEX_BYTES
         ),
     }
-    key_needed = [Depends(HTTPBearer(auto_error=False))] if settings.api_key else []
     framework.include_router(
         predict.predict_router(handle_predict, predict.example(classifier)),
-        dependencies=key_needed,
         responses=documented(400, 401, 408, 411, 413, 415, 422, 500, 503, 504),
     )
     framework.include_router(
         open_inference.open_inference_router(
             classifier, handle_infer, handle_index, collect, admission, [predict.PATH]
         ),
-        dependencies=key_needed,
         responses=documented(400, 401, 404, 408, 411, 413, 415, 500, 503, 504),
     )
     framework.include_router(
@@ -109,11 +97,6 @@ def create_app(settings: Settings, classifier: Classifier, channel: Channel | No
     for kind in (ServiceError, HTTPException, RequestValidationError, Exception):
         framework.add_exception_handler(kind, _answer_error)
     return Gate(framework, hot_paths, admission, OPEN_PATHS, settings, metrics)
-
-
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return OpenAPI's description of these error answers."""
-    return {s: {"model": Error, "description": HTTPStatus(s).phrase} for s in statuses}
 
 
 async def _answer_error(request: Request, exc: Exception) -> Response:

@@ -139,6 +139,7 @@ REQUEST_BODY = {
     "content": {
         "application/json": {
             "schema": {
+                "title": "PredictionRequest",
                 "type": "object",
                 "required": ["pixels"],
                 "properties": {
@@ -164,6 +165,7 @@ REQUEST_BODY = {
         "image/webp": PICTURE,
         "multipart/form-data": {
             "schema": {
+                "title": "PredictionForm",
                 "type": "object",
                 "required": ["image"],
                 "properties": {"image": {"type": "string", "format": "binary"}},

@@ -14,9 +14,10 @@ import onnxruntime
 import pytest
 from pydantic import TypeAdapter
 
-from service.app import Error, create_app
+from service.app import create_app
 from service.http.gate import Gate
 from service.model.classifier import Classifier
+from service.routes.document import Error
 from service.routes.prediction import Prediction
 from service.settings import Settings
 from tests.service.conftest import ask
@@ -72,14 +73,6 @@ async def test_every_documented_path_is_counted_by_its_template(
     text = (await ask(app, b"", method="GET", target="/metrics")).body.decode()
     for template in templates:
         assert f'http_requests_total{{method="GET",route="{template}",status="200"}} 1.0' in text
-
-
-async def test_a_key_is_documented_where_one_is_set(make_app: Callable[..., Gate]) -> None:
-    assert "securitySchemes" not in (await schema(make_app()))["components"]
-    with_key = await schema(make_app(api_key="opensesame"))
-    assert with_key["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
-    assert with_key["paths"]["/predict"]["post"]["security"]
-    assert "security" not in with_key["paths"]["/livez"]["get"]
 
 
 async def test_a_gpu_is_told_wherever_the_provider_is_and_gives_each_its_own_answer(
