@@ -24,16 +24,15 @@ def main(context: click.Context) -> None:
 @main.command()
 def serve() -> None:
     """Serve the model over HTTP. The environment variables BNLENET_* say how."""
-    _serve(None)
+    _serve()
 
 
 @main.command(hidden=True)
-@click.argument("listener", type=int)
-@click.argument("channel", type=int)
 @click.argument("supervisor", type=int)
-def worker(listener: int, channel: int, supervisor: int) -> None:
-    """Serve on an inherited socket, as one of a supervisor's processes."""
-    _serve((listener, channel, supervisor))
+@click.argument("descriptors", type=int, nargs=-1)
+def worker(supervisor: int, descriptors: tuple[int, ...]) -> None:
+    """Serve on inherited sockets, as one of a supervisor's processes."""
+    _serve(supervisor, descriptors)
 
 
 def _http_only(_: click.Context, __: click.Parameter, url: str | None) -> str | None:
@@ -109,7 +108,7 @@ def _settings() -> "Settings":
         _fail(str(exc), 2)
 
 
-def _serve(inherited: tuple[int, int, int] | None) -> None:
+def _serve(supervisor: int | None = None, inherited: tuple[int, ...] = ()) -> None:
     settings = _settings()
 
     try:
@@ -122,12 +121,12 @@ def _serve(inherited: tuple[int, int, int] | None) -> None:
 
     logs.configure(settings)
     try:
-        data, channel, supervisor = None, None, None
-        if inherited is not None:
-            descriptor, end, supervisor = inherited
-            listener, channel = socket.socket(fileno=descriptor), Channel(end)
+        if supervisor is not None:
+            line, listener, *others = (socket.socket(fileno=number) for number in inherited)
+            channel = Channel(line)
             data = channel.receive_model()
         else:
+            channel, data, others = None, None, []
             listener = server.bind(settings)
             if settings.workers > 1:
                 _, data = read_file(settings.model_path)
@@ -137,7 +136,7 @@ def _serve(inherited: tuple[int, int, int] | None) -> None:
 
         model = Classifier.load(settings.model_path, settings.device, settings.model_name, data)
         app = create_app(settings, model, channel)
-        server.run(app, settings, listener, supervisor, channel)
+        server.run(app, settings, listener, supervisor, channel, others)
     except (ModelError, server.StartError, SupervisorError) as exc:
         _fail(str(exc), START_FAILED)
 

@@ -36,11 +36,11 @@ class Channel:
     """A worker's end.
 
     Args:
-        descriptor: its inherited socket.
+        line: its inherited socket.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        self._socket = socket.socket(fileno=descriptor)
+    def __init__(self, line: socket.socket) -> None:
+        self._socket = line
         self._answers: deque[asyncio.Future[Totals]] = deque()
 
     def receive_model(self) -> bytes:

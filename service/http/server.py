@@ -10,6 +10,7 @@ import resource
 import select
 import signal
 import socket
+from collections.abc import Sequence
 from time import monotonic
 from types import FrameType
 
@@ -81,6 +82,7 @@ def run(
     listener: socket.socket,
     supervisor: int | None = None,
     channel: Channel | None = None,
+    others: Sequence[socket.socket] = (),
 ) -> None:
     """Serve until a signal ends it.
 
@@ -90,10 +92,13 @@ def run(
         listener: a bound socket.
         supervisor: stop when this is no longer the parent process; None for none.
         channel: leads to the supervisor.
+        others: the other workers' listeners.
 
     Raises:
         StartError: another process took the port while the model was loaded.
     """
+    for shared in (listener, *others):  # before it listens: others may accept from it at once
+        shared.setblocking(False)
     try:
         listener.listen()  # here, where a failure can still be told in a sentence
     except OSError as exc:
@@ -104,7 +109,7 @@ def run(
     with contextlib.suppress(ValueError, OSError):
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    Server(gate, settings, supervisor, channel).run([listener])
+    Server(gate, settings, supervisor, channel, others).run([listener])
 
 
 class Server(uvicorn.Server):
@@ -115,6 +120,7 @@ class Server(uvicorn.Server):
         settings: what the environment decided.
         supervisor: stop when this is no longer the parent process; None for none.
         channel: leads to the supervisor.
+        others: the other workers' listeners.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class Server(uvicorn.Server):
         settings: Settings,
         supervisor: int | None = None,
         channel: Channel | None = None,
+        others: Sequence[socket.socket] = (),
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -143,6 +150,8 @@ class Server(uvicorn.Server):
         self._stop_at = math.inf
         self._supervisor = supervisor
         self._channel = channel
+        self._others = others
+        self._waited: list[socket.socket] = []  # at the last tick
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start answering, and say where."""
@@ -162,6 +171,9 @@ class Server(uvicorn.Server):
         for listener in sockets or []:
             while select.select([listener], [], [], 0)[0] and not self.force_exit:  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0)  # the event loop accepts them
+        for listener in self._others:
+            await self._accept_waiting(listener)
+            listener.close()
         await super().shutdown(sockets)
         if self._channel is not None:
             await self._channel.close()
@@ -181,4 +193,26 @@ class Server(uvicorn.Server):
         if monotonic() >= self._stop_at or orphaned:
             self._admission.draining = True
             self.should_exit = True
+        await self._help_others()
         return await super().on_tick(counter)
+
+    async def _help_others(self) -> None:
+        """Accept the connections that have waited for another worker since the last tick.
+
+        It is dead, hangs, or has too much to do.
+        """
+        waiting, _, _ = select.select(self._others, [], [], 0)
+        for listener in waiting:
+            if listener in self._waited:
+                await self._accept_waiting(listener)
+        self._waited = waiting
+
+    async def _accept_waiting(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):  # no more are waiting, or no descriptor is free
+            while True:
+                connection, _ = listener.accept()
+                await loop.connect_accepted_socket(self._connection, connection)
+
+    def _connection(self) -> Connection:
+        return Connection(self.config, self.server_state, self.lifespan.state)

@@ -35,10 +35,37 @@ def supervise(workers: int, listener: socket.socket, model: bytes) -> int:
 
     Args:
         workers: how many.
-        listener: a bound socket; the workers share it.
+        listener: a bound socket.
         model: the model file's bytes, the same for all workers.
     """
-    return asyncio.run(Supervisor(listener, model).run(workers))
+    return asyncio.run(Supervisor(listeners(listener, workers), model).run())
+
+
+def listeners(first: socket.socket, count: int) -> list[socket.socket]:
+    """Return a listener for each worker, all bound to one address.
+
+    The kernel spreads connections over them; of one that is shared, the first worker to wake takes
+    a whole burst. They belong to the supervisor, so the connections that wait at one are not lost
+    with its worker.
+
+    Args:
+        first: a bound socket. It was bound alone, so nobody else has the address.
+        count: how many.
+    """
+    if sys.platform != "linux":  # others send all connections to one of them
+        return [first] * count
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    made = [first]
+    for _ in range(count - 1):
+        listener = socket.socket(first.family, first.type, first.proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if first.family == socket.AF_INET6:
+            only = first.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+        listener.bind(first.getsockname())
+        made.append(listener)
+    return made
 
 
 class Worker:
@@ -83,15 +110,19 @@ class Supervisor:
     """Starts the workers, replaces those that die or hang, sums their counts, passes signals on.
 
     Args:
-        listener: a bound socket.
+        listeners: a bound socket for each worker, or the same for all.
         model: the model file's bytes.
-        command: starts a worker, given the descriptors of listener and channel and our process id.
+        command: starts a worker, given our process id and the descriptors of its channel, its
+            listener and those of the others.
     """
 
     def __init__(
-        self, listener: socket.socket, model: bytes, command: Sequence[str] = COMMAND
+        self,
+        listeners: Sequence[socket.socket],
+        model: bytes,
+        command: Sequence[str] = COMMAND,
     ) -> None:
-        self._listener = listener
+        self._listeners = listeners
         self._model = with_length(model)
         self._path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
         self._command = command
@@ -102,7 +133,7 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._status = 0
 
-    async def run(self, workers: int) -> int:
+    async def run(self) -> int:
         """Run the workers to their end and return the exit status."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop, signal.SIGTERM)
@@ -110,16 +141,16 @@ class Supervisor:
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
             loop.add_signal_handler(signal.SIGHUP, self._stop, signal.SIGTERM)
         watch = asyncio.create_task(self._watch())
-        await asyncio.gather(*(self._keep() for _ in range(workers)))
+        await asyncio.gather(*map(self._keep, self._listeners))
         watch.cancel()
         return self._status
 
-    async def _keep(self) -> None:
+    async def _keep(self, listener: socket.socket) -> None:
         """Keep one worker running."""
         first = True
         while not self._stopping.is_set():
             try:
-                worker = await self._run_worker()
+                worker = await self._run_worker(listener)
             except OSError as exc:  # no memory, or no process more: the other workers go on
                 fields = {"reason": exc.strerror}
                 logger.error("a worker cannot be started", extra={"fields": fields})
@@ -138,12 +169,12 @@ class Supervisor:
                 await self._pause()
             first = False
 
-    async def _run_worker(self) -> Worker:
+    async def _run_worker(self, listener: socket.socket) -> Worker:
         """Run one worker to its end, and return it."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                process = await self._start(theirs)
+                process = await self._start(theirs, listener)
             except BaseException:
                 ours.close()
                 raise
@@ -163,12 +194,13 @@ class Supervisor:
         writer.close()
         return worker
 
-    async def _start(self, channel: socket.socket) -> Process:
+    async def _start(self, channel: socket.socket, listener: socket.socket) -> Process:
         """Start a worker that runs the very code that runs here, whatever the current folder."""
-        descriptors = [self._listener.fileno(), channel.fileno()]
+        others = {*self._listeners} - {listener}
+        descriptors = [end.fileno() for end in (channel, listener, *others)]
         return await asyncio.create_subprocess_exec(
             *self._command,
-            *map(str, (*descriptors, os.getpid())),
+            *map(str, (os.getpid(), *descriptors)),
             env=os.environ | {"PYTHONPATH": self._path},
             pass_fds=descriptors,
             start_new_session=True,  # a terminal's Ctrl-C comes to us, and we pass it on
@@ -227,5 +259,7 @@ class Supervisor:
 
     def _stop(self, number: int) -> None:
         self._stopping.set()
+        for listener in self._listeners:  # so that it closes when the workers close it
+            listener.close()
         for worker in self._workers:
             worker.send(number)

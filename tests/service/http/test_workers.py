@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,65 @@ def test_a_stopped_worker_is_replaced_and_holds_up_nobody(server: Server) -> Non
     predict(address)
 
 
+@contextmanager
+def connections(address: str, count: int) -> Iterator[list[socket.socket]]:
+    """Open connections at once, and send a request on each only then."""
+    with ExitStack() as stack:
+        where = (httpx.URL(address).host, httpx.URL(address).port or 0)
+        opened = [stack.enter_context(socket.create_connection(where, 60)) for _ in range(count)]
+        for connection in opened:
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        yield opened
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the workers share a listener")
+def test_connections_opened_at_once_are_spread_over_the_workers(server: Server) -> None:
+    """By chance: of 128, more than 96 at one of two workers is expected once in 10^8 runs."""
+    address, _ = server
+    answered_by: Counter[bytes] = Counter()
+    with connections(address, 128) as opened:
+        for connection in opened:
+            found = re.search(rb"x-request-id: ([0-9a-f]+)-", connection.recv(10_000))
+            assert found
+            answered_by[found[1]] += 1
+    assert len(answered_by) == 2
+    assert max(answered_by.values()) <= 96
+
+
+def test_nobody_waits_for_a_stopped_worker(server: Server) -> None:
+    """The others accept its connections, long before it is replaced."""
+    address, process = server
+    before = workers(process.pid)
+    stopped = min(before)
+    os.kill(stopped, signal.SIGSTOP)
+    with connections(address, 16) as opened:
+        for connection in opened:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+    assert alive(stopped)
+    os.kill(stopped, signal.SIGKILL)
+    wait_until(lambda: len(workers(process.pid) - {stopped}) == 2)
+
+
+def test_the_port_of_a_service_with_workers_is_taken(server: Server, artefact: Path) -> None:
+    address, _ = server
+    environment = os.environ | {
+        "BNLENET_PORT": str(httpx.URL(address).port),
+        "BNLENET_MODEL_PATH": str(artefact),
+        "BNLENET_WORKERS": "2",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "service"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: Cannot listen on")
+
+
 def test_a_stopped_worker_does_not_hold_up_the_end(own_server: Server) -> None:
     _, process = own_server
     children = workers(process.pid)
@@ -247,7 +307,7 @@ def test_workers_run_the_code_of_their_supervisor(tmp_path: Path, artefact: Path
 STUB = """
 import os, signal, socket, sys, time
 from service.telemetry.tallies import Totals
-channel = socket.socket(fileno=int(sys.argv[2]))
+channel = socket.socket(fileno=int(sys.argv[2]))  # after the supervisor's process id
 folder = os.environ["STUB_FOLDER"]
 with open(f"{folder}/starts", "a") as starts:
     starts.write(f"{os.getpid()} {os.getsid(0)}\\n")
@@ -272,8 +332,10 @@ class Stub:
         """Run a program as the worker, and return the supervisor's exit status."""
 
         async def run() -> int:
-            supervisor = Supervisor(listener, b"model", [sys.executable, "-c", STUB + program])
-            return await asyncio.wait_for(supervisor.run(workers), 60)
+            supervisor = Supervisor(
+                [listener] * workers, b"model", [sys.executable, "-c", STUB + program]
+            )
+            return await asyncio.wait_for(supervisor.run(), 60)
 
         with socket.socket() as listener:
             return asyncio.run(run())
