@@ -1,6 +1,5 @@
 """The application: FastAPI with its routes and errors, behind the gate."""
 
-
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
