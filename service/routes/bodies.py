@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import orjson
@@ -78,35 +79,56 @@ def _from_bytes(body: bytes) -> NDArray[np.uint8]:
 
 
 def _from_json(body: bytes) -> NDArray[np.uint8]:
-    """Read 28 rows of 28 whole numbers, or 784 of them in a row.
-
-    `bytes` checks in C that all are integers from 0 to 255; what it would let through besides
-    (true and false, a bare count, other iterables) is looked for here.
-    """
+    """Read 28 rows of 28 whole numbers, or 784 of them in a row."""
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
         raise BadRequest("The body is not valid JSON.", code="malformed_json") from None
     pixels = document.get("pixels") if isinstance(document, dict) else None
     try:
-        if not isinstance(pixels, list):
+        if not isinstance(pixels, list) or len(pixels) not in (SIDE, SIZE):
             raise ValueError
-        if len(pixels) == SIDE and set(map(type, pixels)) == {list}:
-            if set(map(len, pixels)) != {SIDE}:
-                raise ValueError
-            flat = b"".join(map(bytes, pixels))
-            # The letters first: finding one takes a fraction of looking at 784 types.
-            booleans = (b"t" in body or b"f" in body) and any(bool in map(type, r) for r in pixels)
-        else:
-            flat = bytes(pixels)
-            booleans = (b"t" in body or b"f" in body) and bool in map(type, pixels)
-        if booleans or len(flat) != SIZE:
-            raise ValueError
+        try:
+            flat = _flat(pixels, body)
+        except TypeError:  # clients made from a document may send 0 as 0.0
+            flat = _flat(_integers(pixels), body)
     except (TypeError, ValueError):
         raise InvalidInput(
             'Send {"pixels": …}: 28 rows of 28 whole numbers from 0 to 255, or 784 of them.'
         ) from None
     return np.frombuffer(flat, np.uint8)
+
+
+def _flat(pixels: list[Any], body: bytes) -> bytes:
+    """Return the pixels' bytes.
+
+    `bytes` checks in C that all are integers from 0 to 255; what it would let through besides
+    (true and false, a bare count, other iterables) is looked for here.
+
+    Raises:
+        TypeError, ValueError: they are not 784 integers from 0 to 255.
+    """
+    if len(pixels) == SIDE and set(map(type, pixels)) == {list}:
+        if set(map(len, pixels)) != {SIDE}:
+            raise ValueError
+        flat = b"".join(map(bytes, pixels))
+        # The letters first: finding one takes a fraction of looking at 784 types.
+        booleans = (b"t" in body or b"f" in body) and any(bool in map(type, r) for r in pixels)
+    else:
+        flat = bytes(pixels)
+        booleans = (b"t" in body or b"f" in body) and bool in map(type, pixels)
+    if booleans or len(flat) != SIZE:
+        raise ValueError
+    return flat
+
+
+def _integers(values: list[Any]) -> list[Any]:
+    """Return numbers, or rows of them, with integers for whole floats; the rest as it is."""
+    return [[*map(_integer, value)] if type(value) is list else _integer(value) for value in values]
+
+
+def _integer(value: Any) -> Any:
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def _from_form(content_type: bytes, body: bytes) -> bytes:

@@ -133,7 +133,8 @@ def is_an_image(document: Any) -> bool:
     """Tell by the documentation's words, slowly, what the service tells by tricks, quickly."""
 
     def is_pixel(value: Any) -> bool:
-        return type(value) is int and 0 <= value <= 255
+        whole = type(value) is int or (type(value) is float and value.is_integer())
+        return whole and 0 <= value <= 255
 
     def is_row(row: Any) -> bool:
         return type(row) is list and len(row) == 28 and all(map(is_pixel, row))
@@ -144,10 +145,27 @@ def is_an_image(document: Any) -> bool:
     return flat or (len(document) == 28 and all(map(is_row, document)))
 
 
+@pytest.mark.parametrize("change", [[], [0.5], [256.0], [-1.0], [1e300], [True], [None], ["0"]])
+@pytest.mark.parametrize("nested", [False, True])
+async def test_whole_numbers_may_be_written_as_floats(
+    app: Gate, nested: bool, change: list[Any]
+) -> None:
+    """As clients do that are made from a document where a pixel is a number."""
+    flat = [float(i % 256) for i in range(784)]
+    flat[: len(change)] = change
+    pixels = [flat[i : i + 28] for i in range(0, 784, 28)] if nested else flat
+    body = json.dumps({"pixels": pixels}).encode()
+    answer = await ask(app, body, headers={"Content-Type": "application/json"})
+    assert answer.status == (422 if change else 200), answer.body
+    if not change:
+        plain = await ask(app, bytes(i % 256 for i in range(784)))
+        assert plain.body == answer.body
+
+
 @given(
     st.lists(st.integers(0, 255), min_size=784, max_size=784),
     st.booleans(),
-    st.none() | scalars | st.lists(st.integers(0, 255), max_size=29),
+    st.none() | scalars | st.integers(-1, 256).map(float) | st.lists(st.integers(0, 255)),
     st.integers(0, 783),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
