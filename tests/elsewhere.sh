@@ -11,6 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${FASHION_MNIST_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/bn-lenet/fashion-mnist}
+[ -d "$data" ] || { echo "test-elsewhere needs the data set: make data, or set FASHION_MNIST_DIR" >&2; exit 1; }
 results=$(mktemp)
 log=$(mktemp)
 trap 'rm -f "$results" "$log"' EXIT
