@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train data test test-all tests tests-service checks format bench test-lowest test-newest test-elsewhere \
+.PHONY: help serve train data test test-all tests tests-service checks format bench gpu test-lowest test-newest test-elsewhere \
   test-mutants test-docker image lock clean
 
 help:  ## list the targets
@@ -65,8 +65,11 @@ torch = if [ "$(RUNTIME)$$(uname)" = cpuLinux ] && [ -n "$(TORCH_INDEX)" ] && \
 serve: $(SERVICE)  ## serve the committed model on http://127.0.0.1:8000
 	$(BIN)/python -m service
 
-train: $(TRAINING)  ## fit, export and evaluate RECIPE (best) in a run folder; promotes nothing
-	$(BIN)/python -m training fit --recipe $(RECIPE) --out $(RUN)
+# A fit that was interrupted is continued; one that is complete is exported again.
+$(RUN)/results.json: | $(TRAINING)
+	$(BIN)/python -m training fit --recipe $(RECIPE) --out $(RUN) $(if $(wildcard $(RUN)/config.json),--resume)
+
+train: $(RUN)/results.json  ## fit, export and evaluate RECIPE (best) in the run folder RUN; promotes nothing
 	$(BIN)/python -m training export $(RUN) --out $(RUN)/bn_lenet.onnx
 	$(BIN)/python -m training evaluate $(RUN)/bn_lenet.onnx
 
@@ -119,6 +122,9 @@ format: $(DEV)  ## format and fix what can be fixed
 bench: $(DEV)  ## print the benchmarks' tables
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.serving
+
+gpu: $(DEV)  ## everything that needs a GPU: tests, timings, the table of docs/performance.md
+	$(BIN)/python -m benchmarks.gpu --write docs/performance.md
 
 test-docker: $(DEV)  ## build the image, start it with compose, run the contract tests against it
 	./tests/docker.sh

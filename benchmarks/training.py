@@ -3,18 +3,17 @@
     python -m benchmarks.training            about three minutes on one quiet core
     python -m benchmarks.training --quick    a quarter of a minute, without the fits to an accuracy
 
-All train the chapter's network by the chapter's recipe in one process, on one thread of the CPU,
-and once more on a GPU where torch finds one. Each round measures every row once, so that a machine
-whose speed drifts drifts for all; ratios are taken within a round, and medians over the rounds are
-told. On the CPU a round is a quarter of an epoch and of the test set. Prints tables, and one line
-of JSON last.
+All train the chapter's network by the chapter's recipe in one process, on one thread of the CPU;
+`benchmarks.gpu` measures a GPU. Each round measures every row once, so that a machine whose speed
+drifts drifts for all; ratios are taken within a round, and medians over the rounds are printed. A
+round is a quarter of an epoch and of the test set. Prints tables, and one line of JSON last.
 """
 
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -242,39 +241,51 @@ def main(rounds: int, quick: bool, as_json: bool) -> None:
         raise click.ClickException(str(exc)) from exc
     torch.set_num_threads(1)
     load_before = os.getloadavg()[0]
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    rounds = 1 if quick else rounds
     with Progress(console=Console(stderr=True), transient=True, disable=as_json) as progress:
-        gpu = on_gpu(data, quick, progress) if devices[-1] == "cuda" else None
-        rows = loops(data, devices, 1 if quick else rounds, quick, progress)
+        rows = measure_loops(data, "cpu", BATCH_SIZES, rounds, 24 if quick else 4, progress)
         reached = []
         if not quick:
             for recipe, goals in ((LONG, (0.87,)), (SHORT, (0.87, 0.90))):
-                reached += reach(data, recipe, goals, devices[-1], progress)
+                reached += time_to_accuracy(data, recipe, goals, progress)
     document = {
         "benchmark": "training",
         "machine": machine(load_before),
-        "rounds": 1 if quick else rounds,
-        "rows": [told(row, rows) for row in rows],
+        "rounds": rounds,
+        "rows": [medians(row, rows) for row in rows],
         "accuracy": reached,
-        "gpu": gpu,
     }
     if not as_json:
         show(document)
     print(json.dumps(document))
 
 
-def loops(
-    data: FashionMNIST, devices: list[str], rounds: int, quick: bool, progress: Progress
+def measure_loops(
+    data: FashionMNIST,
+    device: str,
+    batch_sizes: Sequence[int],
+    rounds: int,
+    share: int,
+    progress: Progress,
+    names: Collection[str] = LOOPS,
 ) -> list[Row]:
-    """Measure every loop, in turns; a first round warms up and is forgotten."""
-    rows = []
-    for device in devices:
-        share = 24 if quick else 4 if device == "cpu" else 1
-        part = replace(data, train=first(data.train, share), test=first(data.test, share))
-        for batch_size in BATCH_SIZES:
-            for name, make in LOOPS.items():
-                loop = make(part, batch_size, device)
-                rows.append(Row(name, batch_size, device, len(part.train.labels), loop))
+    """Measure every loop, in turns; a first round warms up and is forgotten.
+
+    Args:
+        data: the data set.
+        device: "cpu" or "cuda".
+        batch_sizes: every loop is measured at each.
+        rounds: how often.
+        share: a round takes the first of so many equal parts of an epoch and of the test set.
+        progress: where to show how far it is.
+        names: of the loops.
+    """
+    part = replace(data, train=first(data.train, share), test=first(data.test, share))
+    rows = [
+        Row(name, size, device, len(part.train.labels), LOOPS[name](part, size, device))
+        for size in batch_sizes
+        for name in names
+    ]
     task = progress.add_task("", total=(rounds + 1) * len(rows))
     for turn in range(rounds + 1):
         for row in rows:
@@ -298,21 +309,20 @@ class Reached(Exception):  # noqa: N818 - no error: it ends a fit that has come 
     """The last of the accuracies is reached."""
 
 
-def reach(
-    data: FashionMNIST, recipe: Recipe, goals: Sequence[float], device: str, progress: Progress
+def time_to_accuracy(
+    data: FashionMNIST, recipe: Recipe, goals: Sequence[float], progress: Progress
 ) -> list[dict[str, Any]]:
     """Fit until the test accuracy, with moving statistics, has reached rising goals.
 
     Returns:
-        of each goal: goal, recipe, its epochs and batch size, device; and the epoch at whose end
-        it was reached and the seconds by the clock from uint8 arrays in memory, both None when it
-        was not.
+        of each goal: goal, recipe, its epochs and batch size; and the epoch at whose end it was
+        reached and the seconds by the clock from uint8 arrays in memory, both None when it was
+        not.
     """
     asked = {
         "recipe": recipe.name,
         "of_epochs": recipe.epochs,
         "batch_size": recipe.batch_size,
-        "device": device,
     }
     found: list[dict[str, Any]] = [{"goal": g, "seconds": None, "epochs": None} for g in goals]
     task = progress.add_task(f"to {goals[-1]} by {recipe.name}", total=recipe.epochs)
@@ -327,32 +337,12 @@ def reach(
             raise Reached
 
     with suppress(Reached):  # raised above, by nothing else
-        fit(data, recipe, device=device, on_epoch=on_epoch)
+        fit(data, recipe, on_epoch=on_epoch)
     progress.remove_task(task)
     return [asked | one for one in found]
 
 
-def on_gpu(data: FashionMNIST, quick: bool, progress: Progress) -> dict[str, float]:
-    """Fit the chapter's recipe by the clock: the first fit of this process, and one more.
-
-    Returns:
-        epochs, and seconds: setup (of the first, with the start of CUDA and its libraries; of both,
-            with the capture of the graphs) and fit (evaluation after each epoch included).
-    """
-    recipe = replace(CHAPTER, epochs=1 if quick else CHAPTER.epochs)
-    task = progress.add_task("the chapter's recipe on the GPU", total=None)
-    first, again = (fit(data, recipe, device="cuda").seconds for _ in range(2))
-    progress.remove_task(task)
-    return {
-        "epochs": recipe.epochs,
-        "first_setup": first["setup"],
-        "first_fit": first["fit"],
-        "setup": again["setup"],
-        "fit": again["fit"],
-    }
-
-
-def told(row: Row, rows: list[Row]) -> dict[str, Any]:
+def medians(row: Row, rows: list[Row]) -> dict[str, Any]:
     """Return a row's medians; `of_plain` is how many times faster than the plain eager loop."""
     (plain,) = (
         r for r in rows if (r.name, r.batch_size, r.device) == (PLAIN, row.batch_size, row.device)
@@ -384,8 +374,6 @@ def show(document: dict[str, Any]) -> None:
             f"{row['of_plain']:.2f}",
             f"{60_000 / row['images_per_second']:.2f} s",
         )
-    if not document["gpu"]:
-        table.add_row("cuda", *["not measured"] * 6)
     console.print(table)
 
     if document["accuracy"]:
@@ -394,7 +382,7 @@ def show(document: dict[str, Any]) -> None:
             epochs, seconds = reached["epochs"], reached["seconds"]
             table.add_row(
                 f"{reached['goal']:.2f}",
-                "{recipe}, {of_epochs} epochs, batch {batch_size}, {device}".format(**reached),
+                "{recipe}, {of_epochs} epochs, batch {batch_size}".format(**reached),
                 str(epochs or "not reached"),
                 f"{seconds:.1f}" if seconds else "",
             )
@@ -403,33 +391,9 @@ def show(document: dict[str, Any]) -> None:
             "By the chapter's recipe the other loops take the same epochs, in their own seconds."
         )
 
-    table = Table("on a GPU, by the clock", "measured", "goal")
-    for words, goal, value in gpu_goals(document):
-        table.add_row(words, value, goal)
-    console.print(table)
-
-
-def gpu_goals(document: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return what is asked of a GPU: in words, the goal, and what was measured."""
-    gpu, missing = document["gpu"], "not measured"
-    epochs = f"chapter recipe, {gpu['epochs'] if gpu else CHAPTER.epochs} epochs with evaluation"
-    large = (OURS, BATCH_SIZES[-1], "cuda")
-    rows = [r for r in document["rows"] if (r["loop"], r["batch_size"], r["device"]) == large]
-    fastest = rows[0]["training_images_per_second"] if rows else 0
-    return [
-        (f"{epochs}", "< 1.5 s, stretch 0.7 s", f"{gpu['fit']:.2f} s" if gpu else missing),
-        ("  data to the device, capture", "", f"{gpu['setup']:.2f} s" if gpu else missing),
-        (
-            "  the first of the process: start-up and capture, then fit",
-            "",
-            f"{gpu['first_setup']:.2f} s, {gpu['first_fit']:.2f} s" if gpu else missing,
-        ),
-        (f"images/s, batch {BATCH_SIZES[-1]}", "> 1,200,000", f"{fastest:,}" if gpu else missing),
-    ]
-
 
 def machine(load_before: float) -> dict[str, str]:
-    """Tell what it ran on, and how busy that was before: more than 0.5 spoils the figures."""
+    """Return what it ran on, and how busy that was before: more than 0.5 spoils the figures."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux

@@ -120,6 +120,33 @@ class TestInstalling:
         assert not list(venv.glob(".*-cpu"))
 
 
+class TestTrain:
+    """The first `make train` fits; the next continues that fit, or exports it again."""
+
+    @pytest.mark.parametrize(
+        ("files", "fits"),
+        [
+            ((), ["-m training fit --recipe chapter --out {run}"]),
+            (("config.json",), ["-m training fit --recipe chapter --out {run} --resume"]),
+            (("config.json", "results.json"), []),
+        ],
+    )
+    def test_goes_on_where_it_was(
+        self, venv: Path, tmp_path: Path, files: tuple[str, ...], fits: list[str]
+    ) -> None:
+        run = tmp_path / "run"
+        run.mkdir()
+        for name in files:
+            (run / name).touch()
+        asked = make("train", f"VENV={venv}", "RUNTIME=cpu", "RECIPE=chapter", f"RUN={run}")
+        ours = [line.strip() for line in asked if line.startswith("-m training")]
+        assert ours == [
+            *(fit.format(run=run) for fit in fits),
+            f"-m training export {run} --out {run}/bn_lenet.onnx",
+            f"-m training evaluate {run}/bn_lenet.onnx",
+        ]
+
+
 class TestImage:
     @staticmethod
     def asked(folder: Path, stand_in: str, *arguments: str) -> list[str]:

@@ -72,7 +72,7 @@ data_dir_option = click.option(
 
 
 def _seeds(_: click.Context, __: click.Parameter, text: str | None) -> list[int]:
-    """Read two seeds or more, `0-4` or `0,3,7`; return them in order, each once; none for None."""
+    """Read two seeds or more, `0-4` or `0,3,7`; return them sorted, without repetition."""
     if text is None:
         return []
     seeds: set[int] = set()
@@ -80,7 +80,7 @@ def _seeds(_: click.Context, __: click.Parameter, text: str | None) -> list[int]
         match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part)
         found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not found:
-            raise click.BadParameter(f"{text!r} is no list of seeds such as 0-4 or 0,3,7.")
+            raise click.BadParameter(f"{text!r} is not a list of seeds such as 0-4 or 0,3,7.")
         if found[-1] > MAX_SEED or len(found) > MAX_SEEDS:
             raise click.BadParameter(f"{text!r} is beyond {MAX_SEEDS:,} seeds up to {MAX_SEED}.")
         seeds.update(found)

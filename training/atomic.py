@@ -1,11 +1,11 @@
-"""Writing a file whole or not at all, whatever happens meanwhile."""
+"""Writing a file whole or not at all."""
 
 import os
 from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place and then move it there: nobody ever meets half of it.
+    """Write a temporary file and rename it: a reader never sees half of it.
 
     Raises:
         OSError: it cannot be written; the error names `path`, whose old file, if any, is untouched.

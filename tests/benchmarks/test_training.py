@@ -44,7 +44,7 @@ def test_all_loops_train_the_same_network_alike(few: FashionMNIST) -> None:
 def test_a_quick_run_ends_with_one_line_of_json() -> None:
     result = CliRunner().invoke(bench.main, ["--quick"])
     assert result.exit_code == 0, result.output
-    *table, line = result.stdout.splitlines()
+    *_, line = result.stdout.splitlines()
     document = json.loads(line)
     assert json.loads(CliRunner().invoke(bench.main, ["--quick", "--json"]).stdout)
     measured = {(row["loop"], row["batch_size"]) for row in document["rows"]}
@@ -53,18 +53,15 @@ def test_a_quick_run_ends_with_one_line_of_json() -> None:
     for row in document["rows"]:
         assert row["training_images_per_second"] >= row["images_per_second"] > 0
         ratio = row["images_per_second"] / plain[row["batch_size"]]["images_per_second"]
-        assert row["of_plain"] == pytest.approx(ratio, abs=0.002)  # of one round, both rounded
+        assert row["of_plain"] == pytest.approx(ratio, rel=0.02)  # of one round, both rounded
     assert document["machine"]["torch"] == torch.__version__
-    if not torch.cuda.is_available():
-        assert document["gpu"] is None
-        assert "not measured" in "".join(table)
 
 
 def test_the_time_to_an_accuracy_ends_with_the_epoch_that_reaches_it(few: FashionMNIST) -> None:
     recipe = replace(RECIPES["chapter"], epochs=8)
     with Progress(disable=True) as progress:
-        low, high = bench.reach(few, recipe, (0.2, 0.3), "cpu", progress)
-        (missed,) = bench.reach(few, replace(recipe, epochs=1), (0.99,), "cpu", progress)
+        low, high = bench.time_to_accuracy(few, recipe, (0.2, 0.3), progress)
+        (missed,) = bench.time_to_accuracy(few, replace(recipe, epochs=1), (0.99,), progress)
     assert 1 <= low["epochs"] <= high["epochs"] < 8
     assert 0 < low["seconds"] <= high["seconds"]
     assert missed["seconds"] is None

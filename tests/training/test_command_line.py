@@ -251,14 +251,14 @@ def test_several_seeds_get_a_run_folder_each(
 @pytest.mark.parametrize(
     ("seeds", "message"),
     [
-        ("", "'' is no list of seeds such as 0-4 or 0,3,7"),
-        ("²-5", "is no list of seeds"),
-        ("5-3", "is no list of seeds"),
-        ("-1-2", "is no list of seeds"),
+        ("", "'' is not a list of seeds such as 0-4 or 0,3,7"),
+        ("²-5", "is not a list of seeds"),
+        ("5-3", "is not a list of seeds"),
+        ("-1-2", "is not a list of seeds"),
         ("3-3", "at least two of them"),
         ("0-1000", "'0-1000' is beyond 1,000 seeds up to 2147483648"),
         ("0,2147483649", "is beyond 1,000 seeds"),
-        ("9" * 5000, "is no list of seeds"),
+        ("9" * 5000, "is not a list of seeds"),
     ],
 )
 def test_lists_of_seeds_that_are_none_are_refused(seeds: str, message: str, tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_the_card_tells_what_the_finish_changes(
         (("--learning-rate", "nan"), "nan is not a number above zero"),
         (("--learning-rate", "1e38"), "no longer finite in epoch 1, step"),
         (("--holdout", 400), "--holdout must leave images"),
-        (("--resume",), "is no run folder"),
+        (("--resume",), "is not a run folder"),
     ],
 )
 def test_bad_input_gets_a_sentence(

@@ -128,7 +128,11 @@ def test_the_command_writes_page_figure_and_measurements(
 
 @pytest.mark.parametrize(
     ("seeds", "message"),
-    [("0", "needs at least two"), ("0-", "is no list of seeds"), ("4-1", "is no list of seeds")],
+    [
+        ("0", "needs at least two"),
+        ("0-", "is not a list of seeds"),
+        ("4-1", "is not a list of seeds"),
+    ],
 )
 def test_bad_seeds_get_a_sentence(seeds: str, message: str) -> None:
     result = run("statistics", "--seeds", seeds)

@@ -114,7 +114,7 @@ def onnx_classifier(path: Path) -> Classifier:
     """Return the exported file as a classifier, run by ONNX Runtime on the CPU.
 
     Raises:
-        EvaluationError: there is no such file, or it is no such model; of the classifier: a
+        EvaluationError: the file is missing or another kind of model; of the classifier: a
             probability is not finite.
     """
     options = onnxruntime.SessionOptions()
@@ -137,7 +137,7 @@ def onnx_classifier(path: Path) -> Classifier:
         parts = [images[i : i + 500, None] for i in range(0, len(images), 500)]
         found = np.concatenate([session.run(None, {"pixels": part})[0] for part in parts])
         if not np.isfinite(found).all():
-            raise EvaluationError(f"{path} gives probabilities that are no finite numbers.")
+            raise EvaluationError(f"{path} gives probabilities that are not finite.")
         return found
 
     return classify

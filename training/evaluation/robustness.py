@@ -89,11 +89,11 @@ def resample(images: Floats, degrees: float = 0.0, scale: float = 1.0) -> Floats
 
 def blur(images: Floats, sigma: float) -> Floats:
     """Convolve with a Gaussian cut at three sigma and normalised; the edge pixels are repeated."""
-    reach = math.ceil(3 * sigma)
-    kernel = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    radius = math.ceil(3 * sigma)
+    kernel = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
     kernel /= kernel.sum()
     height, width = images.shape[1:]
-    padded = np.pad(images, ((0, 0), (reach, reach), (reach, reach)), mode="edge")
+    padded = np.pad(images, ((0, 0), (radius, radius), (radius, radius)), mode="edge")
     rows = sum(share * padded[:, i : i + height] for i, share in enumerate(kernel))
     return np.asarray(sum(share * rows[:, :, i : i + width] for i, share in enumerate(kernel)))
 

@@ -43,7 +43,7 @@ class Augmentation:
         """Return changed copies of `images`, floats [n, 1, 28, 28] in [0, 1]; same shape, range.
 
         All draws come from `generator`, on its device, in a fixed order: the same state gives the
-        same images whatever the number of threads.
+        same images with any number of threads.
         """
         if self == Augmentation():
             return images
@@ -86,25 +86,25 @@ class Augmentation:
 
     def _move(self, images: Tensor, draw: Callable[[float], Tensor]) -> Tensor:
         """Mirror and shift by whole pixels: no pixel is changed; zeros come in at the edges."""
-        size, reach = images.shape[-1], round(self.shift)
-        place = torch.arange(size, device=images.device)
-        columns = place.expand(len(images), size)
+        size, limit = images.shape[-1], round(self.shift)
+        positions = torch.arange(size, device=images.device)
+        columns = positions.expand(len(images), size)
         if self.flip:
             columns = torch.where(draw(1.0).view(-1, 1) < 0, size - 1 - columns, columns)
-        # Uniform over (-reach - 0.5, reach + 0.5), so that every whole shift is equally likely.
-        down, right = (draw(reach + 0.5).round().clamp(-reach, reach) for _ in range(2))
-        columns = columns + right.view(-1, 1).long() + reach
-        rows = place + down.view(-1, 1).long() + reach
-        padded = F.pad(images, (reach,) * 4)[:, 0]
+        # Uniform over (-limit - 0.5, limit + 0.5), so that every whole shift is equally likely.
+        down, right = (draw(limit + 0.5).round().clamp(-limit, limit) for _ in range(2))
+        columns = columns + right.view(-1, 1).long() + limit
+        rows = positions + down.view(-1, 1).long() + limit
+        padded = F.pad(images, (limit,) * 4)[:, 0]
         image = torch.arange(len(images), device=images.device)[:, None, None]
         return padded[image, rows[:, :, None], columns[:, None, :]][:, None]
 
 
 def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
     """Blur images [n, 1, h, w] by a Gaussian cut at three sigma (pixels); edges are repeated."""
-    reach = math.ceil(3 * sigma)
-    place = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
-    kernel = torch.exp(-(place**2) / (2 * sigma**2))
+    radius = math.ceil(3 * sigma)
+    offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
-    padded = F.pad(images, (reach,) * 4, mode="replicate")
+    padded = F.pad(images, (radius,) * 4, mode="replicate")
     return F.conv2d(F.conv2d(padded, kernel), kernel.transpose(2, 3))

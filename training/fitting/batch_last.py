@@ -65,10 +65,10 @@ tile_product: Callable[[Tensor, Tensor], Tensor] = TileProduct.apply
 def tile_weight(weight: Tensor) -> Tensor:
     """Spread a convolution's 5 x 5 kernels [O, I, 5, 5] over tiles: [O * 4, I * 36].
 
-    Rows come in fours, one for each place of the kernel in a 6 x 6 tile.
+    Rows come in fours, one for each position of the kernel in a 6 x 6 tile.
     """
-    places = [F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
-    return torch.stack(places, dim=1).flatten(0, 1).flatten(1)
+    shifted = [F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
+    return torch.stack(shifted, dim=1).flatten(0, 1).flatten(1)
 
 
 def forward(model: BNLeNet, images: Tensor) -> Tensor:

@@ -210,10 +210,10 @@ def diverged(fitting: Fitting, epoch: int) -> FitError:
     """Return the error of a fit whose loss, weights or statistics are no longer finite."""
     steps = fitting.schedule.shape[1] // fitting.recipe.epochs
     step = min(int(fitting.finite_steps) + 1, steps)
-    kept = (
+    last = (
         f"The checkpoint of epoch {epoch - 1} is kept." if epoch > 1 else "No epoch was complete."
     )
     return FitError(
         f"the loss is no longer finite in epoch {epoch}, step {step} of {steps}: lower the "
-        f"learning rate. {kept}"
+        f"learning rate. {last}"
     )

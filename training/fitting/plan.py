@@ -134,7 +134,7 @@ def resumed_run(folder: Path, wanted: Mapping[str, Any]) -> Run:
             "recipe" is the recipe's name. A device "auto" is any.
 
     Raises:
-        RunError: this is no run folder, the run is complete, or one of the settings differs.
+        RunError: this is not a run folder, the run is complete, or one of the settings differs.
         FitError: the run needs a CUDA device, and torch finds none.
     """
     run = Run(folder)

@@ -20,18 +20,18 @@ class Recipe:
         origin: where it comes from and how it was chosen, in a sentence for the model card.
         optimizer: "sgd" (plain), or "muon" for the hidden weights and AdamW for the rest.
         learning_rate: the highest one.
-        other_learning_rate: the highest one of AdamW beside Muon.
+        other_learning_rate: the highest one of AdamW, which accompanies Muon.
         batch_size: images a step; the last, smaller batch of an epoch is kept.
         epochs: passes over the training set.
         warm_up: share of all steps over which the learning rate rises linearly from zero before it
             falls linearly to zero; None keeps it constant.
-        weight_decay: on the weights of convolutions and linear layers alone; beside Muon, not on
+        weight_decay: on the weights of convolutions and linear layers alone; with Muon, not on
             the last layer's.
         averaging: how far back the exponential moving average of weights and statistics reaches,
             as a share of all steps; the average is the model. Zero: the last weights are.
         augmentation: random changes to the training images.
         finish: share of the epochs, at the end, that make the changes of `finish_augmentation`
-            instead: the weights come to rest on images more like those that they will be asked.
+            instead, which leave the images more like real ones.
         finish_augmentation: see `finish`.
         statistics: which ones the exported model carries.
         temperature: the exported logits are divided by it.

@@ -62,7 +62,7 @@ class Config:
         """Undo `asdict`, also after a round trip through JSON.
 
         Raises:
-            TypeError, KeyError, ValueError: these are no such fields, or of other types.
+            TypeError, KeyError, ValueError: fields are missing, unknown or of other types.
         """
         recipe = fields["recipe"]
         augmentations = {
@@ -120,7 +120,7 @@ class Run:
         """Refuse a folder that holds anything.
 
         Raises:
-            RunError: it does, or is no folder that can be looked into.
+            RunError: it does, or it cannot be read.
         """
         try:
             if self.folder.exists() and any(self.folder.iterdir()):
@@ -135,12 +135,12 @@ class Run:
         """Read config.json.
 
         Raises:
-            RunError: this is no run folder.
+            RunError: this is not a run folder.
         """
         try:
             return Config.from_fields(json.loads((self.folder / "config.json").read_text()))
         except FileNotFoundError as error:
-            raise RunError(f"{self.folder} is no run folder: it has no config.json.") from error
+            raise RunError(f"{self.folder} is not a run folder: it has no config.json.") from error
         except (TypeError, KeyError, ValueError) as error:
             raise RunError(f"{self.folder / 'config.json'} is damaged ({error}).") from error
 
@@ -169,7 +169,7 @@ class Run:
         Raises:
             RunError: the fit is not complete, or they are damaged.
         """
-        self.config()  # says so when this is no run folder at all
+        self.config()  # fails where this is not a run folder at all
         file = self.folder / "results.json"
         if not self.complete:
             raise RunError(f"{self.folder} is not complete: continue it with fit --resume.")
@@ -193,7 +193,7 @@ class Run:
         """Return the model of the checkpoint, float32 on the CPU, in prediction mode.
 
         Raises:
-            RunError: there is no checkpoint yet, it is damaged, or it has not these statistics.
+            RunError: there is no checkpoint yet, it is damaged, or it lacks these statistics.
         """
         batch_norm = self.config().batch_norm
         tensors = self.checkpoint()

@@ -31,8 +31,8 @@ class Fitting:
         average: moving average of its weights and statistics, float32 [all of their elements].
         augmentation: of the current epoch.
         generator: draws the order of the images and the augmentation.
-        schedule: by step: learning rate, AdamW's rate beside Muon, share of the new weights in the
-            average; float32 [3, steps].
+        schedule: by step, float32 [3, steps]: learning rate; AdamW's, where Muon has the first;
+            share of the new weights in the average.
         steps_done: since the fit began; int64 [1].
         learning_rates: of the last step, float32 [2].
         loss: sum over this epoch's images, float64 [].

@@ -164,7 +164,7 @@ def test_a_complete_run_is_not_resumed(run: Run, tmp_path: Path) -> None:
     run.write_json("results.json", {})
     with pytest.raises(RunError, match="is complete: there is nothing to resume"):
         resumed_run(run.folder, {})
-    with pytest.raises(RunError, match="is no run folder"):
+    with pytest.raises(RunError, match="is not a run folder"):
         resumed_run(tmp_path / "none", {})
 
 

@@ -83,7 +83,7 @@ def test_configurations_of_other_types_are_told(
 
 
 def test_what_is_not_there_yet_is_told(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="is no run folder"):
+    with pytest.raises(RunError, match="is not a run folder"):
         Run(tmp_path).config()
     with pytest.raises(RunError, match=r"no checkpoint\.safetensors yet"):
         run.model()

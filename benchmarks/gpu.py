@@ -1,0 +1,254 @@
+"""Everything that needs a GPU: its tests, how fast it trains and serves, whether it agrees.
+
+    python -m benchmarks.gpu                          about five minutes, on a machine with a GPU
+    python -m benchmarks.gpu --device cpu --quick     the same parts, without a GPU, in seconds
+
+`make gpu` installs what it needs and writes the table into docs/performance.md. A part that fails
+is reported in one line, and the others go on. Prints the table, and one line of JSON last. Serving
+needs `wrk` and two cores.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.load import BenchmarkError, Cores, Requests, Server, free_port, measure, serving
+from benchmarks.training import CHAPTER, OURS, PLAIN, first, machine, measure_loops
+from service.model.artefact import ModelError, check_artefact, read_file
+from service.model.classifier import Classifier, Device
+from service.settings import Settings
+from training.dataset import DatasetError, FashionMNIST, load
+from training.fitting.fit import fit
+from training.fitting.plan import FitError
+
+ROOT = Path(__file__).parents[1]
+TESTS = "tests/training/fitting/test_graphs.py"
+BATCH_SIZES = (128, 512, 2048)
+CONNECTIONS = (1, 16, 256)
+BEGIN, END = "<!-- gpu: written by `make gpu` -->\n", "<!-- gpu: end -->"
+MISSING = "not measured"
+
+PASSED = "tests that need a GPU"
+FIT = f"chapter recipe, {CHAPTER.epochs} epochs with evaluation, seconds"
+SETUP = "data to the device and capture, seconds"
+FIRST_SETUP = "the same in the first fit of a process, seconds"
+SELF_TEST = "largest error on the file's self-test"
+DIFFERENCE = "largest difference from the CPU's probabilities"
+OTHER_CLASSES = "test images with another class than on the CPU"
+
+
+def trained(loop: str, batch_size: int) -> str:
+    """Return the name of a row: images a second."""
+    return f"images a second, batch {batch_size:,}, {loop}"
+
+
+def served(connections: int) -> str:
+    """Return the name of a row: requests a second."""
+    return f"requests a second, {connections} connection{'s' * (connections > 1)}"
+
+
+GOALS = {
+    PASSED: "pass",
+    FIT: "< 1.5 (stretch 0.7)",
+    SETUP: "",
+    FIRST_SETUP: "",
+    **{
+        trained(loop, size): "> 1,200,000" if loop == OURS and size >= 512 else ""
+        for size in BATCH_SIZES
+        for loop in (OURS, PLAIN)
+    },
+    **{served(connections): "" for connections in CONNECTIONS},
+    SELF_TEST: "≤ 1e-05",
+    DIFFERENCE: "",
+    OTHER_CLASSES: "0",
+}
+"""Every row of the table, in order, and what it should be on a GPU."""
+
+Figures = dict[str, dict[str, str]]
+"""By row and device, as they are to be read."""
+
+
+@click.command()
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@click.option("--quick", is_flag=True, help="Little of everything, to see that every part runs.")
+@click.option(
+    "--write", type=click.Path(path_type=Path, dir_okay=False), help="Put the table into this page."
+)
+def main(device: Device, quick: bool, write: Path | None) -> None:
+    """Run the GPU's tests, and measure training, serving and agreement on it."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("torch finds no CUDA device here: try --device cpu --quick.")
+    try:
+        data = load()
+    except DatasetError as exc:
+        raise click.ClickException(str(exc)) from exc
+    if quick:
+        data = replace(data, train=first(data.train, 24), test=first(data.test, 24))
+    torch.set_num_threads(1)  # as the other tables of the CPU
+    load_before = os.getloadavg()[0]
+    devices: list[Device] = ["cpu"] if device == "cpu" else ["cpu", "cuda"]
+    figures: Figures = {}
+    failed = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        parts: dict[str, Callable[[], Figures]] = {
+            "tests": lambda: run_tests(device),
+            "fits": lambda: time_fits(data, devices, quick),
+            "training": lambda: time_steps(data, devices, quick, progress),
+            "serving": lambda: time_serving(data, devices, quick),
+            "agreement": lambda: compare(data, device),
+        }
+        for name, part in parts.items():
+            task = progress.add_task(name, total=None)
+            try:
+                figures |= part()
+            except (BenchmarkError, ModelError, FitError, RuntimeError, OSError) as exc:
+                failed.append(f"{name}: {str(exc).splitlines()[0]}")  # the others still go on
+            progress.remove_task(task)
+    conditions = machine(load_before)
+    text = table(figures, device, conditions)
+    if write:
+        write.write_text(with_section(write.read_text(encoding="utf-8"), text), encoding="utf-8")
+    click.echo(text)
+    click.echo(json.dumps({"benchmark": "gpu", "machine": conditions, "rows": figures}))
+    if failed:
+        raise click.ClickException("\n".join(failed))
+
+
+def run_tests(device: str) -> Figures:
+    """Run the tests that need a GPU; without one they are skipped.
+
+    Raises:
+        BenchmarkError: one of them fails.
+    """
+    command = ["-m", "pytest", "-q", "-k", "on_a_gpu", "-p", "no:cacheprovider", TESTS]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    *_, last = ["", *(done.stdout or done.stderr).strip().splitlines()]
+    if done.returncode:
+        raise BenchmarkError(f"{last}: run pytest {TESTS}")
+    return {PASSED: {device: last.split(" in ")[0]}}
+
+
+def time_fits(data: FashionMNIST, devices: Sequence[str], quick: bool) -> Figures:
+    """Fit the chapter's recipe twice on each device, by the clock, with an evaluation each epoch.
+
+    The first fit of a process also starts CUDA and its libraries.
+    """
+    recipe = replace(CHAPTER, epochs=1) if quick else CHAPTER
+    figures: Figures = {FIT: {}, SETUP: {}, FIRST_SETUP: {}}
+    for device in devices:
+        start, again = (fit(data, recipe, device=device).seconds for _ in range(2))
+        figures[FIT][device] = f"{again['fit']:.2f}"
+        figures[SETUP][device] = f"{again['setup']:.2f}"
+        figures[FIRST_SETUP][device] = f"{start['setup']:.2f}"
+    return figures
+
+
+def time_steps(
+    data: FashionMNIST, devices: Sequence[str], quick: bool, progress: Progress
+) -> Figures:
+    """Return what our loop and the plain eager one train, without evaluation."""
+    figures: Figures = {}
+    for device in devices:
+        share = 4 if device == "cpu" and not quick else 1
+        rounds, loops = 1 if quick else 5, (OURS, PLAIN)
+        for row in measure_loops(data, device, BATCH_SIZES, rounds, share, progress, loops):
+            figure = f"{row.training_rate:,.0f}"
+            figures.setdefault(trained(row.name, row.batch_size), {})[device] = figure
+    return figures
+
+
+def time_serving(data: FashionMNIST, devices: Sequence[Device], quick: bool) -> Figures:
+    """Return how many requests of 784 bytes a second the service answers, and their latency.
+
+    Raises:
+        BenchmarkError: `wrk` or a second core is missing, or the service did not start.
+    """
+    cores = Cores.choose()
+    bodies = [image.tobytes() for image in data.test.images[:1000]]
+    requests = Requests("/predict", {"Content-Type": "application/octet-stream"}, bodies)
+    figures: Figures = {served(connections): {} for connections in CONNECTIONS}
+    with requests.folder:
+        for device in devices:
+            with serve(device, cores) as server:
+                for connections in CONNECTIONS:
+                    sample = measure(server, requests, connections, 1 if quick else 3, cores)
+                    figure = f"{sample.rate:,.0f}, p50 {sample.p50:.2f} ms"
+                    figures[served(connections)][device] = figure
+    return figures
+
+
+def serve(device: Device, cores: Cores) -> AbstractContextManager[Server]:
+    """Run the service on this device."""
+    port = free_port()
+    settings = {"DEVICE": device, "PORT": str(port), "LOG_LEVEL": "warning", "DRAIN_SECONDS": "0"}
+    return serving(
+        [sys.executable, "-m", "service"],
+        cores=cores,
+        port=port,
+        ready="/readyz",
+        environment={f"BNLENET_{name}": value for name, value in settings.items()},
+    )
+
+
+def compare(data: FashionMNIST, device: Device) -> Figures:
+    """Compare the served file on the device with its self-test, and with the CPU's answers.
+
+    Raises:
+        ModelError: the file cannot be run there, or fails its self-test.
+    """
+    path, content = read_file(Settings().model_path)
+    test = check_artefact(path, content).self_test
+    there, here = (Classifier.load(path, name) for name in (device, "cpu"))
+    pixels = np.frombuffer(test.pixels, np.uint8).reshape(-1, 1, 28, 28)
+    error = np.abs(there.probabilities(pixels) - np.array(test.probabilities)).max()
+    images = data.test.images[:, np.newaxis]
+    ours, theirs = (classifier.probabilities(images) for classifier in (there, here))
+    return {
+        SELF_TEST: {device: f"{error:.1e}"},
+        DIFFERENCE: {device: f"{np.abs(ours - theirs).max():.1e}"},
+        OTHER_CLASSES: {device: str((ours.argmax(1) != theirs.argmax(1)).sum())},
+    }
+
+
+def table(
+    figures: Figures, device: str = "cuda", conditions: Mapping[str, str] | None = None
+) -> str:
+    """Return the table of docs/performance.md, and what it was measured on."""
+    lines = [["", "GPU" if device == "cuda" else "CPU", "CPU beside it", "goal"], ["---"] * 4]
+    for name, goal in GOALS.items():
+        found = figures.get(name, {})
+        beside = found.get("cpu", "") if device != "cpu" else ""
+        lines.append([name, found.get(device, MISSING), beside, goal])
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    where = ", ".join(f"{name} {value}" for name, value in (conditions or {}).items())
+    return f"{rows}\n\nMeasured on: {where or 'nothing yet'}.\n"
+
+
+def with_section(page: str, text: str) -> str:
+    """Return the page with the text between its two marks.
+
+    Raises:
+        ValueError: the page has not both.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the page lacks {BEGIN.strip()} or {END}")
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+if __name__ == "__main__":
+    main()
