@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from training import export as export_module
 from training import folding
 from training.dataset import CLASS_NAMES, FashionMNIST, Split
-from training.export import ExportError, ExportReport, Provenance, build_model, export, with_digest
+from training.export import (
+    ExportError,
+    ExportReport,
+    Provenance,
+    build_model,
+    divide_logits,
+    export,
+    softmax,
+    with_digest,
+)
 from training.folding import fold_batch_norm
 from training.model import BNLeNet, initialise
 
@@ -60,7 +69,7 @@ def exported(
     fitted: BNLeNet, fashion_mnist: FashionMNIST, tmp_path_factory: pytest.TempPathFactory
 ) -> ExportReport:
     """Export with the parity check over all 10,000 real test images."""
-    out = tmp_path_factory.mktemp("export") / "models/model.onnx"
+    out = tmp_path_factory.mktemp("export") / "of/models/model.onnx"
     return export(fitted, PROVENANCE, fashion_mnist.test, out)
 
 
@@ -176,6 +185,8 @@ def test_the_metadata_say_where_these_weights_come_from(
     assert json.loads(metadata["versions"])["python"] == "3.14.0"
     right = run(report.path, some.images).argmax(1) == some.labels
     assert metadata["test_accuracy"] == f"{right.mean():.4f}"
+    assert metadata["fold_error"] == f"{report.fold_error:.1e}"
+    assert report.test_images == 350
 
 
 def test_the_digest_ends_the_file_and_covers_every_other_byte(exported: ExportReport) -> None:
@@ -216,6 +227,7 @@ def test_the_self_test_is_the_formulas_and_the_unfolded_models(
     probabilities = np.array(self_test["probabilities"])
     expected = float64_logits(fitted, images).softmax(1).numpy()
     np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-11)
+    assert np.array_equal(probabilities, probabilities.round(12))  # the same on every processor
     assert self_test["tolerance"] == 1e-5
     worst = np.abs(run(exported.path, images) - probabilities).max()
     assert worst < 1e-5
@@ -262,6 +274,21 @@ def test_temperature_is_folded_into_the_last_layer(
     pairs = zip(cool.graph.initializer, plain.graph.initializer, strict=True)
     changed = {one.name for one, other in pairs if one != other}
     assert changed == {"linear3.weight", "linear3.bias"}
+
+
+def test_logits_are_divided_in_float64_and_rounded_once() -> None:
+    model = fold_batch_norm(BNLeNet().eval())
+    before = copy.deepcopy(model.state_dict())
+    divided = divide_logits(model, 0.7).state_dict()
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value)
+        expected = (value.double() / 0.7).float() if name.startswith("linear3.") else value
+        assert torch.equal(divided[name], expected)
+
+
+def test_the_largest_logits_have_probabilities_too() -> None:
+    logits = np.array([[1e4, 0.0, 1e4], [-1e4, -1e4 + np.log(3), -np.inf]])
+    np.testing.assert_allclose(softmax(logits), [[0.5, 0, 0.5], [0.25, 0.75, 0]])
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
@@ -397,7 +424,18 @@ def test_training_mode_is_refused(fitted: BNLeNet, some: Split, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.BatchNorm2d(1), nn.Conv2d(1, 1, 5, padding=2), nn.AvgPool2d(2, padding=1)]
+    "layer",
+    [
+        nn.BatchNorm2d(1),
+        nn.Conv2d(1, 1, 5, padding=2),
+        nn.Conv2d(1, 1, 5, stride=2),
+        nn.Conv2d(1, 1, 5, dilation=2),
+        nn.Conv2d(2, 2, 5, groups=2),
+        nn.AvgPool2d(2, padding=1),
+        nn.Flatten(0),
+        nn.Flatten(1, 2),
+        nn.ReLU(),
+    ],
 )
 def test_layers_that_the_graph_has_no_place_for_are_refused(layer: nn.Module) -> None:
     with pytest.raises(ValueError, match=f"cannot export {type(layer).__name__}"):
