@@ -108,9 +108,12 @@ async def _answer_error(request: Request, exc: Exception) -> Response:
             error = InvalidInput(f"The parameter {problem['loc'][-1]}: {problem['msg']}.")
         case HTTPException(status_code=404):
             error = NotFound("There is nothing at this path; see /docs for what there is.")
-        case HTTPException(status_code=405):
+        case HTTPException(status_code=405, headers=headers):
+            allowed = set((headers or {})["Allow"].split(", "))
+            allowed |= {"HEAD"} if "GET" in allowed else set()  # see service/http/framework.py
             error = MethodNotAllowed(
-                "This path is for other methods; see the Allow header.", headers=exc.headers
+                "This path is for other methods; see the Allow header.",
+                headers={"Allow": ", ".join(sorted(allowed))},
             )
         case HTTPException():
             error = BadRequest("The request cannot be served; see /docs for what can.")

@@ -28,7 +28,8 @@ async def ask(framework: Application, exchange: Exchange) -> Answer:
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
         "scheme": "http",
-        "method": exchange.method,
+        # RFC 9110, 9.3.2: as GET, but the connection sends no content
+        "method": "GET" if exchange.method == "HEAD" else exchange.method,
         "path": exchange.path,
         "raw_path": exchange.path.encode(),
         "root_path": "",

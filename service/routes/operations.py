@@ -57,15 +57,11 @@ def operations_router(
         )
     )
 
-    # Load balancers send HEAD. One route takes both, so that `Allow` names both; the one above it
-    # only documents GET.
     @router.get("/livez", summary="Is the process alive?")
-    @router.api_route("/livez", methods=["GET", "HEAD"], include_in_schema=False)
     async def livez() -> Live:
         return Live()
 
     @router.get("/readyz", summary="May traffic come?")
-    @router.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
     async def readyz() -> Ready:
         """Say ready when the model is loaded, agreed with its self-test, and no stop is near."""
         if admission.draining:
@@ -73,7 +69,6 @@ def operations_router(
         return ready
 
     @router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
-    @router.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)
     async def prometheus(request: Request) -> Response:
         """Tell the sums of all workers, as OpenMetrics where `Accept` names it."""
         metrics.in_flight.set(admission.in_flight)

@@ -55,19 +55,19 @@ def page_router(model: ModelInfo) -> APIRouter:
             return Response(None, 304, headers)
         return Response(body, 200, headers)
 
-    @router.api_route("/static/{name}", methods=["GET", "HEAD"])
+    @router.get("/static/{name}")
     async def static(request: Request, name: str) -> Response:
         return answer(request, name)
 
-    @router.api_route("/", methods=["GET", "HEAD"])
+    @router.get("/")
     async def index(request: Request) -> Response:
         return answer(request, "index.html")
 
-    @router.api_route("/inside", methods=["GET", "HEAD"])
+    @router.get("/inside")
     async def inside(request: Request) -> Response:
         return answer(request, "inside.html")
 
-    @router.api_route("/docs", methods=["GET", "HEAD"])
+    @router.get("/docs")
     async def docs(request: Request) -> Response:
         return answer(request, "docs.html")
 

@@ -78,4 +78,4 @@ def test_the_documented_example_is_the_real_answer(client: httpx.Client) -> None
 def test_the_documentation_is_served(client: httpx.Client) -> None:
     response = client.get("/docs")
     assert response.status_code == 200
-    assert "/openapi.json" in response.text
+    assert "openapi.json" in response.text

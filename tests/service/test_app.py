@@ -75,6 +75,21 @@ async def test_every_documented_path_is_counted_by_its_template(
         assert f'http_requests_total{{method="GET",route="{template}",status="200"}} 1.0' in text
 
 
+async def test_every_path_to_get_takes_head_and_says_so(make_app: Callable[..., Gate]) -> None:
+    """As RFC 9110 asks (9.1), and load balancers do."""
+    app = make_app()
+    paths = [path for path, found in (await schema(app))["paths"].items() if "get" in found]
+    paths += ["/", "/docs", "/openapi.json", "/static/app.js", "/v2/"]
+    for path in paths:
+        target = path.format(model_name="bn-lenet", model_version="1")
+        get, head = [await ask(app, b"", method=m, target=target) for m in ("GET", "HEAD")]
+        assert (head.status, head.body) == (200, b""), path
+        assert head.headers.keys() == get.headers.keys(), path
+        assert head.headers["content-type"] == get.headers["content-type"], path
+        other = await ask(app, b"", method="PUT", target=target)
+        assert (other.status, other.headers["allow"]) == (405, "GET, HEAD"), path
+
+
 async def test_a_gpu_is_told_wherever_the_provider_is_and_gives_each_its_own_answer(
     artefact: Path, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
