@@ -90,8 +90,10 @@ class Worker:
 
     def send(self, number: int) -> None:
         """Send a signal, if the process has not just ended by itself."""
+        # Not `process.send_signal`: it may take the exit status from asyncio, which waits for it.
         with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
+            if self.process.returncode is None:
+                os.kill(self.process.pid, number)
 
     def ask(self, number: int) -> "asyncio.Future[None]":
         """Ask for its totals; return what is done when they have come."""

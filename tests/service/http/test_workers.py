@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import onnx
@@ -27,14 +27,34 @@ from tests.contract.conftest import ROOT, serving
 from tests.service.conftest import make_artefact, make_weights
 
 BYTES = {"content-type": "application/octet-stream"}
-Server = tuple[str, subprocess.Popen[bytes]]
+
+
+class Server(NamedTuple):
+    """A service with two workers."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def ready(self) -> int:
+        """Return how many workers have become ready until now."""
+        return self.log.read_text().count("ready")
+
+    def kill(self, victims: set[int]) -> None:
+        """Kill workers, and wait until others are ready in their place."""
+        ready = self.ready()
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: self.ready() == ready + len(victims))
+        assert not workers(self.process.pid) & victims
 
 
 @contextmanager
 def two_workers(log: Path, model: Path) -> Iterator[Server]:
     with serving(log, model_path=model, workers=2, drain_seconds=30) as (address, process):
-        wait_until(lambda: log.read_text().count("ready") == 2)
-        yield address, process
+        server = Server(address, process, log)
+        wait_until(lambda: server.ready() == 2)
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +136,7 @@ def resident(supervisor: int) -> float:
 
 
 def test_any_worker_tells_the_sum_of_all(server: Server) -> None:
-    address, process = server
+    address, process, _ = server
     assert len(workers(process.pid)) == 2
     before = predictions(address)
     for _ in range(40):
@@ -126,7 +146,7 @@ def test_any_worker_tells_the_sum_of_all(server: Server) -> None:
 
 def test_the_memory_of_all_workers_is_told(server: Server) -> None:
     """As the alert on memory needs it; compared with what the kernel says."""
-    address, process = server
+    address, process, _ = server
 
     def equal() -> bool:
         told = metric(address, "process_resident_memory_bytes")
@@ -136,26 +156,24 @@ def test_the_memory_of_all_workers_is_told(server: Server) -> None:
 
 
 def test_a_worker_that_dies_is_replaced_and_its_counts_stay(server: Server) -> None:
-    address, process = server
+    address, process, _ = server
     predict(address)
     counted = predictions(address)
-    before = workers(process.pid)
-    for victim in before:
-        os.kill(victim, signal.SIGKILL)
-    wait_until(lambda: len(workers(process.pid) - before) == 2)
+    server.kill(workers(process.pid))
     assert predictions(address) == counted
     assert httpx.get(f"{address}/readyz", timeout=60).status_code == 200
 
 
 def test_a_stopped_worker_is_replaced_and_holds_up_nobody(server: Server) -> None:
-    address, process = server
+    address, process, _ = server
     before = workers(process.pid)
     stopped = min(before)
+    ready = server.ready()
     os.kill(stopped, signal.SIGSTOP)
     begin = time.monotonic()
     wait_until(lambda: not alive(stopped))
     assert time.monotonic() - begin < 20  # five seconds where nothing else runs
-    wait_until(lambda: len(workers(process.pid) - {stopped}) == 2)
+    wait_until(lambda: server.ready() > ready)
     predict(address)
 
 
@@ -173,7 +191,7 @@ def connections(address: str, count: int) -> Iterator[list[socket.socket]]:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the workers share a listener")
 def test_connections_opened_at_once_are_spread_over_the_workers(server: Server) -> None:
     """By chance: of 128, more than 96 at one of two workers is expected once in 10^8 runs."""
-    address, _ = server
+    address = server.address
     answered_by: Counter[bytes] = Counter()
     with connections(address, 128) as opened:
         for connection in opened:
@@ -186,7 +204,7 @@ def test_connections_opened_at_once_are_spread_over_the_workers(server: Server) 
 
 def test_nobody_waits_for_a_stopped_worker(server: Server) -> None:
     """The others accept its connections, long before it is replaced."""
-    address, process = server
+    address, process, _ = server
     before = workers(process.pid)
     stopped = min(before)
     os.kill(stopped, signal.SIGSTOP)
@@ -194,12 +212,11 @@ def test_nobody_waits_for_a_stopped_worker(server: Server) -> None:
         for connection in opened:
             assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
     assert alive(stopped)
-    os.kill(stopped, signal.SIGKILL)
-    wait_until(lambda: len(workers(process.pid) - {stopped}) == 2)
+    server.kill({stopped})
 
 
 def test_the_port_of_a_service_with_workers_is_taken(server: Server, artefact: Path) -> None:
-    address, _ = server
+    address = server.address
     environment = os.environ | {
         "BNLENET_PORT": str(httpx.URL(address).port),
         "BNLENET_MODEL_PATH": str(artefact),
@@ -219,7 +236,7 @@ def test_the_port_of_a_service_with_workers_is_taken(server: Server, artefact: P
 
 
 def test_a_stopped_worker_does_not_hold_up_the_end(own_server: Server) -> None:
-    _, process = own_server
+    process = own_server.process
     children = workers(process.pid)
     os.kill(min(children), signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
@@ -229,7 +246,7 @@ def test_a_stopped_worker_does_not_hold_up_the_end(own_server: Server) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_all_drain_and_end_with_the_supervisor(own_server: Server, number: int) -> None:
-    address, process = own_server
+    address, process, _ = own_server
     children = workers(process.pid)
     process.send_signal(number)
     wait_until(lambda: httpx.get(f"{address}/readyz", timeout=60).status_code == 503)
@@ -243,7 +260,7 @@ def test_all_drain_and_end_with_the_supervisor(own_server: Server, number: int) 
 
 
 def test_workers_do_not_outlive_a_killed_supervisor(own_server: Server) -> None:
-    _, process = own_server
+    process = own_server.process
     children = workers(process.pid)
     process.kill()
     process.wait()
@@ -254,15 +271,11 @@ def test_all_workers_serve_the_model_that_was_read_first(tmp_path: Path, artefac
     """Also those that are started after the file was replaced."""
     model = tmp_path / "model.onnx"
     shutil.copy(artefact, model)
-    settings = {"model_path": model, "workers": 2}
-    with serving(tmp_path / "log", **settings) as (address, process):
-        (first,) = revisions(address)
+    with two_workers(tmp_path / "log", model) as server:
+        (first,) = revisions(server.address)
         onnx.save(make_artefact(make_weights(1)), model)
-        before = workers(process.pid)
-        for victim in before:
-            os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: len(workers(process.pid) - before) == 2)
-        assert revisions(address) == {first}
+        server.kill(workers(server.process.pid))
+        assert revisions(server.address) == {first}
 
 
 def test_nothing_is_written_to_a_disk(tmp_path: Path, artefact: Path) -> None:
