@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,11 @@ import numpy as np
 import onnx
 import pytest
 
+from service.app import create_app
 from service.http.gate import Gate
 from service.model.classifier import Classifier
+from service.routes import bodies, prediction, tensors
+from service.settings import Settings
 from tests.service.conftest import Conversation, ask, through_framework
 
 pytestmark = pytest.mark.anyio
@@ -269,6 +273,56 @@ async def test_statistics_count_every_way_to_the_model(make_app: MakeApp, path: 
     assert 0 < parts + stages["queue"]["ns"] < stages["success"]["ns"] < 60e9
     assert stages["compute_infer"]["ns"] > 1_000  # a run takes microseconds, told in nanoseconds
     assert stages["fail"]["ns"] > 0
+
+
+@pytest.mark.parametrize("target", ["/predict", f"{MODEL}/infer"])
+async def test_each_stage_has_its_own_time(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """Each is made slower than all the others together; a busy machine only adds."""
+
+    def slowed(function: Any, seconds: float) -> Any:
+        def slow(*arguments: Any, **options: Any) -> Any:
+            time.sleep(seconds)
+            return function(*arguments, **options)
+
+        return slow
+
+    routes = "service.routes"
+    monkeypatch.setattr(f"{routes}.open_inference.decode", slowed(tensors.decode, 0.02))
+    monkeypatch.setattr(f"{routes}.open_inference.encode", slowed(tensors.encode, 0.04))
+    monkeypatch.setattr(f"{routes}.predict.read_body", slowed(bodies.read_body, 0.02))
+    monkeypatch.setattr(prediction.Renderer, "__call__", slowed(prediction.Renderer.__call__, 0.04))
+    monkeypatch.setattr(Classifier, "probabilities", slowed(Classifier.probabilities, 0.08))
+    app = make_app()
+    begin = time.perf_counter()
+    body = bytes(784) if target == "/predict" else message()
+    content = {"Content-Type": "application/octet-stream"} if target == "/predict" else JSON
+    assert (await ask(app, body, target=target, headers=content)).status == 200
+    taken = (time.perf_counter() - begin) * 1e9
+    (stats,) = (await get(app, "/v2/models/stats"))["model_stats"]
+    stages = {name: stage["ns"] for name, stage in stats["inference_stats"].items()}
+    slept = {"compute_input": 20e6, "compute_infer": 80e6, "compute_output": 40e6}
+    for stage, least in slept.items():
+        assert least <= stages[stage] <= taken - (sum(slept.values()) - least)
+    (batch,) = stats["batch_stats"]
+    assert batch["batch_size"] == 1
+    for stage in slept:
+        assert batch[stage] == {"count": 1, "ns": stages[stage]}
+
+
+async def test_another_name_is_the_models_everywhere(artefact: Path) -> None:
+    """As KServe has it: its clients use the name of the service, not that in the file."""
+    app = create_app(Settings(), Classifier.load(artefact, name="garments"))
+    assert (await infer(app, message(), "/v2/models/garments")).status == 200
+    assert (await infer(app, message())).status == 404
+    assert (await get(app, "/v2/models/garments"))["name"] == "garments"
+    assert json.loads((await ask(app)).body)["model"]["name"] == "garments"
+    assert (await get(app, "/readyz"))["model"]["name"] == "garments"
+    (stats,) = (await get(app, "/v2/models/stats"))["model_stats"]
+    assert (stats["name"], stats["inference_count"]) == ("garments", 2)
+    metrics = await ask(app, b"", method="GET", target="/metrics")
+    assert b'bnlenet_model_info{name="garments"' in metrics.body
 
 
 async def test_the_documented_example_is_the_real_answer(make_app: MakeApp) -> None:
