@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import InvalidInput
-from service.pictures.cutout import cut_out, eroded
+from service.pictures.cutout import cut_out, eroded, larger_of_two
 from service.pictures.decoding import (
     gray_pixels,
     is_animated,
@@ -27,6 +27,24 @@ SIDE = 28
 WORKING_SIDE = 160  # where the garment is told from its background; 128 costs a point
 Preprocessing = Literal["auto", "none", "dataset"]
 Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+# In grey levels, 0 to 255.
+MIN_CONTRAST = 4  # below it a picture is of one colour
+BLACK = 16  # darker backgrounds are black
+BRIGHT = 190  # no garment that was photographed on black is brighter
+EDGE = 2  # pixels of the garment's edge that may be mixed with the background
+# Of the public photographs of single garments on light backgrounds to choose with, 79 % have this
+# confidence or more (docs/performance.md).
+UNSURE_BELOW = 0.65
+
+# The page shows no verdict where a note begins with "Not sure".
+ONE_COLOUR = "Not sure: the picture is of one colour; there is nothing to see."
+NO_GARMENT = "Not sure: no garment stands out from the background; the whole picture was taken."
+TWO_OBJECTS = "Not sure: two objects: send one. The larger was taken."
+GUESSED = "The background is not plain: the garment's outline was guessed by its colours."
+ON_BLACK = "The background is black: the picture was taken as negated already."
+FIRST_FRAME = "Only the first frame was looked at."
 
 
 @dataclass(frozen=True)
@@ -36,11 +54,33 @@ class ModelInput:
     Attributes:
         pixels: uint8 [28, 28], 0 = background, as in the data set.
         preprocessing: "none" when the picture was taken as it came, "dataset" when converted.
-        notes: what could not be done, or was guessed, one sentence each; empty when all went well.
+        notes: what was guessed or could not be done, one sentence each. One that begins with
+            "Not sure" means that the answer is not to be relied on.
     """
 
     pixels: Pixels
     preprocessing: Literal["none", "dataset"]
+    notes: tuple[str, ...] = ()
+
+    def notes_at(self, confidence: float) -> tuple[str, ...]:
+        """Return the notes, with one about the confidence where a converted picture has little."""
+        if self.preprocessing == "none" or confidence >= UNSURE_BELOW:
+            return self.notes
+        return (*self.notes, f"Not sure: the confidence is below {UNSURE_BELOW}.")
+
+
+@dataclass(frozen=True)
+class Garment:
+    """What a picture shows, with the data set's tones, before it is scaled.
+
+    Attributes:
+        gray: float32 [height, width], 0 to 255, 0 = background.
+        mask: bool [height, width], true on the garment.
+        notes: as in `ModelInput`.
+    """
+
+    gray: Floats
+    mask: NDArray[np.bool_]
     notes: tuple[str, ...] = ()
 
 
@@ -72,64 +112,88 @@ def read_picture(
     original_size = image.size
     small = reduced(image, WORKING_SIDE)
     if preprocessing == "auto" and original_size == (SIDE, SIDE):
-        rgba = np.asarray(small)
+        rgba = np.asarray(small.convert("RGBA"))
         if (rgba[..., 3] == 255).all() and (np.ptp(rgba[..., :3], axis=2) == 0).all():
             return ModelInput(rgba[..., 0].copy(), "none")
     pixels, notes = convert(small)
     if is_animated(image):
-        notes += ("Only the first frame was looked at.",)
+        notes += (FIRST_FRAME,)
     return ModelInput(pixels, "dataset", notes)
 
 
 def convert(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
-    """Convert a small upright RGBA picture as the data set's authors did, and say what was guessed.
+    """Convert a small upright picture (RGB or RGBA) as the data set's authors did.
 
     The garment is cut out, its longest edge scaled to 28, its extent centred; its grey levels are
     negated, as they were for photographs on white, and stretched to 255, as all in the data set
     are. It is not sharpened, as theirs was: that made no test more accurate (docs/performance.md).
 
     Returns:
-        pixels uint8 [28, 28], and the notes of `Decoded`.
+        pixels uint8 [28, 28], and the notes of `ModelInput`.
     """
+    garment = find_garment(image)
+    return _fit(garment.gray, garment.mask), garment.notes
+
+
+def find_garment(image: Image.Image) -> Garment:
+    """Find the garment in a small upright picture (RGB or RGBA).
+
+    Where two objects are of similar size, as in a pair of shoes, the larger one is taken: the data
+    set shows single ones.
+    """
+    garment = _cut_out_already(image) or _cut_out(image)
+    larger = larger_of_two(garment.mask)
+    if larger is None:
+        return garment
+    return Garment(garment.gray, larger, (*garment.notes, TWO_OBJECTS))
+
+
+def _cut_out_already(image: Image.Image) -> Garment | None:
+    """Return the opaque part of a picture, if some of it is transparent and some is not."""
+    if image.mode != "RGBA":
+        return None
     opaque = np.asarray(image.getchannel("A")) > 127
-    if opaque.any() and opaque.mean() < 0.99:
-        negated = 255 - _gray(image)
-        if negated[opaque].max() < 4:  # all white: of what there is to see, the shape
-            negated[:] = 255
-        return _fit(negated, opaque), ()
-    on_white = Image.new("RGBA", image.size, "white")
-    on_white.alpha_composite(image)
-    gray = _gray(on_white)
-    if np.ptp(gray) < 4:
-        return np.zeros((SIDE, SIDE), np.uint8), ("The picture is of one colour: nothing to see.",)
+    if not opaque.any() or opaque.mean() >= 0.99:
+        return None
+    negated = 255 - _gray(image)
+    if negated[opaque].max() < MIN_CONTRAST:  # all white: only its shape is visible
+        negated[:] = 255
+    return Garment(negated, opaque)
+
+
+def _cut_out(image: Image.Image) -> Garment:
+    """Tell the garment from its background by its colours."""
+    if image.mode == "RGBA":
+        on_white = Image.new("RGBA", image.size, "white")
+        on_white.alpha_composite(image)
+        image = on_white.convert("RGB")
+    gray = _gray(image)
+    everywhere = np.ones_like(gray, np.bool_)
+    if np.ptp(gray) < MIN_CONTRAST:
+        return Garment(np.zeros_like(gray), everywhere, (ONE_COLOUR,))
     background = float(np.median(np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])))
-    cutout = cut_out(np.asarray(on_white.convert("RGB")))
+    cutout = cut_out(np.asarray(image))
     if cutout is None:
         height, width = gray.shape
         centre = gray[height // 4 : height - height // 4, width // 4 : width - width // 4]
         contrast = background - gray if centre.mean() < background else gray - background
-        return _fit(contrast.clip(0), np.ones_like(gray, np.bool_)), (
-            "No border could be told from the garment: the whole picture was taken.",
-        )
-    notes: tuple[str, ...] = ()
-    if not cutout.plain:
-        notes = ("The background is not plain: the garment's outline was guessed by its colours.",)
-    if background < 16 and np.percentile(gray[cutout.mask], 99) > 190:
+        return Garment(contrast.clip(0), everywhere, (NO_GARMENT,))
+    notes: tuple[str, ...] = () if cutout.plain else (GUESSED,)
+    if background < BLACK and np.percentile(gray[cutout.mask], 99) > BRIGHT:
         # As bright as that on black is what the data set's own images are.
-        notes += ("The background is black: the picture was taken as negated already.",)
-        return _fit(gray, cutout.mask), notes
-    negated, core = 255 - gray, eroded(cutout.mask, 2)
+        return Garment(gray, cutout.mask, (*notes, ON_BLACK))
+    negated, core = 255 - gray, eroded(cutout.mask, EDGE)
     if core.any() and gray[core].mean() > background:
         # The edge, where a dark background shines through, must not outshine a light garment.
         negated = np.minimum(negated, np.percentile(negated[core], 98))
-    return _fit(negated, cutout.mask), notes
+    return Garment(negated, cutout.mask, notes)
 
 
-def _gray(image: Image.Image) -> NDArray[np.float32]:
+def _gray(image: Image.Image) -> Floats:
     return np.asarray(image.convert("RGB").convert("L"), np.float32)
 
 
-def _fit(gray: NDArray[np.float32], mask: NDArray[np.bool_]) -> Pixels:
+def _fit(gray: Floats, mask: NDArray[np.bool_]) -> Pixels:
     """Scale what is under the mask to 28 on its longest edge, centre it, stretch it to 255."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)

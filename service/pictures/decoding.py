@@ -168,7 +168,10 @@ def gray_pixels(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def reduced(image: Image.Image, side: int) -> Image.Image:
-    """Decode a picture to RGBA, upright, with no edge longer than asked for.
+    """Decode a picture, upright, with no edge longer than asked for.
+
+    Returns:
+        an RGBA picture where it may have transparency, else RGB.
 
     Raises:
         InvalidInput: the picture is damaged.
@@ -254,7 +257,7 @@ def _png_depth(data: bytes) -> int:
 
 
 def _at_most(image: Image.Image, side: int) -> Image.Image:
-    """Decode to RGBA with no edge longer than asked for; JPEG at a fraction of its size.
+    """Decode with no edge longer than asked for; JPEG at a fraction of its size.
 
     First means of whole blocks of pixels are taken, at the cost of a look at each, then of those
     the means that the size needs. What must become RGBA before means can be taken, does so strip
@@ -318,11 +321,10 @@ def _rgba(strip: Image.Image) -> Image.Image:
 
 
 def _upright(small: Image.Image, original: Image.Image) -> Image.Image:
-    """Turn the reduced picture as the original's EXIF wants it; convert to RGBA."""
+    """Turn the reduced picture as the original's EXIF wants it."""
     try:
         usual = len(original.info.get("exif", b"")) <= MAX_EXIF_BYTES
         turn = UPRIGHT.get(original.getexif().get(0x0112, 1)) if usual else None
     except Exception:  # the pixels can be read though the EXIF data is damaged
         turn = None
-    small = small.convert("RGBA")
     return small if turn is None else small.transpose(turn)

@@ -89,8 +89,8 @@ class Renderer:
         preprocessing = image.preprocessing.encode()
         parts = (self._first[first], numbers[first], listed, preprocessing, self._end)
         answer = b'%b%b,"predictions":[%b}],"preprocessing":"%b%b' % parts
-        if image.notes:
-            answer += b',"notes":' + orjson.dumps(image.notes)
+        if notes := image.notes_at(values[first]):
+            answer += b',"notes":' + orjson.dumps(notes)
         if echo:
             answer += b',"pixels":' + orjson.dumps(image.pixels.reshape(28, 28).tolist())
         return answer + b"}"

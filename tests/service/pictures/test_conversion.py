@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw
 
 from service.errors import InvalidInput
-from service.pictures.conversion import ModelInput, read_picture
+from service.pictures.conversion import (
+    FIRST_FRAME,
+    GUESSED,
+    NO_GARMENT,
+    ON_BLACK,
+    ONE_COLOUR,
+    TWO_OBJECTS,
+    UNSURE_BELOW,
+    ModelInput,
+    read_picture,
+)
 from tests.service.pictures.drawings import (
     GRAY,
     checked,
@@ -30,8 +40,6 @@ from tests.service.pictures.drawings import (
 from training.dataset import FashionMNIST
 
 ROOT = Path(__file__).parents[3]
-NO_BORDER = ("No border could be told from the garment: the whole picture was taken.",)
-GUESSED = ("The background is not plain: the garment's outline was guessed by its colours.",)
 
 
 def outline(decoded: ModelInput) -> NDArray[np.bool_]:
@@ -138,7 +146,7 @@ def test_a_white_shirt_on_white_is_not_lost() -> None:
 @pytest.mark.parametrize("colour", ["#301010", "#c0d0e0"])
 @pytest.mark.parametrize(
     ("background", "notes"),
-    [(shaded(), ()), (wooden(), GUESSED), (checked(), GUESSED), (plain("#2040a0"), ())],
+    [(shaded(), ()), (wooden(), (GUESSED,)), (checked(), (GUESSED,)), (plain("#2040a0"), ())],
     ids=["shaded wall", "dark boards", "checked cloth", "blue"],
 )
 def test_garments_are_cut_out(background: Image.Image, notes: tuple[str, ...], colour: str) -> None:
@@ -175,7 +183,7 @@ def test_transparency_may_be_everywhere_or_nowhere() -> None:
     opaque = worn(plain()).convert("RGBA")
     np.testing.assert_array_equal(read_picture(encode(opaque)).pixels, expected.pixels)
     opaque.putalpha(0)
-    assert read_picture(encode(opaque)).notes == ("The picture is of one colour: nothing to see.",)
+    assert read_picture(encode(opaque)).notes == (ONE_COLOUR,)
 
 
 def test_pictures_like_the_data_sets_own_are_not_negated(fashion_mnist: FashionMNIST) -> None:
@@ -183,7 +191,7 @@ def test_pictures_like_the_data_sets_own_are_not_negated(fashion_mnist: FashionM
     framed = Image.new("RGB", (34, 40), "black")
     framed.paste(image, (3, 5))
     decoded = read_picture(encode(framed))
-    assert decoded.notes == ("The background is black: the picture was taken as negated already.",)
+    assert decoded.notes == (ON_BLACK,)
     difference = decoded.pixels.astype(int) - fashion_mnist.test.images[0]
     assert np.abs(difference).mean() < 20
 
@@ -243,7 +251,7 @@ def test_cameras_are_held_in_all_eight_ways(orientation: int) -> None:
 def test_of_an_animation_the_first_frame_counts(format_: str) -> None:
     data = encode(GRAY, format_, save_all=True, append_images=[plain().convert("L")], lossless=True)
     decoded = read_picture(data)
-    assert decoded.notes == ("Only the first frame was looked at.",)
+    assert decoded.notes == (FIRST_FRAME,)
     assert overlap(decoded) > 0.95
 
 
@@ -325,13 +333,77 @@ def test_a_picture_without_a_border_is_taken_whole_and_says_so() -> None:
     random = np.random.default_rng(0)
     clouds = Image.fromarray(random.integers(0, 256, (4, 4, 3), np.uint8)).resize((200, 240))
     decoded = read_picture(encode(clouds.crop((60, 60, 90, 64))))
-    assert decoded.notes == NO_BORDER
+    assert decoded.notes == (NO_GARMENT,)
 
 
-def test_one_colour_is_nothing_to_see() -> None:
+def noise(kind: str) -> Image.Image:
+    random = np.random.default_rng(0)
+    match kind:
+        case "white":
+            pixels = 255 - np.abs(random.normal(0, 1.5, (300, 400, 3)))
+        case "uniform":
+            pixels = random.uniform(0, 255, (300, 400, 3))
+        case "camera's":
+            pixels = random.normal(240, 5, (300, 400, 3))
+        case _:  # blocks
+            pixels = random.integers(0, 256, (30, 40, 3)).repeat(10, axis=0).repeat(10, axis=1)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["white", "uniform", "camera's", "blocks"])
+def test_an_empty_or_noisy_picture_gets_no_verdict(kind: str) -> None:
+    (note,) = read_picture(encode(noise(kind))).notes
+    assert note.startswith("Not sure")
+
+
+def test_a_picture_of_one_colour_has_nothing_to_see() -> None:
     decoded = read_picture(encode(plain("red")))
     assert not decoded.pixels.any()
-    assert decoded.notes == ("The picture is of one colour: nothing to see.",)
+    assert decoded.notes == (ONE_COLOUR,)
+
+
+@pytest.mark.parametrize("transparent", [False, True])
+@pytest.mark.parametrize("smaller", [0.8, 1])
+def test_of_two_similar_objects_the_larger_is_taken_and_one_is_asked_for(
+    transparent: bool, smaller: float
+) -> None:
+    both, alone = (Image.new("L", (500, 300)) for _ in range(2))
+    other = stencil().resize((round(200 * smaller), round(240 * smaller)))
+    for picture in (both, alone):
+        picture.paste(stencil(), (30, 30))
+    both.paste(other, (270, 30))
+    decoded, expected = (
+        read_picture(encode(on_white(shape, transparent))) for shape in (both, alone)
+    )
+    assert (decoded.notes, expected.notes) == ((TWO_OBJECTS,), ())
+    if smaller < 1:
+        difference = decoded.pixels.astype(int) - expected.pixels
+        assert np.abs(difference).mean() < 3
+
+
+def on_white(shape: Image.Image, transparent: bool) -> Image.Image:
+    white = Image.new("RGB", shape.size, "white")
+    picture = Image.composite(Image.new("RGB", shape.size, "#305070"), white, shape)
+    if transparent:
+        picture.putalpha(shape)
+    return picture
+
+
+def test_a_small_thing_beside_the_garment_is_not_a_second_object() -> None:
+    picture = Image.new("L", (500, 300))
+    picture.paste(stencil(), (30, 30))
+    picture.paste(stencil().resize((100, 120)), (270, 30))
+    assert read_picture(encode(on_white(picture, transparent=True))).notes == ()
+
+
+def test_little_confidence_in_a_converted_picture_is_noted() -> None:
+    converted = ModelInput(np.zeros((28, 28), np.uint8), "dataset", (GUESSED,))
+    assert converted.notes_at(UNSURE_BELOW) == (GUESSED,)
+    first, second = converted.notes_at(UNSURE_BELOW - 0.01)
+    assert first == GUESSED
+    assert second.startswith("Not sure")
+    as_it_came = ModelInput(np.zeros((28, 28), np.uint8), "none")
+    assert as_it_came.notes_at(0.1) == ()
 
 
 def test_enlarged_test_images_keep_their_accuracy(fashion_mnist: FashionMNIST) -> None:

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.photos import SCENES, in_scene
-from service.pictures.cutout import Cutout, cut_out
+from service.pictures.cutout import Cutout, cut_out, eroded
 from training.dataset import FashionMNIST
 
 Mask = NDArray[np.bool_]
@@ -148,3 +149,18 @@ def test_of_a_sliver_nothing_is_told(shape: tuple[int, int]) -> None:
 
 def test_where_all_is_alike_nothing_is_told() -> None:
     assert cut_out(laid(np.zeros((100, 100), np.bool_))) is None
+
+
+@pytest.mark.parametrize("radius", [1, 2, 3, 5, 8])
+def test_a_pixel_survives_erosion_where_all_around_it_are_in_the_mask(radius: int) -> None:
+    mask = np.random.default_rng(0).random((40, 30)) < 1 - 0.3 / radius**2
+    beyond = np.pad(mask, radius, mode="edge")
+    windows = sliding_window_view(beyond, (2 * radius + 1, 2 * radius + 1))
+    expected = windows.all(axis=(2, 3))
+    assert 0 < expected.mean() < 1
+    np.testing.assert_array_equal(eroded(mask, radius), expected)
+
+
+def test_a_pattern_of_blocks_is_not_a_garment() -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    assert cut_out(colours.repeat(4, axis=0).repeat(4, axis=1)) is None
