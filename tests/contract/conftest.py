@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, BrowserContext, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from tests.contract.browser import SWITCHES
 from tests.contract.neighbours import executable
@@ -91,5 +91,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def context(browser: Browser) -> Iterator[BrowserContext]:
-    with browser.new_context(reduced_motion="reduce") as context:
+    with browser.new_context() as context:
         yield context
+
+
+@pytest.fixture(scope="module")
+def tab(context: BrowserContext) -> Page:
+    """Return a tab, for the tests of a module to use in turn."""
+    return context.new_page()

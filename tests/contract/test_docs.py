@@ -13,16 +13,16 @@ import pytest
 from PIL import Image, ImageDraw
 from playwright.sync_api import BrowserContext, Page, Route, expect
 
-from tests.contract.browser import CONTRASTS, opened
+from tests.contract.browser import CONTRASTS, opened, visited
 from tests.contract.conftest import Serve
 
 KEY = "secret"
 
 
 @pytest.fixture
-def docs(context: BrowserContext, base_url: str) -> Iterator[Page]:
-    """Open the page; `opened` fails where it asks any other server."""
-    with opened(context, base_url, "/docs") as page:
+def docs(tab: Page, base_url: str) -> Iterator[Page]:
+    """Open the page; `visited` fails where it asks any other server."""
+    with visited(tab, base_url, "/docs") as page:
         expect(page.locator("#routes section").first).to_be_visible()
         yield page
 
@@ -111,35 +111,28 @@ def test_line_names_the_key_where_one_is_needed(context: BrowserContext, serve: 
         assert not needs["/livez"]
 
 
-def test_takes_nothing_for_html(
-    context: BrowserContext, base_url: str, api: dict[str, Any]
-) -> None:
+def test_takes_nothing_for_html(docs: Page, api: dict[str, Any]) -> None:
     evil = "<img src=x onerror=alert(1)>"
     operation = api["paths"]["/livez"]["get"]
     operation["summary"] = operation["description"] = evil
     api["info"]["description"] = evil
-    page = context.new_page()
-    page.route("**/openapi.json", lambda route: route.fulfill(json=api))
-    page.goto(f"{base_url}/docs")
-    expect(page.locator("#about")).to_contain_text(evil)
-    expect(page.locator("#routes").get_by_text(evil)).to_be_visible()
-    assert page.locator("img").count() == 0
-    page.close()
+    docs.route("**/openapi.json", lambda route: route.fulfill(json=api))
+    docs.reload()
+    expect(docs.locator("#about")).to_contain_text(evil)
+    expect(docs.locator("#routes").get_by_text(evil)).to_be_visible()
+    assert docs.locator("img").count() == 0
 
 
-def test_can_be_tried_again(context: BrowserContext, base_url: str) -> None:
-    page = context.new_page()
-
+def test_can_be_tried_again(docs: Page) -> None:
     def fail(route: Route) -> None:
         route.abort()
 
-    page.route("**/openapi.json", fail, times=1)
-    page.goto(f"{base_url}/docs")
-    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
-    page.get_by_role("button", name="Try again").click()
-    expect(page.locator("#routes section").first).to_be_visible()
-    expect(page.get_by_role("alert")).to_be_empty()
-    page.close()
+    docs.route("**/openapi.json", fail, times=1)
+    docs.reload()
+    expect(docs.get_by_role("alert")).to_contain_text("cannot be reached")
+    docs.get_by_role("button", name="Try again").click()
+    expect(docs.locator("#routes section").first).to_be_visible()
+    expect(docs.get_by_role("alert")).to_be_empty()
 
 
 def test_can_be_read_by_day_and_night_on_any_screen(docs: Page) -> None:

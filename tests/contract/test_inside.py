@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from playwright.sync_api import BrowserContext, Page, Route, expect
 from safetensors.torch import load_file
 
-from tests.contract.browser import CONTRASTS, draw, gray, in_hash, opened
+from tests.contract.browser import CONTRASTS, draw, gray, in_hash, opened, visited
 from tests.contract.conftest import Serve
 from tests.service.conftest import seal
 from training.export import self_test_pixels
@@ -42,9 +42,9 @@ def images() -> NDArray[np.uint8]:
 
 
 @pytest.fixture
-def inside(context: BrowserContext, base_url: str, images: NDArray[np.uint8]) -> Iterator[Page]:
+def inside(tab: Page, base_url: str, images: NDArray[np.uint8]) -> Iterator[Page]:
     """Open the page with the third of the images."""
-    with opened(context, base_url, in_hash(images[2].ravel())) as page:
+    with visited(tab, base_url, in_hash(images[2].ravel())) as page:
         expect(page.locator("#verdict")).not_to_be_empty()
         yield page
 
@@ -229,18 +229,15 @@ def test_weights_are_those_of_the_run_in_its_format(client: httpx.Client, tmp_pa
     assert (again.status_code, again.content) == (304, b"")
 
 
-def test_can_be_tried_again(context: BrowserContext, base_url: str) -> None:
-    page = context.new_page()
-
+def test_can_be_tried_again(inside: Page) -> None:
     def fail(route: Route) -> None:
         route.abort()
 
-    page.route("**/run.safetensors", fail, times=1)
-    page.goto(f"{base_url}/inside")
-    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
-    page.get_by_role("button", name="Try again").click()
-    expect(page.locator("#verdict")).to_contain_text("%")
-    page.close()
+    inside.route("**/run.safetensors", fail, times=1)
+    inside.reload()
+    expect(inside.get_by_role("alert")).to_contain_text("cannot be reached")
+    inside.get_by_role("button", name="Try again").click()
+    expect(inside.locator("#verdict")).to_contain_text("%")
 
 
 def test_can_be_read_by_day_and_night_on_any_screen(inside: Page) -> None:

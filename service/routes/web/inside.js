@@ -27,7 +27,7 @@ let kept = []; // drawings that keep company
 let due = false;
 
 const kind = (name) => name.replace(/\d/, "");
-const percent = (p) => `${(100 * p).toFixed(1)} %`;
+const percent = (p) => `${(100 * p).toFixed(1)}\u00a0%`;
 const signed = (value) => value.toFixed(2).replace("-", "−");
 const mode = () => document.querySelector("[name=statistics]:checked").value;
 const pressed = () => [...$("company").querySelectorAll("button[aria-pressed]")];
