@@ -61,10 +61,14 @@ def test_shows_every_route_with_its_words(docs: Page, api: dict[str, Any]) -> No
         expect(predict).to_contain_text(parameter["description"].replace("`", ""))
     predict.get_by_text("Answer", exact=True).click()
     example = operations["POST /predict"]["responses"]["200"]["content"]["application/json"]
-    shown_example = predict.locator("details", has_text="Answer").locator("pre").last.inner_text()
+    details = predict.locator("details", has=docs.get_by_text("Answer", exact=True))
+    shown_example = details.locator("pre").last.inner_text()
     assert json.loads(shown_example) == example["example"]
     predict.get_by_text("Errors").click()
+    unsupported = operations["POST /predict"]["responses"]["415"]["content"]["application/json"]
     expect(predict).to_contain_text("415 Unsupported Media Type")
+    for example in unsupported["examples"].values():
+        expect(predict).to_contain_text(f"{example['value']['code']} {example['value']['error']}")
     expect(predict).to_contain_text("request_id: string")
 
 
@@ -78,6 +82,7 @@ def test_lines_for_curl_all_work(docs: Page, tmp_path: Path) -> None:
     (tmp_path / "pixels.bin").write_bytes(bytes(784))
     lines = commands(docs)
     assert len(lines) > 20
+    assert not any("Authorization" in line for line in lines)  # no key is set
     for line in lines:
         done = subprocess.run(
             ["bash", "-c", f"{line} --silent --output answer --write-out '%{{http_code}}'"],  # noqa: S607 - whichever bash there is

@@ -50,7 +50,8 @@ function curl(method, path, operation, type) {
     return encodeURIComponent(example ?? schema.examples?.[0] ?? name);
   });
   const lines = [`curl ${quoted(new URL(`.${filled}`, location.href).href)}`];
-  if (operation.security?.length) lines.push('-H "Authorization: Bearer $BNLENET_API_KEY"');
+  const keyed = operation.security?.every((each) => Object.keys(each).length); // else it goes without
+  if (keyed) lines.push('-H "Authorization: Bearer $BNLENET_API_KEY"');
   if (!type) {
     if (method === "post") lines.push("-X POST");
     return lines.join(" \\\n  ");
@@ -65,7 +66,8 @@ function curl(method, path, operation, type) {
   else if (type.startsWith("image/")) lines.push(`--data-binary @picture.${type.slice(6)}`);
   else {
     // With 0 the body is one image and nothing else; without, JSON would have to come first.
-    if (operation.description?.includes("Inference-Header")) lines.push("-H 'Inference-Header-Content-Length: 0'");
+    const header = "Inference-Header-Content-Length";
+    if (operation.parameters?.some(({ name }) => name === header)) lines.push(`-H '${header}: 0'`);
     lines.push("--data-binary @pixels.bin");
   }
   return lines.join(" \\\n  ");
@@ -118,8 +120,12 @@ function section(method, path, operation) {
     const sample = element("pre", { className: "schema", tabIndex: 0, textContent: JSON.stringify(example, null, 2) });
     detail("Answer", shape, ...(example ? [sample] : []));
   }
-  const errors = Object.entries(others).map(([status, { description }]) => `${status} ${description}`);
-  detail("Errors", element("p", { textContent: `${errors.join(", ")}. Each is JSON:` }),
+  const errors = Object.entries(others).map(([status, { description, content }]) => {
+    const examples = Object.values(content?.["application/json"]?.examples ?? {});
+    return element("div", {}, element("dt", { textContent: `${status} ${description}` }),
+      ...examples.map(({ value }) => element("dd", {}, element("code", { textContent: value.code }), ` ${value.error}`)));
+  });
+  detail("Errors", element("dl", {}, ...errors),
     element("pre", { className: "schema", textContent: describe({ $ref: "#/components/schemas/Error" }) }));
   return element("section", { id: operation.operationId }, ...parts);
 }
