@@ -61,7 +61,7 @@ added=$(($(megabytes bn-lenet) - $(megabytes "$BASE_IMAGE")))
 echo "the image adds $added MB to its base"
 [ "$added" -le "$MAX_MEGABYTES" ] || fail "the image adds more than $MAX_MEGABYTES MB"
 
-BASE_URL="http://127.0.0.1:$PORT" .venv/bin/pytest tests/contract
+BASE_URL="http://127.0.0.1:$PORT" .venv/bin/python -m pytest tests/contract
 
 docker stop --time 30 "$container" >/dev/null # SIGTERM; exit status 137 would mean that it was killed
 status=$(docker inspect --format '{{.State.ExitCode}}' "$container")

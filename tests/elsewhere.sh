@@ -4,7 +4,7 @@
 #   ./tests/elsewhere.sh debian13       `make test` on Debian 13, Python 3.13
 #   ./tests/elsewhere.sh python314      `make test` with Python 3.14
 #   ./tests/elsewhere.sh arm64          the tests of the service and of its contract on arm64
-# The checkout is unpacked from a tarball, in a path with spaces; the user is not root and cannot write
+# The last commit is unpacked from a tarball, in a path with spaces; the user is not root and cannot write
 # the home folder; the locale is C, the time zone is not a whole hour from others. Needs Docker; arm64 on
 # another processor needs qemu-user-static and binfmt-support, and an hour or more. DEBIAN13, PYTHON314
 # and ARM64 name other images (with python3, venv and apt-get); FASHION_MNIST_DIR is the data set's folder.
@@ -19,7 +19,7 @@ trap 'rm -f "$results" "$log"' EXIT
 run() { # run NAME IMAGE PLATFORM COMMAND
   echo "test-elsewhere: $1: $4 in $2"
   local status=0
-  git ls-files --cached --others --exclude-standard -z | tar --null --files-from - --ignore-failed-read -c |
+  git archive HEAD |
     docker run --rm --interactive --init --platform "$3" --cpu-shares 512 --env COMMAND="$4" \
       --env TZ=Asia/Kathmandu --env LC_ALL=C --env FASHION_MNIST_DIR=/data --volume "$data:/data:ro" \
       --volume "bn-lenet-pip-$1:/pip" "$2" bash -euc '
@@ -33,7 +33,7 @@ run() { # run NAME IMAGE PLATFORM COMMAND
         python3 -c "import platform; print(\"ran on Python\", platform.python_version(), platform.machine())"
         exec setpriv --reuid 1234 --regid 1234 --clear-groups bash -euc "$COMMAND"
       ' 2>&1 | tee "$log" || status=$?
-  echo "$1: exit status $status, $(grep '^ran on' "$log"), \`$4\`: $(tail -n 1 "$log" | tr -d =)" >>"$results"
+  echo "$1: exit status $status, $(grep '^ran on' "$log"), \`$4\`: $(grep -E '^=.* in [0-9.]+s' "$log" | tr -d =)" >>"$results"
 }
 
 [ $# -gt 0 ] || set -- debian13 python314 arm64
