@@ -121,6 +121,8 @@ async def _answer_error(request: Request, exc: Exception) -> Response:
             error = ServiceError("The server failed; if it goes on, report the request id.")
     if error.status != ServiceError.status:
         request.app.state.rejected(error.code)
-    answer = error_answer(error, request.scope["exchange"].request_id)
+    exchange = request.scope["exchange"]
+    exchange.error_code = error.code
+    answer = error_answer(error, exchange.request_id)
     headers = {name.decode(): value.decode() for name, value in answer.headers}
     return Response(answer.body, answer.status, headers)

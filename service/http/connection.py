@@ -92,7 +92,7 @@ class Gate(Protocol):
     def fields(self, exchange: Exchange) -> Headers:
         """Return the header fields that every answer carries."""
 
-    def record(self, exchange: Exchange, status: int) -> None:
+    def record(self, exchange: Exchange, status: int, client: str | None = None) -> None:
         """Count an answer that was sent, or that its client did not wait for."""
 
 
@@ -144,6 +144,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # a socket's
         """Begin to wait for a first request."""
         self._transport = transport
+        peer = transport.get_extra_info("peername")
+        self._client = peer[0] if isinstance(peer, tuple) else None
         transport.set_write_buffer_limits(UNSENT_BYTES, 0)
         self._state.connections.add(self)  # type: ignore[arg-type] # uvicorn names its own classes
         self._waiting_since = self._loop.time()
@@ -399,7 +401,7 @@ class Connection(asyncio.Protocol):
         lines = [b"%b: %b\r\n" % field for field in fields]
         end = b"" if exchange.method == "HEAD" else body
         self._transport.write(b"".join((STATUS_LINE[status], *lines, b"\r\n", end)))
-        self._gate.record(exchange, status)
+        self._gate.record(exchange, status, self._client)
         self._state.total_requests += 1
         self._used = True
         self._waiting_since, self._patience = self._loop.time(), KEEP_ALIVE_SECONDS
@@ -409,7 +411,7 @@ class Connection(asyncio.Protocol):
     def _drop(self, exchange: Exchange) -> None:
         """Forget a request whose client has left."""
         exchange.release()
-        self._gate.record(exchange, 499)
+        self._gate.record(exchange, 499, self._client)
 
     def _close(self) -> None:
         """Close; where the client may still be sending, not before it had a moment to read.

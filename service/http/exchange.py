@@ -22,6 +22,7 @@ Headers = list[tuple[bytes, bytes]]
 
 UNPACKED_AT_ONCE = 2**18  # bytes that take less than a millisecond
 PACKED_AT_ONCE = 2**14  # bytes: zlib copies what it leaves unread, so it gets little at a time
+UNMATCHED = "unmatched"  # the route of a path that is nobody's
 MAX_MEMBERS = 1000  # of a gzip body; each takes some microseconds, however small it is
 WORTH_READING = 65_536  # bytes that cost less to read and drop than a new connection
 
@@ -60,6 +61,7 @@ class Exchange:
         body_limit: the most bytes that its body may have, as sent and when unpacked.
         request_id: the client's own, if it is well-formed, or one made here.
         trace_id: W3C trace context's, if the client sent a valid one.
+        error_code: the code in the answer, of a request that is refused.
         started: when its head arrived or its turn came, on the clock of `time.perf_counter`.
         complete: the whole request has arrived.
         keep_alive: the client may send another request on the same connection.
@@ -77,6 +79,7 @@ class Exchange:
         "answer",
         "body_limit",
         "complete",
+        "error_code",
         "expired",
         "gone",
         "handler",
@@ -104,11 +107,12 @@ class Exchange:
         self.path = path
         self.query_string = query_string
         self.headers = headers
-        self.route = "unmatched"
+        self.route = UNMATCHED
         self.handler: Handler | None = None
         self.body_limit = 0
         self.request_id = b""
         self.trace_id: str | None = None
+        self.error_code: str | None = None
         self.started = perf_counter()
         self.complete = self.expired = self.gone = False
         self.keep_alive = True

@@ -18,12 +18,14 @@ from service.http import framework
 from service.http.admission import Admission
 from service.http.api_key import ApiKey
 from service.http.cross_origin import CrossOrigin
-from service.http.exchange import Answer, Exchange, Handler, Headers, error_answer
+from service.http.exchange import UNMATCHED, Answer, Exchange, Handler, Headers, error_answer
 from service.http.request_ids import RequestIds, trace_id
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
+PROBES = frozenset({"/livez", "/readyz", "/metrics"})  # asked all day long
+LOGGED_PATH = 200  # characters of a path that is nobody's
 CLIENT_GONE = 499  # nginx's status for the log; nobody receives it
 GONE = Answer(b"", CLIENT_GONE)
 
@@ -142,6 +144,7 @@ class Gate:
     def refuse(self, error: ServiceError, exchange: Exchange) -> Answer:
         """Return the answer to a request that is refused; count it."""
         self._metrics.rejected(error.code)
+        exchange.error_code = error.code
         return error_answer(error, exchange.request_id)
 
     def refuse_unread(self, error: ServiceError, headers: Mapping[bytes, bytes]) -> Exchange:
@@ -164,22 +167,34 @@ class Gate:
             *self._cross_origin.fields(exchange.headers),
         ]
 
-    def record(self, exchange: Exchange, status: int) -> None:
-        """Count an answer that was sent, or that its client did not wait for; log it."""
+    def record(self, exchange: Exchange, status: int, client: str | None = None) -> None:
+        """Count an answer that was sent, or that its client did not wait for; log it.
+
+        Args:
+            exchange: the request.
+            status: of the answer.
+            client: the client's address.
+        """
         seconds = perf_counter() - exchange.started
         method = exchange.method if exchange.method in METHODS else "OTHER"
         self._metrics.request(exchange.route, method, status, seconds)
-        if access.isEnabledFor(logging.INFO):
+        level = logging.DEBUG if exchange.route in PROBES else logging.INFO
+        if access.isEnabledFor(level):
             fields = {
                 "request_id": exchange.request_id.decode("ascii"),
+                "client": client,
                 "method": method,
                 "route": exchange.route,
                 "status": status,
                 "milliseconds": round(seconds * 1e3, 3),
             }
+            if exchange.route == UNMATCHED and exchange.path:
+                fields["path"] = exchange.path[:LOGGED_PATH]
+            if exchange.error_code is not None:
+                fields["code"] = exchange.error_code
             if exchange.trace_id is not None:
                 fields["trace_id"] = exchange.trace_id
-            access.info("request", extra={"fields": fields})
+            access.log(level, "request", extra={"fields": fields})
 
 
 def _too_late() -> DeadlineExceeded:

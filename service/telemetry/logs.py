@@ -1,13 +1,25 @@
 """Log lines, as text or as JSON, the server's own in the same form."""
 
+import json
 import logging
+import os
+import re
 import sys
 import time
 from typing import Any
 
+import click
 import orjson
 
 from service.settings import Settings
+
+PLAIN = re.compile(r"[!#-~]+").fullmatch  # printable ASCII without spaces and quotation marks
+STYLES: dict[int, dict[str, Any]] = {
+    logging.DEBUG: {"dim": True},
+    logging.INFO: {"fg": "green"},
+    logging.WARNING: {"fg": "yellow"},
+    logging.ERROR: {"fg": "red", "bold": True},
+}
 
 
 class JSONFormatter(logging.Formatter):
@@ -28,12 +40,24 @@ class JSONFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The same for the eye: time, level, message, then `name=value` for each field."""
+    """The same for the eye: time, level, message, then `name=value` for each field.
+
+    Args:
+        colour: whether to colour the level and dim the time, for a terminal.
+    """
+
+    def __init__(self, *, colour: bool = False) -> None:
+        super().__init__()
+        self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as text."""
-        fields = "".join(f" {k}={v}" for k, v in getattr(record, "fields", {}).items())
-        line = f"{_timestamp(record)} {record.levelname.lower():7} {record.getMessage()}{fields}"
+        when, level = _timestamp(record), f"{record.levelname.lower():7}"
+        if self._colour:
+            when = click.style(when, dim=True)
+            level = click.style(level, **STYLES.get(record.levelno, {}))
+        fields = [f" {k}={_text(v)}" for k, v in getattr(record, "fields", {}).items()]
+        line = f"{when} {level} {record.getMessage()}{''.join(fields)}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
@@ -42,7 +66,9 @@ class TextFormatter(logging.Formatter):
 def configure(settings: Settings) -> None:
     """Send all log lines and warnings to standard error, in the form and from the level set."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JSONFormatter() if settings.log_format == "json" else TextFormatter())
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")  # see no-color.org
+    json_lines = settings.log_format == "json"
+    handler.setFormatter(JSONFormatter() if json_lines else TextFormatter(colour=colour))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
@@ -51,6 +77,13 @@ def configure(settings: Settings) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # It logs each damaged form, which is the client's fault, before it raises that to us.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+
+
+def _text(value: object) -> str:
+    """Return a field's value as one word of harmless characters, quoted where that needs it."""
+    if not isinstance(value, str):
+        return str(value)
+    return value if PLAIN(value) else json.dumps(value)
 
 
 def _timestamp(record: logging.LogRecord) -> str:

@@ -284,7 +284,7 @@ class Transport(asyncio.Transport):
         return self.unread
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:  # noqa: ARG002 - asyncio's signature
-        return socket.socket()
+        return ("192.0.2.1", 4711) if name == "peername" else socket.socket()
 
 
 def connect(app: Gate, state: ServerState | None = None) -> tuple[Connection, Transport]:

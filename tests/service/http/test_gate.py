@@ -435,8 +435,45 @@ async def test_each_request_is_one_log_line(
     assert 0 < first.pop("milliseconds") < 1000
     assert first == {
         "request_id": "mine",
+        "client": "192.0.2.1",
         "method": "POST",
         "route": "/predict",
         "status": 200,
     }
     assert (second["route"], second["status"]) == ("unmatched", 404)
+    assert (second["path"], second["code"]) == ("/nothing/else", "not_found")
+
+
+async def test_the_path_of_nobody_is_logged_up_to_a_limit(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "service.access")
+    await ask(make_app(), b"", method="GET", target="/" + 1000 * "a")
+    (line,) = (r.__dict__["fields"] for r in caplog.records if r.name == "service.access")
+    assert line["path"] == "/" + 199 * "a"
+
+
+async def test_refusals_are_logged_with_their_code(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From a hot path, from the framework, and before either."""
+    caplog.set_level(logging.INFO, "service.access")
+    app = make_app(api_key="opensesame")
+    key = {"Authorization": "Bearer opensesame"}
+    await ask(app, bytes(3), headers=key)
+    await ask(app, b"", method="GET", target="/v2/models/other", headers=key)
+    await ask(app)
+    lines = [r.__dict__["fields"] for r in caplog.records if r.name == "service.access"]
+    assert [line["code"] for line in lines] == ["invalid_input", "unknown_model", "unauthorized"]
+
+
+async def test_probes_are_logged_at_debug(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They come every second from every balancer, and say nothing."""
+    caplog.set_level(logging.DEBUG, "service.access")
+    app = make_app()
+    for target in ("/livez", "/readyz", "/metrics"):
+        await ask(app, b"", method="GET", target=target)
+    records = [r for r in caplog.records if r.name == "service.access"]
+    assert [r.levelname for r in records] == ["DEBUG"] * 3

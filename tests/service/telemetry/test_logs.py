@@ -2,11 +2,13 @@
 
 import json
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from service.settings import Settings
@@ -114,6 +116,47 @@ def test_configured_twice_every_line_is_written_once(capsys: pytest.CaptureFixtu
     logs.configure(Settings())
     logging.getLogger("service").info("said")
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_text_lines_have_colours_in_a_terminal_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = write(capsys, log_format="text")[0]
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: True, raising=False)
+    coloured = write(capsys, log_format="text")[0]
+    monkeypatch.setenv("NO_COLOR", "1")
+    without = write(capsys, log_format="text")[0]
+    json_line = write(capsys, log_format="json")[0]
+    assert "\x1b[32m" in coloured
+    assert click.unstyle(coloured)[24:] == plain[24:] == without[24:]  # after the time
+    assert "\x1b" not in plain + without + json_line
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("/predict", "/predict"),
+        (0.25, "0.25"),
+        ("a b", '"a b"'),
+        ('"', '"\\""'),
+        ("", '""'),
+        ("a\nb=\x1b[31m\u202eä", '"a\\nb=\\u001b[31m\\u202e\\u00e4"'),
+    ],
+)
+def test_a_field_cannot_forge_a_line(value: object, written: str) -> None:
+    record = logging.makeLogRecord({"msg": "request", "fields": {"path": value}})
+    assert logs.TextFormatter().format(record).endswith(f" request path={written}")
+
+
+def test_times_are_utc_wherever_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TZ", "XXX+7")
+        time.tzset()
+        record = logging.makeLogRecord({"created": 1.25, "msecs": 250.0, "msg": "x"})
+        lines = [form.format(record) for form in (logs.TextFormatter(), logs.JSONFormatter())]
+    time.tzset()
+    assert lines[0].startswith("1970-01-01T00:00:01.250Z ")
+    assert json.loads(lines[1])["time"] == "1970-01-01T00:00:01.250Z"
 
 
 def test_a_form_that_the_parser_complains_of_is_no_line(capsys: pytest.CaptureFixture[str]) -> None:
