@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from service.errors import Overloaded
 
-BODIES_IN_MEMORY = 6  # of the largest size
+BODIES_IN_MEMORY = 4  # of the largest size
 
 
 class BodyBudget:

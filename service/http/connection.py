@@ -13,7 +13,7 @@ import socket
 from collections import deque
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from urllib.parse import unquote
 
 import uvicorn
@@ -48,14 +48,17 @@ FIRST_REQUEST_SECONDS = 1.0  # for a connection that was accepted as the server 
 PROBE_AFTER_SECONDS = 0.5
 MAX_HEAD_BYTES = 32_768
 FIELD_BYTES = 32  # that a header field counts beyond its own, as in RFC 9113, section 6.5.2
+FIELD_MEMORY = 128  # bytes that a field takes, however short it is
 PARSED_AT_ONCE = 2048  # bytes: some 75 of the smallest requests, and most requests whole
 QUEUED_BYTES = 2048  # that a request takes which waits for the one before it
+MAX_CONNECTIONS = 8192  # of some 4 KB each
 UNSENT_BYTES = 4096  # that a client may leave unread before its next request has to wait
 
 CLOSE = (b"connection", b"close")
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 STATUS_LINE = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
 WITHOUT_BODY = (204, 304)
+NOTHING = memoryview(b"")
 # RFC 9112, section 3.2, and RFC 3986, section 3.2.2; an empty one is allowed.
 HOST = re.compile(rb"([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?").fullmatch
 NEEDED = {"connections", "default_headers", "total_requests"}
@@ -120,10 +123,11 @@ class Connection(asyncio.Protocol):
         self._admission = self._gate.admission
         self._state = server_state
         self._loop = _loop or asyncio.get_running_loop()
-        self._parser = _parser(self)
+        self._parser: Any = _parser(self)  # until nothing more is parsed
+        self._fields: dict[bytes, bytes] = {}
         self._queue: deque[Exchange] = deque()  # not answered yet
         self._incoming: Exchange | None = None  # its body is still coming
-        self._unparsed: bytes | memoryview = b""
+        self._unparsed = NOTHING
         self._loose_bytes = 0  # of an unfinished head, or of what goes with a body's pieces
         self._held = 0  # bytes in the budget
         self._unsent = 0
@@ -147,7 +151,10 @@ class Connection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self._client = peer[0] if isinstance(peer, tuple) else None
         transport.set_write_buffer_limits(UNSENT_BYTES, 0)
-        self._state.connections.add(self)  # type: ignore[arg-type] # uvicorn names its own classes
+        others = cast(set[Connection], self._state.connections)  # uvicorn names its own classes
+        if len(others) >= MAX_CONNECTIONS:
+            next((other for other in others if other.is_idle()), self)._close()
+        others.add(self)
         self._waiting_since = self._loop.time()
         self._look_later()
 
@@ -157,13 +164,12 @@ class Connection(asyncio.Protocol):
         self._watch.cancel()
         self._state.connections.discard(self)
         self._let_go()
-        self._parser = None  # type: ignore[assignment] # it knows us: a cycle that would wait for the garbage collector
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, unless a request is being answered."""
         if self._closing:
             return  # a moment to read, so that the answer is not lost to a reset
-        self._unparsed = b"".join((self._unparsed, data)) if self._unparsed else data
+        self._unparsed = memoryview(b"".join((self._unparsed, data)) if self._unparsed else data)
         self._go_on()
 
     def eof_received(self) -> bool:
@@ -187,15 +193,17 @@ class Connection(asyncio.Protocol):
         self._writable = True
         self._go_on()
 
+    def is_idle(self) -> bool:
+        """Return whether nothing is going on that a client waits for."""
+        return not (self._queue or self._begun or self._unparsed or self._closing)
+
     # What uvicorn calls
 
     def shutdown(self) -> None:
         """Close when nothing is going on. A new connection gets a moment for its request."""
-        if self._queue or self._begun or self._unparsed or self._closing:
-            return
-        if self._used:
+        if self.is_idle() and self._used:
             self._close()
-        else:
+        elif self.is_idle():
             self._used = True
             self._loop.call_later(FIRST_REQUEST_SECONDS, self.shutdown)
 
@@ -213,7 +221,7 @@ class Connection(asyncio.Protocol):
         """Begin a head."""
         self._begun = True
         self._url = b""
-        self._fields: dict[bytes, bytes] = {}
+        self._fields = {}
         self._head_bytes = 0
 
     def on_url(self, url: bytes) -> None:
@@ -287,13 +295,9 @@ class Connection(asyncio.Protocol):
         """Answer and parse for as long as nothing has to be waited for."""
         self._answer_ready()
         while self._unparsed and not (self._busy or self._last or self._closing) and self._writable:
-            step = max(PARSED_AT_ONCE, self._body_left)
-            if len(self._unparsed) <= step:
-                piece, self._unparsed = self._unparsed, b""
-            else:
-                rest = memoryview(self._unparsed)
-                piece, self._unparsed = rest[:step], rest[step:]
-            self._parse(piece)
+            rest, step = self._unparsed, max(PARSED_AT_ONCE, self._body_left)
+            self._unparsed = rest[step:] if len(rest) > step else NOTHING
+            self._parse(rest[:step])
             self._answer_ready()
         if self._closing:
             return
@@ -307,14 +311,15 @@ class Connection(asyncio.Protocol):
             self._admission.received(self)
         self._count_held()
 
-    def _parse(self, piece: bytes | memoryview) -> None:
+    def _parse(self, piece: memoryview) -> None:
         self._loose_bytes += len(piece)
         try:
             try:
                 self._parser.feed_data(piece)
             except HttpParserUpgrade as offer:
                 if not self._last:  # as it is after `CONNECT`, which offers nothing
-                    self._parse(self._without_offer() + piece[offer.args[0] :])
+                    rest = piece[offer.args[0] :]
+                    self._parse(memoryview(b"".join((self._without_offer(), rest))))
         except HttpParserCallbackError:
             raise  # a bug of ours
         except HttpParserError as exc:
@@ -345,9 +350,10 @@ class Connection(asyncio.Protocol):
         if self._last:
             return
         self._last = True
+        self._unparsed = NOTHING
         exchange = self._incoming
         if exchange is None:
-            self._queue.append(self._gate.refuse_unread(error, getattr(self, "_fields", {})))
+            self._queue.append(self._gate.refuse_unread(error, self._fields))
         elif exchange.answer is None and self._queue and self._queue[-1] is exchange:
             exchange.answer = self._gate.refuse(error, exchange)
             exchange.keep_alive = False
@@ -433,7 +439,8 @@ class Connection(asyncio.Protocol):
     def _let_go(self) -> None:
         """Give back what is held for requests that get no answer any more."""
         self._admission.received(self)
-        self._unparsed = b""
+        self._parser = None  # it may hold much, and a cycle would wait for the garbage collector
+        self._fields, self._unparsed = {}, NOTHING
         self._loose_bytes = 0
         for exchange in self._queue:
             if self._busy and exchange is self._queue[0]:
@@ -447,7 +454,11 @@ class Connection(asyncio.Protocol):
 
     def _count_held(self) -> None:
         """Hold in the budget what waits here; without room, end the connection."""
-        held = len(self._unparsed) + self._loose_bytes + QUEUED_BYTES * max(0, len(self._queue) - 1)
+        held = self._loose_bytes + QUEUED_BYTES * max(0, len(self._queue) - 1)
+        if self._begun and self._incoming is None:
+            held += FIELD_MEMORY * len(self._fields)
+        if self._unparsed:
+            held += len(cast(bytes, self._unparsed.obj))  # all of it, while a part is needed
         if not self._writable:
             held += self._transport.get_write_buffer_size()
         if held == self._held or self._closing:
@@ -456,11 +467,16 @@ class Connection(asyncio.Protocol):
         try:
             self._admission.budget.take(more)
         except Overloaded as error:
-            if self._writable:
-                self._end_with(error)
-                self._answer_ready()
-            else:
+            if not self._writable:
                 self._transport.abort()
+                return
+            while len(self._queue) > self._busy:
+                self._queue.pop().release()
+            self._incoming = None
+            self._end_with(error)
+            self._admission.budget.give_back(self._held)
+            self._held = 0
+            self._answer_ready()
 
     def _look(self) -> None:
         """Close the connection if no request has come, or no answer been read, for too long."""

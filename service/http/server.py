@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import math
@@ -10,6 +11,8 @@ import resource
 import select
 import signal
 import socket
+import struct
+import sys
 from collections.abc import Sequence
 from time import monotonic
 from types import FrameType
@@ -20,6 +23,17 @@ from service.http.channel import Channel
 from service.http.connection import Connection
 from service.http.gate import Gate
 from service.settings import Settings
+
+SO_ATTACH_FILTER = 26  # Linux; Python has no name for it
+# A program for the kernel's packet filter (Linux, networking/filter.rst) that drops what has SYN
+# set in the flags of its TCP header, and not ACK.
+DROP_SYN = (
+    (0x30, 0, 0, 13),  # load the flags
+    (0x54, 0, 0, 0x12),  # of them, SYN and ACK
+    (0x15, 0, 1, 0x02),  # SYN alone?
+    (0x06, 0, 0, 0),  # drop
+    (0x06, 0, 0, 0xFFFFFFFF),  # accept
+)
 
 logger = logging.getLogger("service")
 
@@ -66,6 +80,24 @@ def url(listener: socket.socket) -> str:
     """Return where a bound socket listens."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def refuse_new_connections(listener: socket.socket) -> None:
+    """Let the kernel drop what opens a connection to a listening socket, where it can (Linux).
+
+    Else a client that connects between the last look at the listener and its end would be reset.
+    This one tries again, and finds another listener or none. Connections half open go on.
+    """
+    if sys.platform != "linux":
+        return
+    filters = b"".join(struct.pack("@HBBI", *step) for step in DROP_SYN)
+    program = ctypes.create_string_buffer(filters, len(filters))
+    with contextlib.suppress(OSError):  # a sandbox
+        listener.setsockopt(
+            socket.SOL_SOCKET,
+            SO_ATTACH_FILTER,
+            struct.pack("@HP", len(DROP_SYN), ctypes.addressof(program)),
+        )
 
 
 def _cannot_listen(address: str, exc: Exception) -> StartError:
@@ -169,8 +201,13 @@ class Server(uvicorn.Server):
         """
         self._admission.draining = True
         for listener in sockets or []:
-            while select.select([listener], [], [], 0)[0] and not self.force_exit:  # noqa: ASYNC110 - what is waited for has no event
-                await asyncio.sleep(0)  # the event loop accepts them
+            if self._supervisor is None:  # else other workers go on with it
+                refuse_new_connections(listener)
+            with listener.dup() as last:
+                last.setblocking(False)
+                for server in self.servers:
+                    server.close()
+                await self._accept_waiting(last)
         for listener in self._others:
             await self._accept_waiting(listener)
             listener.close()
@@ -215,4 +252,4 @@ class Server(uvicorn.Server):
                 await loop.connect_accepted_socket(self._connection, connection)
 
     def _connection(self) -> Connection:
-        return Connection(self.config, self.server_state, self.lifespan.state)
+        return Connection(self.config, self.server_state, {})

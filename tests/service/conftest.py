@@ -5,7 +5,6 @@ import base64
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -284,7 +283,9 @@ class Transport(asyncio.Transport):
         return self.unread
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:  # noqa: ARG002 - asyncio's signature
-        return ("192.0.2.1", 4711) if name == "peername" else socket.socket()
+        if name == "peername":
+            return "192.0.2.1", 4711
+        return SimpleNamespace(getsockopt=lambda *_: 0)
 
 
 def connect(app: Gate, state: ServerState | None = None) -> tuple[Connection, Transport]:

@@ -232,6 +232,7 @@ def test_members_of_a_gzip_body_are_bounded_in_number() -> None:
         (b"gzip", gzip.compress(b"a") + b"b"),
         (b"gzip", gzip.compress(b"a") + zlib.compress(b"b")),
     ],
+    ids=["two of deflate", "other bytes", "deflate after gzip"],
 )
 def test_more_after_the_end_of_an_encoding_is_refused(name: bytes, packed: bytes) -> None:
     with pytest.raises(BadRequest):
