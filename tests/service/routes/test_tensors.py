@@ -219,6 +219,15 @@ def test_other_shapes_are_refused(shape: Any) -> None:
         assert refused.value.status == 400
 
 
+def test_a_batch_of_no_images_is_refused() -> None:
+    for body, length in [
+        (dump(request(shape=[0, 1, 28, 28], data=[])), None),
+        binary(b"", shape=[0, 1, 28, 28]),
+    ]:
+        with pytest.raises(BadRequest, match="n from 1 to 256"):
+            decode(body, length)
+
+
 def also(**extra: Any) -> Json:
     return {**request(), **extra}
 
@@ -499,6 +508,13 @@ def test_json_probabilities_read_back_as_the_same_bits(
         "id": "a",
         "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [5, 10]}],
     }
+
+
+def test_an_empty_id_is_echoed_too(
+    classifier: Classifier, probabilities: NDArray[np.float32]
+) -> None:
+    body, _ = encode(classifier.info, InferenceRequest(IMAGE, ""), probabilities)
+    assert json.loads(body)["id"] == ""
 
 
 def test_binary_probabilities_are_the_same_bits(

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from training.dataset import FashionMNIST, Split
@@ -14,6 +15,9 @@ from training.evaluation.measures import (
     evaluate,
     onnx_classifier,
 )
+from training.export import build_model
+from training.folding import fold_batch_norm
+from training.model import BNLeNet, initialise
 
 
 def rows(*confidences: tuple[int, float]) -> Probabilities:
@@ -129,6 +133,19 @@ def test_models_without_our_probabilities_are_told(tmp_path: Path) -> None:
     onnx.save(model, path)
     with pytest.raises(EvaluationError, match="and give `probabilities`, float32"):
         onnx_classifier(path)
+
+
+def test_a_model_file_classifies_any_number_of_images(tmp_path: Path) -> None:
+    """As the network that it was made of does."""
+    network = BNLeNet().eval()
+    initialise(network, seed=0)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(build_model(fold_batch_norm(network), {}).SerializeToString())
+    images = np.random.default_rng(0).integers(0, 256, (1001, 28, 28), np.uint8)
+    found = onnx_classifier(path)(images)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(images)[:, None] / 255).softmax(1).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_probabilities_that_are_no_numbers_are_told(tmp_path: Path) -> None:
