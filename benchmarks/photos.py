@@ -4,6 +4,8 @@ First each test image is enlarged 10 to 25 times, in blocks or smoothly in turn,
 uneven margins on white or on black. Then the garments are tinted and laid into scenes: walls under
 uneven light, boards, cloth, with a soft shadow and a camera's noise. The service's conversion must
 find them again. Run by hand: `python -m benchmarks.photos [COUNT]`.
+
+Real photographs are measured with `python -m benchmarks.photos --folder DIR` (photo_folder.py).
 """
 
 import io
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from time import perf_counter
 
 import click
@@ -19,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from benchmarks import photo_folder
 from service.model.classifier import Classifier
 from service.pictures.conversion import read_picture
+from service.pictures.decoding import configure_pillow
 from service.settings import Settings
 from training.dataset import load
 
@@ -186,11 +191,34 @@ def _accuracy(classifier: Classifier, images: Pixels, labels: Pixels) -> float:
 @click.command()
 @click.argument("count", type=click.IntRange(1, 10_000), default=10_000)
 @click.option("--scenes/--no-scenes", default=True, help="Lay garments into scenes as well.")
-def main(count: int, scenes: bool) -> None:
+@click.option(
+    "--folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Measure the photographs in this folder instead.",
+)
+@click.option(
+    "--half",
+    type=click.Choice(["choose", "report", "all"]),
+    default="choose",
+    show_default=True,
+    help="Of the folder's senders: those to choose with, or those for the last line.",
+)
+@click.option(
+    "--sheet",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Save a contact sheet of the folder's photographs as PNG.",
+)
+def main(
+    count: int, scenes: bool, folder: Path | None, half: photo_folder.Half, sheet: Path | None
+) -> None:
     """Convert the first COUNT test images back from photographs, and print what it costs.
 
     Scenes take the first 1,000 of them at most. The last line is the same as JSON.
     """
+    configure_pillow()
+    if folder is not None:
+        photo_folder.measure(folder, half, sheet, Classifier.load(Settings().model_path))
+        return
     test = load().test
     classifier = Classifier.load(Settings().model_path)
     layouts = [(count, ground, format_) for ground, format_ in product(GROUNDS, FORMATS)]

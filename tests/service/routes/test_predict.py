@@ -219,10 +219,13 @@ def test_json_carries_every_float32_exactly(
 
 def test_notes_of_the_conversion_are_passed_on(classifier: Classifier) -> None:
     image = ModelInput(np.zeros((28, 28), np.uint8), "dataset", ('The "border" was guessed.',))
-    probabilities = np.full((1, 10), 0.1, np.float32)
-    answer = json.loads(Renderer(classifier.info)(probabilities, image, 1, echo=True))
+    sure, unsure = np.eye(10, dtype=np.float32)[:1], np.full((1, 10), 0.1, np.float32)
+    answer = json.loads(Renderer(classifier.info)(sure, image, 1, echo=True))
     assert answer["preprocessing"] == "dataset"
     assert answer["notes"] == ['The "border" was guessed.']
+    notes = json.loads(Renderer(classifier.info)(unsure, image, 1, echo=True))["notes"]
+    assert notes[0] == 'The "border" was guessed.'
+    assert notes[1].startswith("Not sure: ")
     assert answer["pixels"] == [[0] * 28] * 28
 
 
