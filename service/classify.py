@@ -107,8 +107,7 @@ def remote(url: str, settings: Settings, preprocessing: Preprocessing, top_k: in
 
 def _refusal(response: HTTPError) -> ServiceError:
     try:
-        with response:
-            body = json.load(response)
+        body = json.load(response)
         sentence = body["error"].replace("The body", "The file")  # which is what the user knows
         return ServiceError(sentence, code=body["code"])
     except (ValueError, KeyError, TypeError, AttributeError):  # of a proxy in between

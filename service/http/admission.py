@@ -55,7 +55,7 @@ class Admission:
         self._max_in_flight = max_in_flight
         self._gauge = gauge
         self._senders: dict[Sender, float] = {}  # and since when, the longest first
-        self._working: dict[Exchange, None] = {}  # the longest in flight first
+        self._working: set[Exchange] = set()
         self._sweep_timer: asyncio.TimerHandle | None = None
 
     def enter(self, exchange: Exchange) -> None:
@@ -69,14 +69,14 @@ class Admission:
                 "The server is at its limit; try again in a second.", headers={"Retry-After": "1"}
             )
         self.in_flight += 1
-        self._working[exchange] = None
+        self._working.add(exchange)
         if self._sweep_timer is None:
             self._sweep_later()
 
     def leave(self, exchange: Exchange) -> None:
         """Count a request as in flight no longer."""
         self.in_flight -= 1
-        del self._working[exchange]
+        self._working.discard(exchange)
 
     def receive(self, sender: Sender) -> None:
         """Give a request that has begun to arrive its deadline, unless it has one."""
@@ -107,9 +107,8 @@ class Admission:
             pass
         now = perf_counter()
         for exchange in self._working:
-            if now - exchange.started < self.timeout:
-                break
-            exchange.cancel()
+            if now - exchange.started >= self.timeout:
+                exchange.cancel()
         self._gauge.set(self.in_flight)
         self._sweep_timer = None
         if self._working or self._senders:

@@ -12,7 +12,9 @@ import re
 import socket
 from collections import deque
 from collections.abc import Mapping
+from functools import lru_cache
 from http import HTTPStatus
+from time import perf_counter
 from typing import Any, Protocol, cast
 from urllib.parse import unquote
 
@@ -56,11 +58,13 @@ UNSENT_BYTES = 4096  # that a client may leave unread before its next request ha
 
 CLOSE = (b"connection", b"close")
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+line = b"%b: %b\r\n".__mod__  # of a header field
 STATUS_LINE = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
 WITHOUT_BODY = (204, 304)
 NOTHING = memoryview(b"")
 # RFC 9112, section 3.2, and RFC 3986, section 3.2.2; an empty one is allowed.
-HOST = re.compile(rb"([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?").fullmatch
+HOST = re.compile(rb" *([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)? *")
+is_host = lru_cache(64)(HOST.fullmatch)  # most clients send the same
 NEEDED = {"connections", "default_headers", "total_requests"}
 
 if not vars(ServerState()).keys() >= NEEDED:
@@ -133,6 +137,7 @@ class Connection(asyncio.Protocol):
         self._unsent = 0
         self._body_left = 0
         self._begun = False  # a request has, and is not whole
+        self._waits = False  # something does, for more to come or for the first of the queue
         self._busy = False  # with the first of the queue
         self._writable = True
         self._last = False  # nothing more is parsed
@@ -186,6 +191,7 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Answer no more until the client has read."""
         self._writable = False
+        self._waits = True
         self._count_held()
 
     def resume_writing(self) -> None:
@@ -299,6 +305,12 @@ class Connection(asyncio.Protocol):
             self._unparsed = rest[step:] if len(rest) > step else NOTHING
             self._parse(rest[:step])
             self._answer_ready()
+        if self._begun or self._unparsed or self._waits or len(self._queue) > 1:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Read no more while something waits to be parsed; time and hold what is not whole."""
+        self._waits = self._begun or bool(self._unparsed) or len(self._queue) > 1
         if self._closing:
             return
         if self._unparsed:
@@ -385,7 +397,8 @@ class Connection(asyncio.Protocol):
             self._drop(exchange)
         else:
             self._send(exchange, answer)
-            self._go_on()
+            if self._waits:
+                self._go_on()
 
     def _send(self, exchange: Exchange, answer: Answer) -> None:
         """Send an answer in one write: proxies lose a second one after an early refusal."""
@@ -404,15 +417,16 @@ class Connection(asyncio.Protocol):
             fields.append((b"content-length", b"%d" % len(body)))
         if close:
             fields.append(CLOSE)
-        lines = [b"%b: %b\r\n" % field for field in fields]
         end = b"" if exchange.method == "HEAD" else body
-        self._transport.write(b"".join((STATUS_LINE[status], *lines, b"\r\n", end)))
+        self._transport.write(b"".join((STATUS_LINE[status], *map(line, fields), b"\r\n", end)))
         self._gate.record(exchange, status, self._client)
         self._state.total_requests += 1
         self._used = True
         self._waiting_since, self._patience = self._loop.time(), KEEP_ALIVE_SECONDS
         if close:
             self._close()
+        elif self._queue:
+            self._queue[0].started = perf_counter()  # its turn has come
 
     def _drop(self, exchange: Exchange) -> None:
         """Forget a request whose client has left."""
@@ -531,9 +545,10 @@ def _check(version: str, fields: Mapping[bytes, bytes]) -> None:
     if version not in ("1.1", "1.0"):
         raise UnsupportedVersion("Send the request as HTTP/1.1.")
     host = fields.get(b"host", b"" if version == "1.0" else None)
-    if host is None or not HOST(host.strip()):
+    if host is None or not is_host(host):
         raise BadRequest("Send one Host field, with a valid host.", code="invalid_http")
-    if fields.get(b"transfer-encoding", b"chunked").strip().lower() != b"chunked":
+    coding = fields.get(b"transfer-encoding")
+    if coding is not None and coding.strip().lower() != b"chunked":
         raise UnsupportedTransferCoding("Send the body plain, or with Content-Encoding: gzip.")
 
 

@@ -162,10 +162,8 @@ class Gate:
 
     def fields(self, exchange: Exchange) -> Headers:
         """Return the header fields that every answer carries."""
-        return [
-            (b"x-request-id", exchange.request_id),
-            *self._cross_origin.fields(exchange.headers),
-        ]
+        request_id = (b"x-request-id", exchange.request_id)
+        return [request_id, *self._cross_origin.fields(exchange.headers)]
 
     def record(self, exchange: Exchange, status: int, client: str | None = None) -> None:
         """Count an answer that was sent, or that its client did not wait for; log it.

@@ -152,6 +152,20 @@ def _unidentified(data: bytes, formats: list[str]) -> str:
     return f"These bytes are not a picture that can be read; send {', '.join(formats)}."
 
 
+def raw_pixels(data: bytes) -> NDArray[np.uint8]:
+    """Decode a file of which `is_raw_28x28` holds: uint8 [28, 28].
+
+    Its one chunk goes to Pillow's decoder as it is; opening the file, with all that a PNG may have,
+    takes four times as long (130 against 30 microseconds).
+
+    Raises:
+        InvalidInput: the pixels are damaged.
+    """
+    with _our_errors(DAMAGED):
+        pixels = Image.frombytes("L", (28, 28), data[41 : -len(PNG_END) - 4], "zip", "L", 0)
+        return np.frombuffer(pixels.tobytes(), np.uint8).reshape(28, 28)
+
+
 def is_gray_28x28(image: Image.Image) -> bool:
     """Return whether an opened picture is 28x28, 8-bit grayscale, without transparency."""
     return image.size == (28, 28) and image.mode == "L" and "transparency" not in image.info

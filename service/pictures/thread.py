@@ -4,7 +4,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 from service.pictures.conversion import ModelInput, Preprocessing, read_picture
-from service.pictures.decoding import is_raw_28x28
+from service.pictures.decoding import is_raw_28x28, raw_pixels
 
 
 class PictureThread:
@@ -20,6 +20,6 @@ class PictureThread:
             ServiceError: as `service.pictures.conversion.read_picture` does.
         """
         if preprocessing != "dataset" and is_raw_28x28(data):
-            return read_picture(data, preprocessing)
+            return ModelInput(raw_pixels(data), "none")
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, read_picture, data, preprocessing)

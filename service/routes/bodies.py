@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,7 @@ def read_body(content_type: bytes, body: bytes) -> ModelInput | bytes:
     return ModelInput(pixels, "none")  # pixels are what the model takes: nothing to convert
 
 
+@lru_cache(64)
 def _media_type(content_type: bytes) -> bytes:
     return content_type.partition(b";")[0].strip().lower()
 

@@ -174,6 +174,18 @@ class TestMemory:
         assert transport.closed
         await until(lambda: app.admission.budget.bytes_left == 1000)
 
+    async def test_an_answer_is_held_until_it_is_read(self, make_app: MakeApp) -> None:
+        app = make_app()
+        before = app.admission.budget.bytes_left
+        connection, transport = connect(app)
+        transport.unread = 5000
+        connection.pause_writing()
+        assert app.admission.budget.bytes_left == before - 5000
+        transport.unread = 0
+        connection.resume_writing()
+        assert app.admission.budget.bytes_left == before
+        transport.close()
+
     async def test_a_body_is_given_back_with_its_answer(self, make_app: MakeApp) -> None:
         app = make_app()
         done = never_ready(app)
@@ -462,7 +474,7 @@ class TestShutdown:
 async def test_the_trace_a_request_is_part_of_gets_into_the_log(
     make_app: MakeApp, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "service.access")
+    caplog.set_level(logging.DEBUG, "service.access")
     trace = b"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n\r\n"
     (await talk(make_app(), GET[:-2] + trace)).close()
     (await talk(make_app(), GET)).close()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from itertools import product
@@ -14,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from service.errors import InvalidInput, PayloadTooLarge, ServiceError, UnsupportedMediaType
-from service.pictures.conversion import Preprocessing, read_picture
+from service.pictures.conversion import Pixels, Preprocessing, read_picture
 from service.pictures.decoding import (
     FORMATS,
     MAX_PIXELS,
@@ -25,6 +28,7 @@ from service.pictures.decoding import (
     configure_pillow,
     is_raw_28x28,
     open_picture,
+    raw_pixels,
     reduced,
 )
 from tests.service.pictures.drawings import GRAY, encode, plain, shaded, stencil, worn
@@ -55,6 +59,36 @@ def test_a_raw_28_by_28_png_is_recognised(level: int) -> None:
     data = encode(Image.fromarray(noise), compress_level=level)
     assert is_raw_28x28(data)
     np.testing.assert_array_equal(read_picture(data, "none").pixels, noise)
+    np.testing.assert_array_equal(raw_pixels(data), noise)
+
+
+@given(
+    st.sampled_from([0, 1, 6]),
+    st.integers(0, 2**32),
+    st.lists(st.tuples(st.integers(41, 800), st.integers(0, 255)), max_size=3),
+)
+def test_a_raw_png_is_decoded_as_pillow_decodes_its_file(
+    level: int, seed: int, damage: list[tuple[int, int]]
+) -> None:
+    """Whole or damaged: the same pixels, or no pixels."""
+    noise = np.random.default_rng(seed).integers(0, 256, (28, 28), np.uint8)
+    data = bytearray(encode(Image.fromarray(noise), compress_level=level))
+    for place, value in damage:
+        if place < len(data) - 12:
+            data[place] = value
+    if is_raw_28x28(bytes(data)):
+        assert outcome(raw_pixels, bytes(data)) == outcome(pillows_pixels, bytes(data))
+
+
+def pillows_pixels(data: bytes) -> Pixels:
+    return read_picture(data, "none").pixels
+
+
+def outcome(decode: Callable[[bytes], Pixels], data: bytes) -> bytes | str:
+    try:
+        return decode(data).tobytes()
+    except ServiceError as error:
+        return error.code
 
 
 @pytest.mark.parametrize(

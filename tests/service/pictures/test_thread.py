@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from service.pictures.conversion import ModelInput, Preprocessing
+from service.pictures.conversion import ModelInput, Pixels, Preprocessing
 from service.pictures.thread import PictureThread
 
 pytestmark = pytest.mark.anyio
@@ -56,12 +56,17 @@ async def test_only_a_raw_28_by_28_png_is_decoded_on_the_event_loop(
 ) -> None:
     """Metadata is parsed in the pictures' thread, however small the file."""
     threads: list[int] = []
+    decoded = ModelInput(np.zeros((28, 28), np.uint8), "none")
 
-    def read(_: bytes, __: str) -> ModelInput:
+    def read(*_: object) -> ModelInput:
         threads.append(threading.get_ident())
-        return ModelInput(np.zeros((28, 28), np.uint8), "none")
+        return decoded
+
+    def raw_pixels(*_: object) -> Pixels:
+        return read().pixels
 
     monkeypatch.setattr("service.pictures.thread.read_picture", read)
+    monkeypatch.setattr("service.pictures.thread.raw_pixels", raw_pixels)
     raw, commented, comment = io.BytesIO(), io.BytesIO(), PngInfo()
     comment.add_text("Comment", "short")
     Image.new("L", (28, 28)).save(raw, "PNG")
