@@ -24,7 +24,7 @@ from service.http.connection import Connection
 from service.http.gate import Gate
 from service.settings import Settings
 
-SO_ATTACH_FILTER = 26  # Linux; Python has no name for it
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27  # Linux; Python has no names for them
 # A program for the kernel's packet filter (Linux, networking/filter.rst) that drops what has SYN
 # set in the flags of its TCP header, and not ACK.
 DROP_SYN = (
@@ -131,6 +131,9 @@ def run(
     """
     for shared in (listener, *others):  # before it listens: others may accept from it at once
         shared.setblocking(False)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # it has none, unless another worker stopped with it
+            listener.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
     try:
         listener.listen()  # here, where a failure can still be told in a sentence
     except OSError as exc:
@@ -201,8 +204,7 @@ class Server(uvicorn.Server):
         """
         self._admission.draining = True
         for listener in sockets or []:
-            if self._supervisor is None:  # else other workers go on with it
-                refuse_new_connections(listener)
+            refuse_new_connections(listener)
             with listener.dup() as last:
                 last.setblocking(False)
                 for server in self.servers:

@@ -517,11 +517,12 @@ class TestStop:
         assert set(outcomes) == {200}
 
     @pytest.mark.skipif(sys.platform != "linux", reason="the packet filter is Linux's")
+    @pytest.mark.parametrize("workers", [1, 2])
     def test_no_request_is_lost_when_clients_connect_anew_for_each(
-        self, start: Callable[..., Any]
+        self, start: Callable[..., Any], workers: int
     ) -> None:
         """No connection is reset before an answer; when it has ended, none can be opened."""
-        address, process = start(drain_seconds=0.3)
+        address, process = start(drain_seconds=0.3, workers=workers)
         post = HEAD + b"Content-Length: 784\r\n\r\n" + bytes(784)
         answers: list[bytes] = []
 

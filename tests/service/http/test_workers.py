@@ -188,6 +188,20 @@ def connections(address: str, count: int) -> Iterator[list[socket.socket]]:
         yield opened
 
 
+def test_a_worker_that_is_stopped_alone_is_replaced_at_its_listener(server: Server) -> None:
+    address, process, _ = server
+    ready = server.ready()
+    stopped = min(workers(process.pid))
+    while alive(stopped):
+        with suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGTERM)
+        time.sleep(0.1)
+    wait_until(lambda: server.ready() > ready)
+    with connections(address, 32) as opened:
+        for connection in opened:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the workers share a listener")
 def test_connections_opened_at_once_are_spread_over_the_workers(server: Server) -> None:
     """By chance: of 128, more than 96 at one of two workers is expected once in 10^8 runs."""
