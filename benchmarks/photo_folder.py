@@ -175,9 +175,9 @@ def classify(photos: Iterable[Photo], classifier: Classifier) -> list[Result]:
             results.append(Result(photo, None, None, (error.message,), 0.0))
             continue
         milliseconds = 1000 * (process_time() - begin)
-        probabilities = classifier.probabilities(image.pixels[None, None])[0]
-        notes = image.notes_at(float(probabilities.max()))
-        results.append(Result(photo, probabilities, image.pixels, notes, milliseconds))
+        probabilities = classifier.probabilities(image.images)
+        notes = image.notes_at(probabilities)
+        results.append(Result(photo, probabilities[0], image.pixels, notes, milliseconds))
     return results
 
 

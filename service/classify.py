@@ -61,7 +61,7 @@ def local(settings: Settings, preprocessing: Preprocessing, top_k: int) -> Ask:
 
     def ask(data: bytes) -> dict[str, Any]:
         image = read_picture(data, preprocessing, limited=False)
-        probabilities = classifier.probabilities(image.pixels.reshape(1, 1, *image.pixels.shape))
+        probabilities = classifier.probabilities(image.images)
         answer: dict[str, Any] = json.loads(render(probabilities, image, top_k, echo=False))
         return answer
 

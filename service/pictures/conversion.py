@@ -34,14 +34,15 @@ MIN_CONTRAST = 4  # below it a picture is of one colour
 BLACK = 16  # darker backgrounds are black
 BRIGHT = 190  # no garment that was photographed on black is brighter
 EDGE = 2  # pixels of the garment's edge that may be mixed with the background
-# Of the public photographs of single garments on light backgrounds to choose with, 79 % have this
-# confidence or more (docs/performance.md).
-UNSURE_BELOW = 0.65
+# Probability of the answer's class, of the picture and of its mirror image: of the public single
+# garments on light backgrounds to choose with, 75 % have it (docs/performance.md).
+UNSURE_BELOW = 0.5
 
 # The page shows no verdict where a note begins with "Not sure".
 ONE_COLOUR = "Not sure: the picture is of one colour; there is nothing to see."
 NO_GARMENT = "Not sure: no garment stands out from the background; the whole picture was taken."
 TWO_OBJECTS = "Not sure: two objects: send one. The larger was taken."
+UNSURE = "Not sure: the picture or its mirror image gets less than half for this class."
 GUESSED = "The background is not plain: the garment's outline was guessed by its colours."
 ON_BLACK = "The background is black: the picture was taken as negated already."
 FIRST_FRAME = "Only the first frame was looked at."
@@ -62,11 +63,25 @@ class ModelInput:
     preprocessing: Literal["none", "dataset"]
     notes: tuple[str, ...] = ()
 
-    def notes_at(self, confidence: float) -> tuple[str, ...]:
-        """Return the notes, with one about the confidence where a converted picture has little."""
-        if self.preprocessing == "none" or confidence >= UNSURE_BELOW:
+    @property
+    def images(self) -> NDArray[np.uint8]:
+        """What the model runs on: uint8 [n, 1, 28, 28], of a converted picture its mirror too."""
+        image = self.pixels.reshape(1, 1, SIDE, SIDE)
+        return image if self.preprocessing == "none" else np.concatenate([image, image[..., ::-1]])
+
+    def notes_at(self, probabilities: Floats) -> tuple[str, ...]:
+        """Return the notes, with one more where the model is unsure about a converted picture.
+
+        A garment and its mirror image are of one class. So the model is unsure where one of them
+        gets little probability for the class of the other.
+
+        Args:
+            probabilities: float32 [n, 10], of `images`; the first row is the answer.
+        """
+        lowest = probabilities[:, probabilities[0].argmax()].min()
+        if self.preprocessing == "none" or lowest >= UNSURE_BELOW:
             return self.notes
-        return (*self.notes, f"Not sure: the confidence is below {UNSURE_BELOW}.")
+        return (*self.notes, UNSURE)
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,9 @@ def cut_out(rgb: NDArray[np.uint8]) -> Cutout | None:
     mask = _beyond_edge(colours, background) if background.is_plain else _unlike_border(colours)
     mask = _without_lines_from_border(mask)
     mask = _main_parts(mask, SPECK_RADIUS if background.is_plain else SCRAP_RADIUS)
-    found = MIN_AREA < mask.mean() < MAX_AREA and mask[_rim(mask.shape, 1)].mean() <= MAX_RIM
-    if not found or _raggedness(mask) > MAX_RAGGEDNESS:
+    if not MIN_AREA < mask.mean() < MAX_AREA or mask[_rim(mask.shape, 1)].mean() > MAX_RIM:
+        return None
+    if not background.is_plain and _raggedness(mask) > MAX_RAGGEDNESS:
         return None
     return Cutout(mask, background.is_plain)
 

@@ -44,7 +44,7 @@ def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Han
         stages = Stages()
         stages.decode = perf_counter() - begin
         observe_decode(stages.decode)
-        probabilities = await infer(image.pixels.reshape(1, 1, SIDE, SIDE), stages)
+        probabilities = await infer(image.images, stages)
         begin = perf_counter()
         answer = Answer(render(probabilities, image, top_k, echo))
         stages.encode = perf_counter() - begin

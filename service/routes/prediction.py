@@ -45,7 +45,11 @@ class Prediction(BaseModel):
         Field(description="Pixels taken as they came, or converted as the data set was made."),
     ]
     notes: Annotated[
-        list[str] | None, Field(description="What the conversion had to guess or leave out.")
+        list[str] | None,
+        Field(
+            description="What the conversion had to guess or leave out. One that begins with"
+            ' "Not sure" says that the answer is not to be relied on.'
+        ),
     ] = None
     pixels: Annotated[
         list[list[int]] | None, Field(description="What the model saw, with `echo=pixels`.")
@@ -74,7 +78,7 @@ class Renderer:
         """Return the answer as JSON.
 
         Args:
-            probabilities: float32 [1, 10].
+            probabilities: float32 [n, 10], of `image.images`.
             image: what the model saw.
             top_k: how many classes to list.
             echo: whether to return the pixels too.
@@ -89,7 +93,7 @@ class Renderer:
         preprocessing = image.preprocessing.encode()
         parts = (self._first[first], numbers[first], listed, preprocessing, self._end)
         answer = b'%b%b,"predictions":[%b}],"preprocessing":"%b%b' % parts
-        if notes := image.notes_at(values[first]):
+        if notes := image.notes_at(probabilities):
             answer += b',"notes":' + orjson.dumps(notes)
         if echo:
             answer += b',"pixels":' + orjson.dumps(image.pixels.reshape(28, 28).tolist())

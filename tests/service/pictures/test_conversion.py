@@ -23,7 +23,7 @@ from service.pictures.conversion import (
     ON_BLACK,
     ONE_COLOUR,
     TWO_OBJECTS,
-    UNSURE_BELOW,
+    UNSURE,
     ModelInput,
     read_picture,
 )
@@ -396,14 +396,27 @@ def test_a_small_thing_beside_the_garment_is_not_a_second_object() -> None:
     assert read_picture(encode(on_white(picture, transparent=True))).notes == ()
 
 
-def test_little_confidence_in_a_converted_picture_is_noted() -> None:
+@pytest.mark.parametrize(
+    ("picture", "mirror", "sure"),
+    [(0.5, 0.5, True), (0.9, 0.49, False), (0.49, 0.9, False)],
+)
+def test_the_model_is_unsure_where_a_picture_and_its_mirror_image_disagree(
+    picture: float, mirror: float, sure: bool
+) -> None:
     converted = ModelInput(np.zeros((28, 28), np.uint8), "dataset", (GUESSED,))
-    assert converted.notes_at(UNSURE_BELOW) == (GUESSED,)
-    first, second = converted.notes_at(UNSURE_BELOW - 0.01)
-    assert first == GUESSED
-    assert second.startswith("Not sure")
+    probabilities = np.zeros((2, 10), np.float32)
+    probabilities[:, 3] = picture, mirror
+    probabilities[:, 4] = 0.3, 1 - mirror
+    assert converted.notes_at(probabilities) == ((GUESSED,) if sure else (GUESSED, UNSURE))
     as_it_came = ModelInput(np.zeros((28, 28), np.uint8), "none")
-    assert as_it_came.notes_at(0.1) == ()
+    assert as_it_came.notes_at(np.full((1, 10), 0.1, np.float32)) == ()
+
+
+def test_the_model_sees_the_mirror_image_of_a_converted_picture_alone() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    np.testing.assert_array_equal(ModelInput(pixels, "none").images, pixels[None, None])
+    both = np.stack([pixels, np.fliplr(pixels)])[:, None]
+    np.testing.assert_array_equal(ModelInput(pixels, "dataset").images, both)
 
 
 def test_enlarged_test_images_keep_their_accuracy(fashion_mnist: FashionMNIST) -> None:

@@ -219,7 +219,7 @@ def test_json_carries_every_float32_exactly(
 
 def test_notes_of_the_conversion_are_passed_on(classifier: Classifier) -> None:
     image = ModelInput(np.zeros((28, 28), np.uint8), "dataset", ('The "border" was guessed.',))
-    sure, unsure = np.eye(10, dtype=np.float32)[:1], np.full((1, 10), 0.1, np.float32)
+    sure, unsure = np.eye(10, dtype=np.float32)[[3, 3]], np.eye(10, dtype=np.float32)[[3, 4]]
     answer = json.loads(Renderer(classifier.info)(sure, image, 1, echo=True))
     assert answer["preprocessing"] == "dataset"
     assert answer["notes"] == ['The "border" was guessed.']
