@@ -1,7 +1,8 @@
-"""The two servers that only the serving benchmark needs; it starts them itself.
+"""The servers that only the serving benchmark needs; it starts them itself.
 
-`floor`: a bare ASGI callable on the service's uvicorn settings, which reads the body, runs the
-model and answers a constant. `timed`: the service itself, with every run of the model timed.
+`noop`: a bare ASGI callable on the service's uvicorn settings that answers a constant. `floor`:
+one that also reads the body and runs the model. `framework`: the service with its hot paths'
+handlers behind FastAPI's routes. `timed`: the service with every run of the model timed.
 """
 
 import gc
@@ -18,19 +19,23 @@ import uvicorn
 from numpy.typing import NDArray
 
 from service.app import create_app
+from service.http import framework
 from service.http.connection import KEEP_ALIVE_SECONDS
+from service.http.exchange import Answer, Exchange
 from service.http.server import bind, run
 from service.model.classifier import Classifier
 from service.settings import Settings
 
 WARM_UP = 100
+BATCH = 16  # as many as connections, in the column of the table that is compared with the bound
 
 
-def floor(constant: bytes) -> None:
-    """Serve the floor on BNLENET_PORT.
+def bare(constant: bytes, with_model: bool) -> None:
+    """Serve the floor on BNLENET_PORT, or what does nothing.
 
     Args:
         constant: the body of every answer.
+        with_model: read the body, and run the model.
     """
     settings = Settings.from_environment()
     classify = Classifier.load(settings.model_path, settings.device).probabilities
@@ -45,13 +50,14 @@ def floor(constant: bytes) -> None:
     end = {"type": "http.response.body", "body": constant}
 
     async def app(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001 - ASGI's signature
-        message = await receive()
-        body = message["body"]
-        while message["more_body"]:
+        if with_model:
             message = await receive()
-            body += message["body"]
-        if body:
-            classify(np.frombuffer(body, np.uint8).reshape(1, 1, 28, 28))
+            body = message["body"]
+            while message["more_body"]:
+                message = await receive()
+                body += message["body"]
+            if body:
+                classify(np.frombuffer(body, np.uint8).reshape(1, 1, 28, 28))
         await send(start)
         await send(end)
 
@@ -69,6 +75,19 @@ def floor(constant: bytes) -> None:
     gc.collect()
     gc.freeze()
     uvicorn.Server(config).run([bind(settings)])
+
+
+def through_framework() -> None:
+    """Serve the service on BNLENET_PORT, its hot paths' handlers behind FastAPI's routes."""
+    settings = Settings.from_environment()
+    app = create_app(settings, Classifier.load(settings.model_path, settings.device))
+
+    async def handler(exchange: Exchange) -> Answer:
+        return await framework.ask(app.application, exchange)
+
+    for key, hot_path in app.hot_paths.items():
+        app.hot_paths[key] = hot_path._replace(handler=handler)
+    run(app, settings, bind(settings))
 
 
 def timed(images: NDArray[np.uint8], report: Path) -> None:
@@ -102,11 +121,13 @@ def timed(images: NDArray[np.uint8], report: Path) -> None:
     Classifier.load = load_timed  # type: ignore[assignment, method-assign] # so that `run` loads it timed
     model = Classifier.load(settings.model_path, settings.device)
     run(create_app(settings, model), settings, bind(settings))
-    loops.append(tight_loop(load(settings.model_path, settings.device), images))
+    classifier = load(settings.model_path, settings.device)
+    loops.append(tight_loop(classifier, images))
 
     runs = list(islice(zip(sizes, nanoseconds, strict=True), WARM_UP, None))
     document = {
         "tight_loop": median(loops),
+        "batched": tight_loop(classifier, images, BATCH),
         "alone": median([taken for size, taken in runs if size == 1] or [0]),
         "an_image": sum(taken for _, taken in runs) / max(1, sum(size for size, _ in runs)),
         "batch": sum(size for size, _ in runs) / max(1, len(runs)),
@@ -114,21 +135,23 @@ def timed(images: NDArray[np.uint8], report: Path) -> None:
     report.write_text(json.dumps(document))
 
 
-def tight_loop(classifier: Classifier, images: NDArray[np.uint8]) -> float:
-    """Return the median nanoseconds of classifying one image, with nothing in between."""
+def tight_loop(classifier: Classifier, images: NDArray[np.uint8], batch: int = 1) -> float:
+    """Return the median nanoseconds for an image, in batches, with nothing in between."""
     taken = []
     for _ in range(3):
-        for image in images:
-            pixels = image[np.newaxis]
+        for first in range(0, len(images) - batch + 1, batch):
+            pixels = images[first : first + batch]
             begin = perf_counter_ns()
             classifier.probabilities(pixels)
-            taken.append(perf_counter_ns() - begin)
-    return median(taken[WARM_UP:])
+            taken.append((perf_counter_ns() - begin) / batch)
+    return median(taken[WARM_UP // batch :])
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["floor", body]:
-            floor(body.encode())
+        case ["floor" | "noop" as kind, body]:
+            bare(body.encode(), kind == "floor")
+        case ["framework"]:
+            through_framework()
         case ["timed", images, report]:
             timed(np.load(images), Path(report))

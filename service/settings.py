@@ -53,7 +53,8 @@ class Settings(BaseSettings):
     max_in_flight: int = Field(
         default=512,
         ge=1,
-        description="How many requests may be inside one worker; the next gets a 503.",
+        description="How many whole requests may wait for their answers in one worker; the next"
+        " gets a 503.",
     )
     request_timeout_seconds: float = Field(
         default=10.0,

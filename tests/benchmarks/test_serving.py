@@ -19,7 +19,9 @@ from benchmarks.serving import (
     BYTES,
     CONNECTIONS,
     FLOOR,
+    FRAMEWORK,
     JSON,
+    NOOP,
     PNG,
     Findings,
     Row,
@@ -35,7 +37,7 @@ from benchmarks.serving import (
 SERVER = Server(port=8123, seconds_to_ready=0.5, session=0)
 STEP = {
     "1": {"alone": 50.0, "tight_loop": 40.0, "an_image": 45.0, "batch": 1.0},
-    "16": {"alone": 70.0, "tight_loop": 40.0, "an_image": 30.0, "batch": 6.5},
+    "16": {"alone": 70.0, "tight_loop": 40.0, "an_image": 30.0, "batch": 6.5, "batched": 5e5},
 }
 IMAGE = (np.arange(784) % 256).astype(np.uint8).reshape(28, 28)
 
@@ -48,6 +50,8 @@ def sampled(name: str, rates: dict[int, Sequence[float]], p50: float = 2, p99: f
 def rows() -> dict[str, Row]:
     """Make three rounds; in the second everything runs at half speed."""
     made = [
+        sampled(NOOP, {1: [300, 150, 300], 16: [2000, 1000, 2000], 256: [2000, 1000, 2000]}),
+        sampled(FRAMEWORK, {1: [40, 20, 40], 16: [360, 180, 361], 256: [300, 150, 300]}),
         sampled(FLOOR, {1: [100, 50, 100], 16: [1000, 500, 1000], 256: [900, 450, 900]}),
         sampled(BYTES, {1: [80, 40, 81], 16: [900, 450, 901], 256: [810, 405, 812]}),
         sampled(JSON, {1: [60, 30, 60], 16: [600, 300, 603], 256: [500, 250, 500]}),
@@ -61,6 +65,9 @@ def test_findings_are_medians_of_ratios_within_a_round() -> None:
     found = Findings.of(rows(), starts=[0.9, 0.4, 0.5], megabytes=120.0, step=STEP)
     assert asdict(found) == pytest.approx(
         {
+            "bound_16": 1000.0,  # 1 / (1/2000 + 500 µs)
+            "bytes_of_bound_16": 0.9,
+            "framework_of_bytes_16": 0.4,
             "bytes_of_floor_1": 0.8,
             "bytes_of_floor_16": 0.9,
             "json_of_mlserver_16": 6.0,
@@ -113,7 +120,8 @@ def test_peers_are_not_asked_over_256_connections() -> None:
     [
         ("bytes_of_floor_16", 0.85, 0.849),
         ("json_of_mlserver_16", 3.0, 2.99),
-        ("png_of_bytes_16", 0.5, 0.49),
+        ("png_of_bytes_16", 0.65, 0.649),
+        ("bytes_of_bound_16", 0.6, 0.599),
         ("p99_of_p50_16", 4.0, 4.01),
         ("rate_256_of_16", 0.9, 0.89),
         ("model_step_of_tight_loop_1", 1.3, 1.31),
@@ -157,8 +165,19 @@ def test_the_table_has_every_rows_medians(capsys: pytest.CaptureFixture[str]) ->
         for line in printed.splitlines()
         if line.count("│") > 9
     }
-    assert cells[BYTES] == ["80", "2.00", "5.00", "900", "2.00", "5.00", "810", "2.00", "5.00"]
-    assert cells["MLServer"] == ["30", "2.00", "5.00", "100", "2.00", "5.00", "", "", ""]
+    assert cells[BYTES] == [
+        "80",
+        "2.00",
+        "5.00",
+        "900",
+        "2.00",
+        "5.00",
+        "810",
+        "2.00",
+        "5.00",
+        "0.90",
+    ]
+    assert cells["MLServer"] == ["30", "2.00", "5.00", "100", "2.00", "5.00", "", "", "", "0.10"]
     assert "MLServer 400 MB, BN-LeNet 100 MB" in printed
 
 
