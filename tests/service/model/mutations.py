@@ -95,6 +95,17 @@ def _set_self_test(**changes: object) -> Change:
     return change
 
 
+def _self_test_rows(row: list[object]) -> Change:
+    """Expect the same row of probabilities for each image."""
+
+    def change(model: onnx.ModelProto) -> None:
+        entry = next(entry for entry in model.metadata_props if entry.key == "self_test")
+        count = len(json.loads(entry.value)["probabilities"])
+        _set_self_test(probabilities=[row] * count)(model)
+
+    return change
+
+
 def _classes(rename: Callable[[list[str]], object]) -> Change:
     def change(model: onnx.ModelProto) -> None:
         entry = next(entry for entry in model.metadata_props if entry.key == "classes")
@@ -177,6 +188,12 @@ CHANGED_WEIGHTS: dict[str, Change] = {
 }
 """With a right digest, some of these are what somebody may well want to serve."""
 
+CHANGED_SELF_TEST: dict[str, Change] = {
+    "self-test that expects something else": _self_test_rows([0.1] * 10),
+    "self-test that expects no number": _self_test_rows([float("nan")] * 10),
+}
+"""Refused when the self-test is run."""
+
 CHANGED_MEANING: dict[str, Change] = {
     "a class twice": _classes(lambda names: [*names[:9], names[0]]),
     "nine classes": _classes(lambda names: names[:9]),
@@ -202,11 +219,10 @@ CHANGED_MEANING: dict[str, Change] = {
     "self-test of a large number": _entry("self_test", "9" * 10_000),
     "self-test without images": _set_self_test(pixels="", probabilities=[]),
     "self-test of other images": _set_self_test(pixels="AAAA"),
+    "self-test of one row": _set_self_test(probabilities=[[0.1] * 10]),
     "self-test no base64": _set_self_test(pixels="\N{SNOWMAN}" * 4),
-    "self-test of nine classes": _set_self_test(probabilities=[[0.1] * 9] * 6),
-    "self-test of words": _set_self_test(probabilities=[["0.1"] * 10] * 6),
-    "self-test that expects something else": _set_self_test(probabilities=[[0.1] * 10] * 6),
-    "self-test that expects no number": _set_self_test(probabilities=[[float("nan")] * 10] * 6),
+    "self-test of nine classes": _self_test_rows([0.1] * 9),
+    "self-test of words": _self_test_rows(["0.1"] * 10),
     "self-test with a tolerance that proves nothing": _set_self_test(tolerance=1.1e-5),
     "self-test with an endless tolerance": _set_self_test(tolerance=float("inf")),
     "self-test with no number for a tolerance": _set_self_test(tolerance=float("nan")),
@@ -291,7 +307,7 @@ def probe() -> NDArray[np.uint8]:
 
 def files(data: bytes, count: int, seed: int) -> Iterator[bytes]:
     """Yield damaged files: of each meaning once, and then as many of changed bytes as are asked."""
-    for change in [*CHANGED_WEIGHTS.values(), *CHANGED_MEANING.values()]:
+    for change in (CHANGED_WEIGHTS | CHANGED_SELF_TEST | CHANGED_MEANING).values():
         model = onnx.load_from_string(data)
         change(model)
         yield model.SerializeToString(deterministic=True)

@@ -15,6 +15,7 @@ from service.model.classifier import Classifier
 from tests.service.conftest import CLASSES, seal
 from tests.service.model.mutations import (
     CHANGED_MEANING,
+    CHANGED_SELF_TEST,
     CHANGED_WEIGHTS,
     Change,
     damaged,
@@ -145,11 +146,18 @@ def test_the_digest_covers_every_byte(artefact: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("right_digest", [False, True])
 @pytest.mark.parametrize("meaning", CHANGED_MEANING)
-def test_another_meaning_is_refused(
-    artefact: Path, classifier: Classifier, tmp_path: Path, meaning: str, right_digest: bool
+def test_another_meaning_is_refused_before_the_runtime_sees_it(
+    artefact: Path, tmp_path: Path, meaning: str, right_digest: bool
 ) -> None:
-    """ONNX Runtime must not even see it: it would load weights from elsewhere, or loop for ever."""
-    path = write(artefact, tmp_path, CHANGED_MEANING[meaning], right_digest)
+    """ONNX Runtime would load weights from elsewhere, or loop for ever."""
+    refusal(write(artefact, tmp_path, CHANGED_MEANING[meaning], right_digest))
+
+
+@pytest.mark.parametrize("meaning", CHANGED_SELF_TEST)
+def test_another_self_test_is_refused(
+    artefact: Path, classifier: Classifier, tmp_path: Path, meaning: str
+) -> None:
+    path = write(artefact, tmp_path, CHANGED_SELF_TEST[meaning], right_digest=True)
     assert outcome(path, classifier, probe()) == "refused"
 
 
