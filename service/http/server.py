@@ -144,7 +144,10 @@ def run(
     with contextlib.suppress(ValueError, OSError):
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    Server(gate, settings, supervisor, channel, others).run([listener])
+    server = Server(gate, settings, supervisor, channel, others)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else it is ignored, as under nohup
+        signal.signal(signal.SIGHUP, lambda *_: server.handle_exit(signal.SIGTERM, None))
+    server.run([listener])
 
 
 class Server(uvicorn.Server):

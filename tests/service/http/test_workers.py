@@ -304,31 +304,52 @@ def test_nothing_is_written_to_a_disk(tmp_path: Path, artefact: Path) -> None:
 
 
 def test_workers_run_the_code_of_their_supervisor(tmp_path: Path, artefact: Path) -> None:
-    """Not what lies under the same name in the current folder."""
-    package = tmp_path / "service"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "__main__.py").write_text("raise SystemExit('a stranger')")
+    """Not what lies under the same name in the current folder, nor what is installed."""
+    for folder, says in (("current", "a stranger"), ("ours", "ours")):
+        shutil.copytree(ROOT / "service", tmp_path / folder / "service")
+        with (tmp_path / folder / "service" / "__init__.py").open("a") as module:
+            module.write(f"import sys\nprint({says!r}, file=sys.stderr)\n")
+    start = (
+        f"import sys; sys.path[0] = {str(tmp_path / 'ours')!r};"
+        " from service.__main__ import main; main()"
+    )
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
         "BNLENET_PORT": "0",
         "BNLENET_WORKERS": "2",
         "BNLENET_MODEL_PATH": str(artefact),
     }
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", "service"],
-        cwd=tmp_path,
+        [sys.executable, "-c", start],
+        cwd=tmp_path / "current",
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         assert process.stderr is not None
-        said = process.stderr.readline()
-        while "ready" not in said and said:
-            said = process.stderr.readline()
+        said: list[str] = []
+        while "ready" not in "".join(said[-1:]):
+            said.append(process.stderr.readline())
+            assert said[-1]
         process.send_signal(signal.SIGINT)
-        assert "stranger" not in process.stderr.read()
-    assert "ready" in said
+        said += process.stderr.readlines()
+    assert said.count("ours\n") == 3
+    assert "a stranger\n" not in said
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_closed_terminal_drains_but_not_under_nohup(
+    tmp_path: Path, artefact: Path, count: int
+) -> None:
+    for ignored in (True, False):
+        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        log, settings = tmp_path / f"{ignored}", {"workers": count, "drain_seconds": 0}
+        with serving(log, model_path=artefact, **settings) as (address, process):
+            signal.signal(signal.SIGHUP, handler)
+            process.send_signal(signal.SIGHUP)
+            if ignored:
+                predict(address)
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
 
 
 STUB = """
@@ -467,6 +488,29 @@ time.sleep(600)
 """
     assert stub.supervise(program, workers=2) == 0
     assert Totals.from_json((tmp_path / "sum").read_bytes()).counters == {("requests",): [42]}
+
+
+def test_a_sum_has_what_the_others_count_when_it_is_asked_for(stub: Stub, tmp_path: Path) -> None:
+    """Not what they reported last."""
+    program = """
+channel.recv(100)
+def send(number, count):
+    channel.sendall(b"%d " % number + Totals({("requests",): [count]}).to_json() + b"\\n")
+if first:
+    send(0, 2)
+    open(f"{folder}/reported", "w")
+    send(int(channel.recv(100)), 5)
+    time.sleep(600)
+while not os.path.exists(f"{folder}/reported"):
+    time.sleep(0.2)
+send(-1, 40)
+with open(f"{folder}/sum", "wb") as file:
+    file.write(channel.recv(1000))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(600)
+"""
+    assert stub.supervise(program, workers=2) == 0
+    assert Totals.from_json((tmp_path / "sum").read_bytes()).counters == {("requests",): [45]}
 
 
 def test_there_is_a_pause_before_a_worker_is_replaced(

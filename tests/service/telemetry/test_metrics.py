@@ -152,6 +152,30 @@ def test_the_latest_run_of_any_worker_is_the_last() -> None:
         assert samples(told(*order), "bnlenet_last_inference_timestamp_seconds") == {(): 200}
 
 
+def test_sums_are_independent_of_the_order() -> None:
+    one = Totals({("n",): [1, 2]}, {("process_start_time_seconds",): [5]})
+    two = Totals({("n",): [10, 20], ("m",): [3]}, {("process_start_time_seconds",): [4]})
+    for first, second in ((one, two), (two, one)):
+        total = Totals()
+        total.add(first)
+        total.add(second)
+        assert total == Totals(
+            {("n",): [11, 22], ("m",): [3]}, {("process_start_time_seconds",): [4]}
+        )
+    assert one.counters == {("n",): [1, 2]}
+
+
+def test_totals_are_of_one_instant() -> None:
+    metrics = Metrics(MODEL)
+    answer(metrics, 1)
+    metrics.request("/predict", "POST", 200, 0.5)
+    before = metrics.totals()
+    kept = before.to_json()
+    answer(metrics, 1)
+    metrics.request("/predict", "POST", 200, 0.5)
+    assert before.to_json() == kept
+
+
 def test_no_series_says_when_it_was_created() -> None:
     metrics = Metrics(MODEL)
     metrics.request("/predict", "POST", 200, 0.001)

@@ -1,0 +1,133 @@
+"""A worker and its supervisor understand each other, and neither waits long for the other."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator
+
+import pytest
+
+from service.errors import NotReady
+from service.http import channel as channel_module
+from service.http.channel import Channel, SupervisorError, with_length
+from service.telemetry.tallies import Totals
+
+pytestmark = pytest.mark.anyio
+
+OWN = Totals({("requests",): [2]}, {("in_flight",): [1]})
+SUM = Totals({("requests",): [42]}, {("in_flight",): [3]})
+Ends = tuple[Channel, asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@pytest.fixture
+async def ends(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ends]:
+    """Give an open channel, and the supervisor's end of it."""
+    monkeypatch.setattr(channel_module, "REPORT_SECONDS", 0.01)
+    ours, theirs = socket.socketpair()
+    channel = Channel(theirs)
+    channel.report(lambda: OWN)
+    reader, writer = await asyncio.open_unix_connection(sock=ours)
+    await channel.open()
+    yield channel, reader, writer
+    writer.close()
+    await channel.close()
+
+
+async def said(reader: asyncio.StreamReader) -> tuple[int, Totals]:
+    number, _, totals = (await asyncio.wait_for(reader.readline(), 10)).partition(b" ")
+    return int(number), Totals.from_json(totals)
+
+
+async def said_but_reports(reader: asyncio.StreamReader) -> tuple[int, Totals]:
+    while True:
+        number, totals = await said(reader)
+        if number != 0:
+            return number, totals
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20])
+def test_the_model_arrives_whole(size: int) -> None:
+    ours, theirs = socket.socketpair()
+    model = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    with ours, theirs:
+        sender = threading.Thread(target=ours.sendall, args=[with_length(model) + b"7\n"])
+        sender.start()
+        channel = Channel(theirs)
+        assert channel.receive_model() == model
+        sender.join()
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0\0", with_length(b"model")[:-1]])
+def test_a_supervisor_that_ends_before_the_model_is_whole_is_one_sentence(sent: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.sendall(sent)
+        ours.close()
+        with pytest.raises(SupervisorError, match="start the service again"):
+            Channel(theirs).receive_model()
+
+
+async def test_a_worker_reports_again_and_again(ends: Ends) -> None:
+    _, reader, _ = ends
+    assert [await said(reader) for _ in range(5)] == [(0, OWN)] * 5
+
+
+async def test_a_worker_answers_a_question(ends: Ends) -> None:
+    _, reader, writer = ends
+    writer.write(b"7\n8\n")
+    assert [await said_but_reports(reader) for _ in range(2)] == [(7, OWN), (8, OWN)]
+
+
+async def test_a_worker_asks_for_the_sum_of_all(ends: Ends) -> None:
+    channel, reader, writer = ends
+    asking = [asyncio.ensure_future(channel.totals()) for _ in range(2)]
+    assert [await said_but_reports(reader) for _ in range(2)] == [(-1, OWN)] * 2
+    writer.write(SUM.to_json() + b"\n")
+    assert await asyncio.wait_for(asking[0], 10) == SUM
+    assert not asking[1].done()
+    writer.write(OWN.to_json() + b"\n")
+    assert await asyncio.wait_for(asking[1], 10) == OWN
+
+
+async def test_a_supervisor_that_does_not_answer_is_a_503(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel, _, writer = ends
+    monkeypatch.setattr(channel_module, "ANSWER_SECONDS", 0.05)
+    with pytest.raises(NotReady):
+        await channel.totals()
+    asking = asyncio.ensure_future(channel.totals())
+    await asyncio.sleep(0)
+    writer.write(OWN.to_json() + b"\n" + SUM.to_json() + b"\n")  # the first comes too late
+    assert await asking == SUM
+
+
+async def test_reports_do_not_pile_up_for_a_supervisor_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel_module, "REPORT_SECONDS", 0.01)
+    sent = 0
+
+    def totals() -> Totals:
+        nonlocal sent
+        sent += 1
+        return Totals({("a" * 100_000,): [1]})
+
+    ours, theirs = socket.socketpair()
+    channel = Channel(theirs)
+    channel.report(totals)
+    await channel.open()
+    await asyncio.sleep(0.5)  # long enough to fill the sockets' buffers
+    before = sent
+    await asyncio.sleep(0.2)
+    assert 0 < sent == before
+    ours.close()
+    await channel.close()
+
+
+async def test_a_worker_that_ends_reports_a_last_time(ends: Ends) -> None:
+    channel, reader, _ = ends
+    channel.report(lambda: SUM)
+    await channel.close()
+    lines = (await asyncio.wait_for(reader.read(), 10)).splitlines()
+    assert lines[-1] == b"0 " + SUM.to_json()
