@@ -45,18 +45,22 @@ class Captured:  # pragma: no cover - needs a GPU
 
     def _capture(self, size: int) -> tuple[Tensor, torch.cuda.CUDAGraph]:
         static = torch.arange(size, device=self.fitting.labels.device)
+        now = torch.cuda.current_stream()
         with unchanged(self.fitting):
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch forgot
-            stream.wait_stream(torch.cuda.current_stream())
+            stream.wait_stream(now)
             with torch.cuda.stream(stream):  # the libraries choose their algorithms here
                 for _ in range(3):
                     self.fitting.step(static)
-            torch.cuda.current_stream().wait_stream(stream)
+            now.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             if self.fitting.augmentation != NO_AUGMENTATION:  # else nothing is drawn
                 graph.register_generator_state(self.fitting.generator)
-            with torch.cuda.graph(graph, pool=self.pool):
-                self.fitting.step(static)
+            try:
+                with torch.cuda.graph(graph, pool=self.pool):
+                    self.fitting.step(static)
+            finally:
+                torch.cuda.set_stream(now)  # a capture that fails leaves its own stream current
         return static, graph
 
 
