@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.dataset import FashionMNIST
+from training.dataset import FashionMNIST, Split
 from training.fitting import processes
 from training.fitting.fit import fit
 from training.fitting.plan import FitError, create_runs, new_config
@@ -28,11 +28,23 @@ def runs_of(recipe: Recipe, folder: Path, threads: int = 1) -> list[Run]:
 
 
 def test_every_seed_fits_as_it_would_alone_to_the_last_bit(
-    few: FashionMNIST, best: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fashion_mnist: FashionMNIST,
+    few: FashionMNIST,
+    best: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """With more than a megabyte of images, which the processes share."""
     monkeypatch.setattr(processes, "cores", lambda: 2)
+    few = replace(
+        few, train=Split(fashion_mnist.train.images[:1500], fashion_mnist.train.labels[:1500])
+    )
+    assert few.train.images.nbytes > 2**20
+    best = replace(best, batch_size=500)
     runs = runs_of(best, tmp_path)
     found = {run.folder: fitted for run, fitted in fit_runs(few, runs, on_epoch=note)}
+    assert capfd.readouterr().err == ""  # torch would warn of arrays that are read-only
     assert found.keys() == {run.folder for run in runs}
     for run, seed in zip(runs, (3, 0), strict=True):
         alone = fit(few, best, seed=seed)
