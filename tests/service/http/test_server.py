@@ -20,7 +20,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -66,11 +65,10 @@ def serving_here(app: Gate, listener: socket.socket) -> Iterator[server.Server]:
         thread.join(10)
 
 
-def noisy_picture() -> bytes:
-    """Return a whole request whose picture takes some tenths of a second."""
+def slow_picture() -> bytes:
+    """Return a whole request whose picture is small as a file, and takes long to read."""
     file = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (1200, 1200), dtype=np.uint8)
-    Image.fromarray(noise).save(file, "PNG")
+    Image.linear_gradient("L").resize((1800, 1800)).save(file, "PNG")
     head = HEAD.replace(b"application/octet-stream", b"image/png")
     return head + b"Content-Length: %d\r\n\r\n" % file.tell() + file.getvalue()
 
@@ -293,9 +291,9 @@ class TestRudeClients:
     def test_pictures_of_clients_that_left_are_not_decoded(self, start: Callable[..., Any]) -> None:
         """They wait for the decoder's thread one after the other, and so would everybody else."""
         address, _ = start()
-        post = noisy_picture()
+        post = slow_picture()
         with ExitStack() as clients:
-            for _ in range(30):
+            for _ in range(150):
                 clients.enter_context(connect(address)).sendall(post)
         deadline = time.monotonic() + 10
         while not (text := httpx.get(f"{address}/metrics").text).count("in_flight 0.0"):
@@ -310,7 +308,7 @@ class TestRudeClients:
         self, start: Callable[..., Any]
     ) -> None:
         address, _ = start(max_in_flight=2)
-        picture = noisy_picture()
+        picture = slow_picture()
         with ExitStack() as inside, httpx.Client(base_url=address) as client:
             for _ in range(20):
                 connection = inside.enter_context(connect(address))
