@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from training.dataset import FashionMNIST
 from training.fitting.augmentation import Augmentation
+from training.fitting.fit import fit
 from training.fitting.graphs import (
     TOLERANCE,
     Captured,
@@ -19,9 +21,13 @@ from training.fitting.graphs import (
     kinds_of_step,
 )
 from training.fitting.images import on_device
+from training.fitting.population import population_statistics
 from training.fitting.precision import full_precision
 from training.fitting.recipes import Recipe
+from training.fitting.run import Config, Run
+from training.fitting.scoring import evaluate, predict
 from training.fitting.step import Fitting
+from training.model import BNLeNet, initialise
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -232,3 +238,38 @@ def test_on_a_gpu_an_epochs_steps_never_wait_for_the_device(
     for step in steps:
         for rows in torch.split(order, best.batch_size):
             step(rows)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["chapter", "best"])
+def test_on_a_gpu_a_fit_is_the_same_with_and_without_graphs(
+    few: FashionMNIST, name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The whole way: the loop, the statistics, the run folder and its model on the CPU."""
+    recipe = request.getfixturevalue(name)
+    fits = []
+    for graphs in (True, False):
+        config = Config(recipe, 0, "cuda", "torch", 0, 1, few.sha256, {})
+        run = Run.create(tmp_path / str(graphs), config)
+        fits.append((run, fit(few, recipe, device="cuda", graphs=graphs, run=run)))
+    (run, replayed), (_, eager) = fits
+    losses = [[epoch.loss for epoch in fitted.epochs] for fitted in (replayed, eager)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    images, labels = on_device(few.test, "cpu")
+    score = evaluate(run.model(), images, labels)
+    assert score.loss == pytest.approx(replayed.scores["moving"].loss, rel=1e-4)
+
+
+@needs_gpu
+def test_on_a_gpu_scores_and_statistics_are_the_cpus(few: FashionMNIST) -> None:
+    model = BNLeNet().eval()
+    initialise(model, 0)
+    found = []
+    for device in ("cpu", "cuda"):
+        images, _ = on_device(few.train, device)
+        model.to(device)
+        moments = population_statistics(model, images)
+        found.append([predict(model, images).cpu()])
+        found[-1] += [tensor.cpu() for pair in moments.values() for tensor in pair]
+    for cpu, gpu in zip(*found, strict=True):
+        torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-4)  # TF32 is off by 1e-3
