@@ -239,5 +239,5 @@ def test_wrk_itself_sends_the_bodies_in_turn_and_counts_refusals(
             measure(server, bad, 1, 1, cores)
     after = {b"a": b"b", b"b": b"c", b"c": b"a"}
     assert all(after[one] == other for one, other in itertools.pairwise(sent))
-    assert sample.rate == pytest.approx(len(sent), rel=0.5)  # of about a second
-    assert 0.5 < sample.p50 <= sample.p99 < 1000
+    assert 0 < sample.rate < 1.1 * len(sent)  # which took a second or longer
+    assert 1 < sample.p50 <= sample.p99  # of answers that each take a millisecond and more

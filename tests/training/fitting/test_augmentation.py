@@ -106,12 +106,14 @@ def test_turned_images_are_mirrored_and_shifted_too() -> None:
 @pytest.mark.parametrize("flip", [True, False])
 def test_turned_images_keep_their_shape(flip: bool) -> None:
     """Where the ends of two perpendicular arms go shows the map: a similarity, mirrored or not."""
-    change = Augmentation(flip=flip, rotation=20, scale=0.1)
+    change = Augmentation(flip=flip, rotation=20, scale=0.25)
     arms = [spots(change(blob(*end, 500), seeded())) for end in ((6, 0), (0, 6))]
     maps = torch.stack(arms, 2) / 6
     sizes = torch.linalg.det(maps).abs().sqrt()
     square = maps.mT @ maps
     torch.testing.assert_close(square, sizes.view(-1, 1, 1) ** 2 * torch.eye(2), rtol=0, atol=0.02)
+    assert -0.26 < sizes.log().min() < -0.24
+    assert 0.24 < sizes.log().max() < 0.26
     mirrored = (torch.linalg.det(maps) < 0).float().mean()
     assert 0.4 < mirrored < 0.6 if flip else mirrored == 0
     assert maps[:, 1, 1].min() > 0  # upright: the mirror is left and right
