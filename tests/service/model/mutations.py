@@ -175,6 +175,11 @@ def _more_nodes(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("Sigmoid", ["almost"], ["probabilities"]))
 
 
+def _same_output(model: onnx.ModelProto) -> None:
+    first, second, third = model.graph.node[2:5]
+    second.output[0] = third.input[0] = first.output[0]
+
+
 CHANGED_WEIGHTS: dict[str, Change] = {
     "weights scaled by 1 + 1e-6": _scale(1 + 1e-6),
     "weights scaled by 1.01": _scale(1.01),
@@ -247,6 +252,8 @@ CHANGED_MEANING: dict[str, Change] = {
     ),
     "a node more": _more_nodes,
     "a node less": lambda model: model.graph.node.pop(1),
+    "two nodes with one output": _same_output,
+    "no node that gives the output": lambda model: model.graph.node[-1].output.__setitem__(0, "x"),
     "no nodes": lambda model: model.graph.ClearField("node"),
     "no graph": lambda model: model.ClearField("graph"),
     "a node that reads itself": _node("Flatten", lambda node: node.input.__setitem__(0, "flatten")),
@@ -272,6 +279,9 @@ CHANGED_MEANING: dict[str, Change] = {
     ),
     "weights in float64": lambda model: _replace(
         weights(model, "conv1.bias"), np.zeros(6, np.float64)
+    ),
+    "weights as integers of the same size": lambda model: setattr(
+        weights(model, "conv1.bias"), "data_type", TensorProto.INT32
     ),
     "weights cut short": lambda model: setattr(weights(model, "conv1.bias"), "raw_data", bytes(23)),
     "weights missing": lambda model: model.graph.initializer.pop(),
