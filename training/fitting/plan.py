@@ -1,7 +1,6 @@
 """What a fit is asked for, made complete and checked before anything is written."""
 
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from joblib import cpu_count
 
 from training.fitting.recipes import Recipe
 from training.fitting.run import Config, Run, RunError
@@ -51,10 +51,8 @@ def check(recipe: Recipe, images: int, holdout: int = 0) -> None:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many cores this process may use, as its affinity and its container allow."""
+    return int(cpu_count())
 
 
 def threads_for(recipe: Recipe, device: str, processes: int = 1) -> int:
