@@ -429,3 +429,22 @@ def test_damage_of_any_kind_ends_in_pixels_or_in_one_of_our_errors(format_: str)
             outcomes.add((decoded.pixels.shape, decoded.pixels.dtype.name))
     assert len(outcomes) > 1
     assert outcomes <= {(413, "."), (415, "."), (422, "."), ((28, 28), "uint8")}
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [
+        ((640, 480), (160, 120)),
+        ((640, 427), (160, 107)),
+        ((1290, 900), (162, 113)),
+        ((600, 400), (600, 400)),
+        ((1000, 750), (500, 375)),
+        ((4000, 3000), (500, 375)),
+    ],
+)
+def test_a_jpeg_is_decoded_at_the_size_asked_for_or_at_twice_that_or_more(
+    size: tuple[int, int], decoded: tuple[int, int]
+) -> None:
+    image = open_picture(encode(Image.new("RGB", size), "JPEG"))
+    assert max(reduced(image, 160).size) == 160
+    assert image.size == decoded
