@@ -22,6 +22,7 @@ let looking; // the timer of that look
 const PATIENCE = 400; // milliseconds until the former answer gives way to the word that one is awaited
 const LONGEST_PAUSE = 8000;
 const LARGEST = 1024; // pixels on the longer side of what is sent; the service looks at fewer
+const SENT_AS_THEY_ARE = /^image\/(png|jpeg|webp|gif|bmp|avif|unknown)$/; // some browsers read HEIC
 const UNREADABLE = "The file cannot be read; choose another.";
 const UNREACHABLE = "The service cannot be reached. As soon as it is back, you get your answer.";
 
@@ -254,10 +255,10 @@ async function prepare(file, type, saved) {
   const bitmap = await createImageBitmap(file).catch(() => null); // upright, if it is a picture
   if (!bitmap) return picture; // the service says what is wrong, or knows the format better
   const scale = LARGEST / Math.max(bitmap.width, bitmap.height);
-  if (scale < 1) {
+  if (scale < 1 || !SENT_AS_THEY_ARE.test(type)) {
     const canvas = document.createElement("canvas");
-    canvas.width = Math.max(1, Math.round(scale * bitmap.width));
-    canvas.height = Math.max(1, Math.round(scale * bitmap.height));
+    canvas.width = Math.max(1, Math.round(Math.min(1, scale) * bitmap.width));
+    canvas.height = Math.max(1, Math.round(Math.min(1, scale) * bitmap.height));
     const context = canvas.getContext("2d");
     context.imageSmoothingQuality = "high";
     context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
@@ -266,7 +267,7 @@ async function prepare(file, type, saved) {
     picture.type = `image/${kind}`;
     picture.blob = await encode(canvas, picture.type);
     picture.saved = false;
-    picture.scaled = true;
+    picture.scaled = scale < 1;
   }
   bitmap.close();
   return picture;
@@ -292,9 +293,9 @@ $("picture").addEventListener("error", () => { // not a broken image's icon
   if (stage.dataset.shows === "picture") stage.dataset.shows = "name";
 });
 
-exampleButtons($("examples"), (example) => {
+exampleButtons($("examples"), (example, button) => {
   begin("picture", async () => {
-    const blob = await encode(await rasterise(example, 400), "image/png");
+    const blob = await encode(await rasterise(button.firstChild, 400), "image/png");
     return { name: `${example.name}.png`, type: "image/png", blob, saved: false };
   });
   showPicture(example.url, example.label);

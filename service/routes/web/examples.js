@@ -13,10 +13,8 @@ export const EXAMPLES = [
   ["ankle-boot", "Ankle boot"],
 ].map(([name, label]) => ({ name, label, url: `static/${name}.svg` }));
 
-/** Returns a canvas with the example on it, the ground transparent or of a colour. */
-export async function rasterise({ url }, side, ground) {
-  const image = new Image();
-  image.src = url;
+/** Returns a canvas with an example's image on it, the ground transparent or of a colour. */
+export async function rasterise(image, side, ground) {
   await image.decode();
   const canvas = Object.assign(document.createElement("canvas"), { width: side, height: side });
   const context = canvas.getContext("2d");
@@ -28,7 +26,7 @@ export async function rasterise({ url }, side, ground) {
   return canvas;
 }
 
-/** Fills a list with a button for each example; `chosen` gets the example and its button. */
+/** Fills a list with a button for each example; `chosen` gets the example, and the button with its image. */
 export function exampleButtons(list, chosen) {
   for (const example of EXAMPLES) {
     const item = document.createElement("li");

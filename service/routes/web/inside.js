@@ -281,19 +281,14 @@ async function load() {
     }
     const network = parse(await response.arrayBuffer());
     networks = { fixed: network, folded: fold(network) };
-    examples = await Promise.all(EXAMPLES.map(async (each) => shrink(await rasterise(each, 280, "#fff"))));
+    const images = [...$("examples").querySelectorAll("img")];
+    examples = await Promise.all(images.map(async (image) => shrink(await rasterise(image, 280, "#fff"))));
   } catch {
     $("error").textContent = "The service cannot be reached.";
     $("retry").hidden = false;
     return;
   }
   build();
-  exampleButtons($("examples"), (example) => look(examples[EXAMPLES.indexOf(example)]));
-  exampleButtons($("company"), (_, button) => {
-    button.ariaPressed = String(button.ariaPressed !== "true");
-    changed();
-  });
-  for (const button of $("company").querySelectorAll("button")) button.ariaPressed = "false";
   $("control").hidden = $("network").hidden = false;
   look(fromAddress() ?? examples[4]);
 }
@@ -304,6 +299,12 @@ $("clear").addEventListener("click", () => {
   paper.clear();
   drawn();
 });
+exampleButtons($("examples"), (example) => look(examples[EXAMPLES.indexOf(example)]));
+exampleButtons($("company"), (_, button) => {
+  button.ariaPressed = String(button.ariaPressed !== "true");
+  changed();
+});
+for (const button of $("company").querySelectorAll("button")) button.ariaPressed = "false";
 $("statistics").addEventListener("change", changed);
 $("all").addEventListener("click", () => invite("true"));
 $("none").addEventListener("click", () => {

@@ -122,7 +122,7 @@ export function makePaper(canvas, changed) {
     for (const each of between.length ? between : [event]) move(each);
     changed();
   });
-  canvas.addEventListener("lostpointercapture", end);
+  for (const kind of ["pointerup", "pointercancel"]) canvas.addEventListener(kind, end);
 
   const paper = {
     canvas,
