@@ -180,7 +180,7 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """Answer the whole requests of a client that closed its sending side; drop a half one."""
         incoming, self._incoming = self._incoming, None
-        if incoming is not None and self._queue and self._queue[-1] is incoming:
+        if incoming is not None and len(self._queue) > self._busy and self._queue[-1] is incoming:
             self._drop(self._queue.pop())
         if self._closing or not (self._queue or self._unparsed):
             return False  # closes
@@ -291,6 +291,8 @@ class Connection(asyncio.Protocol):
         if self._offered or self._incoming is None:
             return
         self._begun = False
+        if self._waits:
+            self._admission.received(self)  # the deadline of the next begins with it
         self._incoming.complete = True
         self._incoming = None
         self._body_left = 0

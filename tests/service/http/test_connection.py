@@ -388,6 +388,13 @@ class TestHalfClosed:
         await until(lambda: app.admission.budget.bytes_left == before)
         assert transport.sent == []
 
+    async def test_an_answer_that_needs_no_body_is_finished(self, make_app: MakeApp) -> None:
+        connection, transport = connect(make_app())
+        connection.data_received(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n1")
+        assert connection.eof_received()
+        await until(lambda: transport.closed)
+        assert statuses(transport) == [404]
+
     @pytest.mark.parametrize("left", [True, False])
     async def test_a_client_that_has_left_is_noticed(
         self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, left: bool

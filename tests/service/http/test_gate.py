@@ -214,6 +214,18 @@ class TestDeadline:
         assert slow.status == 408
         assert slow.headers["connection"] == "close"
 
+    async def test_each_request_of_a_connection_has_its_own(self, make_app: MakeApp) -> None:
+        """Although a part of the next has always come when one is answered."""
+        conversation = Conversation(make_app(request_timeout_seconds=0.3), send_headers=BYTES)
+        head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 784\r\n"
+        head += b"Content-Type: application/octet-stream\r\n\r\n"
+        for _ in range(8):
+            conversation.send(bytes(784) + head)
+            await asyncio.sleep(0.1)
+        assert b"".join(conversation.transport.sent).count(b"HTTP/1.1 200 OK") == 8
+        assert not conversation.transport.ended
+        conversation.leave()
+
     async def test_no_body_at_all_is_408(self, make_app: MakeApp) -> None:
         slow = Conversation(make_app(request_timeout_seconds=0.1), send_headers=BYTES)
         assert (await slow.answer())["code"] == "request_timeout"
