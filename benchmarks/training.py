@@ -3,10 +3,11 @@
     python -m benchmarks.training            about three minutes on one quiet core
     python -m benchmarks.training --quick    a quarter of a minute, without the fits to an accuracy
 
-All train the chapter's network by the chapter's recipe in one process, on one thread of the CPU;
-`benchmarks.gpu` measures a GPU. Each round measures every row once, so that a machine whose speed
-drifts drifts for all; ratios are taken within a round, and medians over the rounds are printed. A
-round is a quarter of an epoch and of the test set. Prints tables, and one line of JSON last.
+All train the chapter's network by the chapter's recipe in one process, on one thread of the CPU
+unless --threads says otherwise; `benchmarks.gpu` measures a GPU. Each round measures every row
+once, so that a machine whose speed drifts drifts for all; ratios are taken within a round, and
+medians over the rounds are printed. A round is a quarter of an epoch and of the test set. Prints
+tables, and one line of JSON last.
 """
 
 import json
@@ -231,15 +232,16 @@ class Row:
     show_default=True,
     help="How often every row is measured.",
 )
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--quick", is_flag=True, help="One short round, without the fits to an accuracy.")
 @click.option("--json", "as_json", is_flag=True, help="Print nothing but the line of JSON.")
-def main(rounds: int, quick: bool, as_json: bool) -> None:
+def main(rounds: int, threads: int, quick: bool, as_json: bool) -> None:
     """Measure how fast the network trains, and by how much that is faster than the usual ways."""
     try:
         data = load()
     except DatasetError as exc:
         raise click.ClickException(str(exc)) from exc
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     load_before = os.getloadavg()[0]
     rounds = 1 if quick else rounds
     with Progress(console=Console(stderr=True), transient=True, disable=as_json) as progress:
@@ -401,7 +403,7 @@ def machine(load_before: float) -> dict[str, str]:
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "processor": names[0] if names else platform.machine(),
-        "cores": f"{os.cpu_count()}, one used",
+        "cores": f"{os.cpu_count()}, {torch.get_num_threads()} used",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "load average": f"{load_before:.1f}",
         "python": platform.python_version(),

@@ -107,7 +107,8 @@ def remote(url: str, settings: Settings, preprocessing: Preprocessing, top_k: in
 
 def _refusal(response: HTTPError) -> ServiceError:
     try:
-        body = json.load(response)
+        with response:
+            body = json.load(response)
         sentence = body["error"].replace("The body", "The file")  # which is what the user knows
         return ServiceError(sentence, code=body["code"])
     except (ValueError, KeyError, TypeError, AttributeError):  # of a proxy in between

@@ -240,6 +240,7 @@ def _fetch(url: str, part: Path, progress: Progress) -> bool:
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)  # noqa: S310 - ours, see above
     except HTTPError as exc:
+        exc.close()
         if exc.code == 416 and have:  # already complete, or longer than the file
             return True
         raise

@@ -69,6 +69,7 @@ class Channel:
         self._reader, self._writer = await asyncio.open_unix_connection(
             sock=self._socket, limit=MAX_LINE_BYTES
         )
+        self._send(ROUTINE)  # at once: until the first report, it counts as still starting
         self._tasks = [asyncio.create_task(self._report_on()), asyncio.create_task(self._listen())]
 
     async def close(self) -> None:
@@ -96,9 +97,9 @@ class Channel:
 
     async def _report_on(self) -> None:
         while True:
+            await asyncio.sleep(REPORT_SECONDS)
             if not self._writer.transport.get_write_buffer_size():  # else the supervisor hangs
                 self._send(ROUTINE)
-            await asyncio.sleep(REPORT_SECONDS)
 
     async def _listen(self) -> None:
         with contextlib.suppress(ConnectionError):  # the supervisor has ended

@@ -6,6 +6,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -186,6 +187,44 @@ def test_statistics_are_true_counts(server: triton.InferenceServerClient, images
         assert new[stage]["count"] - old[stage]["count"] == 3
         assert new[stage]["ns"] > old[stage]["ns"]
     assert abs(after["last_inference"] / 1e3 - time.time()) < 60
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_stages_have_equal_counts_at_any_moment(serve: Serve, workers: int) -> None:
+    """`perf_analyzer` ends when they differ, which they may only do while requests come."""
+    body = {
+        "inputs": [
+            {"name": "pixels", "shape": [1, 1, 28, 28], "datatype": "UINT8", "data": [0] * 784}
+        ]
+    }
+    with serve(workers=workers) as (address, _), ThreadPoolExecutor(8) as clients:
+
+        def ask(_: int) -> None:
+            with httpx.Client(base_url=address, timeout=60) as client:
+                for _ in range(10):
+                    client.post(INFER, json=body).raise_for_status()
+
+        sent = [clients.submit(ask, i) for i in range(16)]
+        answered: list[int] = []
+        with httpx.Client(base_url=address, timeout=60) as client:
+            while not answered or not all(one.done() for one in sent):
+                (model,) = client.get("/v2/models/stats").json()["model_stats"]
+                stages = model["inference_stats"]
+                counts = {
+                    stages[name]["count"]
+                    for name in ("compute_input", "compute_infer", "compute_output", "queue")
+                }
+                assert len(counts) == 1
+                answered += counts
+            (model,) = client.get("/v2/models/stats").json()["model_stats"]
+        for one in sent:
+            one.result()
+    assert answered == sorted(answered)
+    stages = model["inference_stats"]
+    assert stages["compute_infer"]["count"] == model["inference_count"] == 160
+    batches = model["batch_stats"]
+    assert sum(b["compute_infer"]["count"] for b in batches) == model["execution_count"]
+    assert sum(b["batch_size"] * b["compute_infer"]["count"] for b in batches) == 160
 
 
 def test_statistics_are_those_of_all_workers(serve: Serve) -> None:

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from service.model.inference import Inference, ThreadedInference
-from service.telemetry.tallies import Runs
+from service.telemetry.tallies import Runs, Stages
 
 IN_A_CROWD = SimpleNamespace(in_flight=2)
 
@@ -270,3 +270,25 @@ async def test_a_wait_of_one_turn_is_counted_too(device: Device) -> None:
     alone = crowd_of_one(device)
     await alone(image(1))
     assert (sum(alone.runs.queue.counts), alone.runs.queue.seconds) == (1, 0)
+
+
+@KINDS
+async def test_requests_of_one_run_share_its_time_and_know_its_size(
+    kind: type[Inference], device: Device
+) -> None:
+    infer = crowd(kind, device)
+    device.free.clear()
+    threading.Timer(0.05, device.free.set).start()
+    stages = [Stages() for _ in range(4)]
+    await asyncio.gather(*(infer(image(i, 2), stage) for i, stage in enumerate(stages)))
+    assert [stage.images for stage in stages] == {
+        Inference: [8] * 4,
+        ThreadedInference: [2, 6, 6, 6],  # the first finds the device free
+    }[kind]
+    assert stages[1].run == stages[2].run == stages[3].run
+    assert stages[0].run > 0.01
+    assert infer.runs.queue.seconds == pytest.approx(sum(stage.wait for stage in stages))
+    assert infer.runs.seconds == pytest.approx(sum({stage.run for stage in stages}))
+    assert {size: numbers[0] for size, numbers in infer.runs.batches.items()} == dict.fromkeys(
+        device.batches, 1
+    )

@@ -15,6 +15,9 @@ def test_the_chapter_recipe_is_the_chapters() -> None:
         10,
     )
     assert [chapter.rate(progress) for progress in (0, 0.5, 0.99)] == [1, 1, 1]
+    assert (chapter.weight_decay, chapter.averaging, chapter.temperature) == (0, 0, 1)
+    assert {chapter.augmentation_in(epoch) for epoch in (1, 10)} == {Augmentation()}
+    assert chapter.statistics == "population"
 
 
 def test_a_warm_up_rises_to_the_whole_rate_and_falls_to_nothing() -> None:

@@ -1,0 +1,257 @@
+"""Who may be inside, and for how long: on a clock that the tests turn."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from service.errors import Overloaded, ServiceError, SlowRequest
+from service.http import admission as module
+from service.http.admission import Admission
+from service.http.budget import BodyBudget
+
+
+class Clock:
+    """The time, and the loop's timers; stands in for `perf_counter` and for the loop."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> object:
+        self.timers.append((self.now + seconds, callback))
+        return callback
+
+    def pass_(self, seconds: float) -> None:
+        """Let time pass, and run the timers that are due."""
+        self.now += seconds
+        due = [callback for at, callback in self.timers if at <= self.now + 1e-9]
+        self.timers = [timer for timer in self.timers if timer[0] > self.now + 1e-9]
+        for callback in due:
+            callback()
+
+
+class Exchange:
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.cancelled = 0
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+
+class Sender:
+    """A connection that gives back the bytes it holds when it is sent away."""
+
+    def __init__(self, budget: BodyBudget, held: int = 0) -> None:
+        self.budget, self.held = budget, held
+        self.errors: list[ServiceError] = []
+
+    def evict(self, error: ServiceError) -> None:
+        self.errors.append(error)
+        self.budget.give_back(self.held)
+
+
+class Gauge:
+    value: float | None = None
+
+    def set(self, value: float) -> None:
+        self.value = value
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
+    return clock
+
+
+@pytest.fixture
+def gauge() -> Gauge:
+    return Gauge()
+
+
+@pytest.fixture
+def admission(gauge: Gauge) -> Admission:
+    """Admit two requests at a time, for ten seconds, with bodies of 100 bytes."""
+    return Admission(2, 10.0, 100, gauge)
+
+
+def enter(admission: Admission, clock: Clock, ago: float = 0.0) -> Any:
+    exchange: Any = Exchange(clock.now - ago)
+    admission.enter(exchange)
+    return exchange
+
+
+def receive(admission: Admission, held: int = 0) -> Sender:
+    sender = Sender(admission.budget, held)
+    admission.receive(sender)
+    return sender
+
+
+class TestInFlight:
+    def test_as_many_enter_as_are_allowed_and_then_one_for_each_that_leaves(
+        self, admission: Admission, clock: Clock
+    ) -> None:
+        first, _ = enter(admission, clock), enter(admission, clock)
+        with pytest.raises(Overloaded, match="at its limit") as refused:
+            enter(admission, clock)
+        assert refused.value.headers == {"Retry-After": "1"}
+        assert admission.in_flight == 2
+        admission.leave(first)
+        assert admission.in_flight == 1
+        enter(admission, clock)
+        with pytest.raises(Overloaded):
+            enter(admission, clock)
+
+    def test_those_that_still_arrive_take_no_place(
+        self, admission: Admission, clock: Clock
+    ) -> None:
+        for _ in range(5):
+            receive(admission)
+        assert admission.in_flight == 0
+        enter(admission, clock)
+
+    def test_a_request_is_cancelled_at_its_deadline_and_not_before(
+        self, admission: Admission, clock: Clock
+    ) -> None:
+        older, younger = enter(admission, clock, ago=4.0), enter(admission, clock, ago=1.0)
+        clock.pass_(5.9)
+        assert (older.cancelled, younger.cancelled) == (0, 0)
+        clock.pass_(0.1)
+        assert (older.cancelled, younger.cancelled) == (1, 0)
+        admission.leave(older)
+        clock.pass_(3.0)
+        assert (older.cancelled, younger.cancelled) == (1, 1)
+
+    def test_the_gauge_is_set_by_the_sweep(
+        self, admission: Admission, clock: Clock, gauge: Gauge
+    ) -> None:
+        exchange = enter(admission, clock)
+        assert gauge.value is None
+        clock.pass_(0.1)
+        assert gauge.value == 1
+        admission.leave(exchange)
+        clock.pass_(0.1)
+        assert gauge.value == 0
+
+
+class TestSweep:
+    def test_one_timer_serves_all_and_ends_with_the_last(
+        self, admission: Admission, clock: Clock
+    ) -> None:
+        exchanges = [enter(admission, clock), enter(admission, clock)]
+        senders = [receive(admission) for _ in range(100)]
+        assert [at for at, _ in clock.timers] == [pytest.approx(clock.now + 0.1)]
+        clock.pass_(0.1)
+        assert len(clock.timers) == 1
+        for sender in senders:
+            admission.received(sender)
+        clock.pass_(0.1)
+        assert len(clock.timers) == 1  # for those in flight
+        for exchange in exchanges:
+            admission.leave(exchange)
+        clock.pass_(0.1)
+        assert clock.timers == []
+        receive(admission)
+        assert len(clock.timers) == 1
+
+    def test_it_goes_on_for_those_that_arrive(self, admission: Admission, clock: Clock) -> None:
+        sender = receive(admission)
+        clock.pass_(0.1)
+        assert len(clock.timers) == 1
+        admission.received(sender)
+        clock.pass_(0.1)
+        assert clock.timers == []
+
+
+class TestSenders:
+    def test_all_past_the_deadline_are_sent_away_once(
+        self, admission: Admission, clock: Clock
+    ) -> None:
+        late = [receive(admission) for _ in range(3)]
+        clock.pass_(1.0)
+        intime = receive(admission)
+        clock.pass_(8.9)
+        assert not any(sender.errors for sender in late)
+        clock.pass_(0.1)
+        for sender in late:
+            (error,) = sender.errors
+            assert isinstance(error, SlowRequest)
+        assert intime.errors == []
+        clock.pass_(0.5)
+        assert [len(sender.errors) for sender in late] == [1, 1, 1]
+
+    def test_more_bytes_do_not_move_the_deadline(self, admission: Admission, clock: Clock) -> None:
+        sender = receive(admission)
+        clock.pass_(9.0)
+        admission.receive(sender)
+        clock.pass_(1.0)
+        assert len(sender.errors) == 1
+
+    def test_a_whole_request_has_no_deadline_for_sending(
+        self, admission: Admission, clock: Clock
+    ) -> None:
+        sender = receive(admission)
+        admission.received(sender)
+        admission.received(sender)  # as when its client leaves afterwards
+        clock.pass_(11.0)
+        assert sender.errors == []
+
+
+class TestRoom:
+    def test_the_slowest_senders_make_room_and_no_more_than_needed(
+        self, admission: Admission, clock: Clock
+    ) -> None:
+        """Four bodies of 100 bytes fit; those that take two seconds are slow."""
+        admission.budget.take(300)
+        senders = [receive(admission, 100) for _ in range(3)]
+        whole = senders.pop(0)
+        admission.received(whole)
+        clock.pass_(2.0)
+        admission.budget.take(100)
+        assert [sender.errors for sender in senders] == [[], []]
+        admission.budget.take(100)
+        assert [len(sender.errors) for sender in senders] == [1, 0]
+        assert isinstance(senders[0].errors[0], SlowRequest)
+        assert whole.errors == []
+
+    def test_who_is_not_slow_yet_stays(self, admission: Admission, clock: Clock) -> None:
+        sender = receive(admission, 400)
+        admission.budget.take(400)
+        clock.pass_(1.9)
+        with pytest.raises(Overloaded, match="too much at once") as refused:
+            admission.budget.take(1)
+        assert refused.value.headers == {"Retry-After": "1"}
+        assert sender.errors == []
+
+    def test_several_go_when_one_is_not_enough(self, admission: Admission, clock: Clock) -> None:
+        senders = [receive(admission, 10) for _ in range(3)]
+        admission.budget.take(400)
+        clock.pass_(3.0)
+        admission.budget.take(20)
+        assert [len(sender.errors) for sender in senders] == [1, 1, 0]
+
+
+class TestBudget:
+    def test_four_bodies_fit_to_the_last_byte(self) -> None:
+        budget = BodyBudget(100, lambda: False)
+        assert (budget.max_bytes, budget.bytes_left) == (100, 400)
+        budget.take(400)
+        with pytest.raises(Overloaded):
+            budget.take(1)
+        assert budget.bytes_left == -1  # the caller gives it back
+        budget.give_back(1)
+        budget.give_back(100)
+        budget.take(100)
+        assert budget.bytes_left == 0
+
+    def test_whoever_takes_nothing_is_never_refused(self) -> None:
+        budget = BodyBudget(100, lambda: False)
+        with pytest.raises(Overloaded):
+            budget.take(401)
+        budget.take(0)
+        budget.take(-1)
+        assert budget.bytes_left == 0
