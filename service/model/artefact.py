@@ -307,6 +307,6 @@ def _self_test(text: str) -> SelfTest:
         raise ValueError("not one row of probabilities for each image")
     if any(len(row) != CLASSES or set(map(type, row)) != {float} for row in rows):
         raise ValueError("not ten probabilities in each row")
-    if type(tolerance) is not float or not 0 < tolerance <= MAX_SELF_TEST_TOLERANCE:
+    if not 0 < tolerance <= MAX_SELF_TEST_TOLERANCE:  # also when it is NaN
         raise ValueError("a tolerance that proves nothing")
     return SelfTest(pixels, rows, tolerance)
