@@ -145,4 +145,4 @@ lock: $(DEV)  ## write deploy/image/*.txt: the image's packages, by version and 
 	  --custom-compile-command 'make lock' --output-file deploy/image/$$runtime.txt pyproject.toml || exit; done
 
 clean:  ## remove the virtual environments and caches
-	rm -rf .venv .venv-* .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist mutants *.egg-info
+	rm -rf .venv .venv-* .cache .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist mutants *.egg-info
