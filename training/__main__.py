@@ -1,6 +1,5 @@
 """The command line: `python -m training fit`, `export`, `evaluate`, `norms`, `study`."""
 
-import hashlib
 import json
 import math
 import re
@@ -15,7 +14,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import click
-import torch
 from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -35,8 +33,8 @@ from training.fitting.processes import fit_run, fit_runs
 from training.fitting.recipes import RECIPES
 from training.fitting.run import Config, Epoch, Run, RunError
 from training.fitting.step import Fitting
-from training.studies import batch_size, statistics
-from training.studies.records import Records, conditions
+from training.studies.command import study
+from training.studies.runner import ClusterError
 
 OVERRIDES = ("epochs", "batch_size", "learning_rate")
 SETTINGS = ("seed", "device", "batch_norm", "holdout", "threads")
@@ -52,7 +50,10 @@ class Commands(click.Group):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except (DatasetError, EvaluationError, ExportError, FitError, RunError) as error:
+        except (
+            *(DatasetError, EvaluationError, ExportError, FitError, RunError),
+            ClusterError,
+        ) as error:
             raise click.ClickException(str(error)) from error
         except BrokenPipeError:
             raise  # click ends quietly when the reader has left
@@ -439,13 +440,19 @@ def _tables(evaluation: Evaluation) -> Iterator[Table]:
 @main.command("norms")
 @click.argument("run", type=FOLDER)
 @click.option("--picture", type=FILE, help="Draw them into this PNG file too.")
+@click.option("--unit", type=FILE, help="Draw a unit's values before and after its layer.")
 @json_option
-def norms_command(run: Path, picture: Path | None, as_json: bool) -> None:
+@data_dir_option
+def norms_command(
+    run: Path, picture: Path | None, unit: Path | None, as_json: bool, data_dir: Path | None
+) -> None:
     """Print the gamma and beta that every batch-norm layer of RUN learnt."""
     model = Run(run).model()
     parameters = pictures.affine_parameters(model)
     if picture:
         pictures.draw_norms(model, picture)
+    if unit:
+        pictures.draw_unit(model, load(data_dir).test.images, unit)
     if as_json:
         click.echo(json.dumps({n: {"gamma": g, "beta": b} for n, (g, b) in parameters.items()}))
         return
@@ -457,76 +464,7 @@ def _numbers(values: list[float]) -> str:
     return " ".join(f"{value:+.3f}" for value in values)
 
 
-@main.group("study")
-def study() -> None:
-    """Answer a question by experiment: a page, a figure and all measurements in --out."""
-
-
-@study.command("statistics")
-@click.option("--seeds", callback=_seeds, default="0-4", show_default=True, help="Or 0,3,7.")
-@click.option("--epochs", type=click.IntRange(2), default=10, show_default=True)
-@click.option("--out", type=FOLDER, default=Path("runs/statistics"), show_default=True)
-@json_option
-@data_dir_option
-def study_statistics(
-    seeds: list[int], epochs: int, out: Path, as_json: bool, data_dir: Path | None
-) -> None:
-    """Compare moving averages with statistics of the whole training set.
-
-    The chapter's recipe is fitted with each seed; a killed study goes on where it was.
-    """
-    torch.set_num_threads(1)
-    data, recipe = load(data_dir), replace(RECIPES["chapter"], epochs=epochs)
-    given = conditions(
-        recipe=recipe.name,
-        epochs=epochs,
-        images=len(data.train.labels),
-        test_images=len(data.test.labels),
-        dataset_sha256=data.sha256,
-    )
-    records = Records(out / "statistics.jsonl", given)
-
-    def on_line(line: dict[str, Any]) -> None:
-        scores = "  ".join(f"{kind} {line[kind]['accuracy']:.4f}" for kind in statistics.KINDS)
-        click.echo(f"seed {line['seed']}  epoch {line['epoch']}/{epochs}  {scores}", err=True)
-
-    for seed in seeds:
-        statistics.measure(data, recipe, seed, records, on_line)
-    write_whole(out / "statistics.md", statistics.page(records, seeds).encode())
-    statistics.draw(records, seeds, out / "statistics.png")
-    if as_json:
-        curves = {k: statistics.accuracies(records.lines, seeds, k) for k in statistics.KINDS}
-        click.echo(json.dumps({k: asdict(statistics.spread(c)) for k, c in curves.items()}))
-    else:
-        click.echo(out / "statistics.md")
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-@study.command("batch-size")
-@click.argument("run", type=FOLDER)
-@click.option("--out", type=FOLDER, default=Path("runs/batch-size"), show_default=True)
-@data_dir_option
-def study_batch_size(run: Path, out: Path, data_dir: Path | None) -> None:
-    """Let batch norm predict with batch statistics, and see what the answers of RUN become."""
-    torch.set_num_threads(1)
-    test, fitted = load(data_dir).test, Run(run)
-    model = fitted.model(fitted.config().recipe.statistics)
-    given = conditions(
-        checkpoint=_sha256(run / "checkpoint.safetensors"), test_images=len(test.labels)
-    )
-    records = Records(out / "batch-size.jsonl", given)
-
-    def on_line(line: dict[str, Any]) -> None:
-        figures = f"accuracy {line['accuracy'][0]:.4f}  changed {line['changed'][0]:.4f}"
-        click.echo(f"company {line['company']}  batch size {line['size']}  {figures}", err=True)
-
-    batch_size.measure(model, test, records, on_line)
-    write_whole(out / "batch-size.md", batch_size.page(records).encode())
-    batch_size.draw(records, out / "batch-size.png")
-    click.echo(out / "batch-size.md")
+main.add_command(study)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Pictures of a fit: curves by epoch, the confusion matrix, batch norm's gamma and beta."""
 
+import copy
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import nn
 
 from training.atomic import write_whole
 from training.batch_norm import affine
@@ -60,18 +64,50 @@ def draw_confusion(confusion: Sequence[Sequence[int]], out: Path) -> None:
 
 
 def draw_norms(model: BNLeNet, out: Path) -> None:
-    """Draw the learnt gamma and beta of every batch-norm layer, channel by channel."""
+    """Draw gamma against beta, a point for each channel, a panel for each batch-norm layer."""
     parameters = affine_parameters(model)
-    figure = Figure(figsize=(9, 2.2 * len(parameters)), layout="constrained")
-    for axes, (name, (gamma, beta)) in zip(
-        figure.subplots(len(parameters), 1), parameters.items(), strict=True
-    ):
-        channels = np.arange(len(gamma))
-        axes.bar(channels - 0.2, gamma, width=0.4, label="gamma")
-        axes.bar(channels + 0.2, beta, width=0.4, label="beta")
-        axes.set(title=name, xlim=(-1, len(gamma)))
-        axes.axhline(0, color="black", linewidth=0.5)
-    figure.axes[0].legend()
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    panels = figure.subplots(1, len(parameters), sharex=True, sharey=True)
+    for axes, (name, (gamma, beta)) in zip(panels, parameters.items(), strict=True):
+        axes.scatter(beta, gamma, s=14, alpha=0.7)
+        axes.set(title=f"{name}, {len(gamma)} channels", xlabel="beta (shift)")
+        axes.axvline(0, color="black", linewidth=0.5)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="gamma (scale)")
+    save_figure(figure, out)
+
+
+@torch.no_grad()
+def draw_unit(model: BNLeNet, images: NDArray[np.uint8], out: Path) -> None:
+    """Draw one unit's values before and after its batch norm, in training and in prediction.
+
+    Args:
+        model: in prediction mode; it is left alone.
+        images: uint8 [n, 28, 28], at least 128 of them.
+        out: the PNG file.
+    """
+    pixels = torch.from_numpy(images)[:, None].float() / 255
+    names = [name for name, _ in model.named_children()]
+    layer = model.norm3
+    before = nn.Sequential(*list(model.children())[: names.index("norm3")])(pixels)
+    batch = before[:128]
+    trained = copy.deepcopy(layer).train()(batch)
+    values = {
+        "before the layer": before,
+        "after it, in training\n(a batch of 128, its own statistics)": trained,
+        "after it, in prediction\n(fixed statistics)": layer(before),
+    }
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    for axes, (title, found) in zip(figure.subplots(1, 3), values.items(), strict=True):
+        unit = found[:, 0].numpy()
+        axes.hist(unit, bins=40, density=True)
+        axes.set(
+            title=title,
+            xlabel=f"first unit of norm3: mean {unit.mean():.2f}, deviation {unit.std():.2f}",
+        )
+        axes.title.set_fontsize(9)
+        axes.xaxis.label.set_fontsize(8)
+        axes.set_yticks([])
     save_figure(figure, out)
 
 

@@ -1,16 +1,18 @@
 """Batch norm's statistics over the whole training set, in place of the moving averages."""
 
 import copy
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.batch_norm import set_statistics
 from training.fitting.augmentation import Augmentation
 from training.fitting.images import batches
 from training.fitting.precision import full_precision
-from training.model import BNLeNet, norm_layers
+from training.model import norm_layers
 
+Network = TypeVar("Network", bound=nn.Sequential)
 Moments = dict[str, tuple[Tensor, Tensor]]
 """Mean and variance [C] of the input of every batch-norm layer, by the layer's name."""
 
@@ -18,7 +20,7 @@ Moments = dict[str, tuple[Tensor, Tensor]]
 @torch.no_grad()
 @full_precision()
 def population_statistics(
-    model: BNLeNet, images: Tensor, augmentation: Augmentation | None = None, seed: int = 0
+    model: nn.Sequential, images: Tensor, augmentation: Augmentation | None = None, seed: int = 0
 ) -> Moments:
     """Return the mean and (biased) variance of each batch norm's input over all images.
 
@@ -49,7 +51,7 @@ def population_statistics(
 
 
 @torch.no_grad()
-def with_statistics(model: BNLeNet, moments: Moments) -> BNLeNet:
+def with_statistics(model: Network, moments: Moments) -> Network:
     """Return a copy of the model that predicts with these statistics."""
     model = copy.deepcopy(model)
     for name, layer in norm_layers(model).items():

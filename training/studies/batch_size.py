@@ -1,149 +1,167 @@
-"""What one image's answer owes to its company, when batch norm predicts with batch statistics.
+"""Do batches of 50 to 100 inject just the right noise (the chapter's claim).
 
-`python -m training study batch-size RUN` runs it; docs/studies/batch-size.md is its page.
+Three sweeps: batch sizes at equal epochs, batch sizes at equal steps, and ghost batch norm (Hoffer
+et al., 2017): batches of 256 whose statistics are taken over groups. Only the last changes the
+noise of the statistics and leaves the optimisation alone.
 """
 
-import copy
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
-from training.dataset import Split
+from training.dataset import FashionMNIST
 from training.evaluation.card import table
-from training.evaluation.pictures import save_figure
-from training.fitting.images import on_device
-from training.fitting.scoring import predict
-from training.model import BNLeNet
-from training.studies.records import Records, in_words
+from training.evaluation.intervals import mean_interval, paired_difference
+from training.model import initialise
+from training.studies.fits import (
+    Norm,
+    batch_norm,
+    lenet,
+    samples,
+    scores,
+    settled,
+    steps_per_epoch,
+    train,
+)
+from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
 
-SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512)
-ORDERS = 5
-COMPANY = {"any": "images of any class", "same": "images of its own class"}
+SIZES = (2, 8, 32, 64, 128, 512, 2048, 4096)
+GROUPS = (2, 4, 8, 16, 32, 64, 128, 256)
+GHOST_BATCH = 256
+STEPS = 300
+SWEEPS = {
+    "equal epochs": "batch size, equal epochs",
+    "equal steps": "batch size, equal steps",
+    "ghost": f"group of the statistics, batches of {GHOST_BATCH}",
+}
 
 
-def batches(labels: Tensor, size: int, company: str, seed: int) -> list[Tensor]:
-    """Return all row numbers once, in random order, in batches of `size`; the rest is smaller.
-
-    `company` "any" draws from all rows, "same" fills a batch from one class.
-    """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    groups = (
-        [order]
-        if company == "any"
-        else [order[labels[order] == c] for c in sorted(set(labels.tolist()))]
+def normalise_in_groups(x: Tensor, layer: nn.BatchNorm1d | nn.BatchNorm2d, group: int) -> Tensor:
+    """Normalise a batch in groups of so many images, each by its own mean and variance."""
+    return torch.cat(
+        [
+            F.batch_norm(part, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
+            for part in torch.split(x, group)
+        ]
     )
-    return [batch for group in groups for batch in torch.split(group, size)]
 
 
-@torch.no_grad()
-def answers(model: BNLeNet, images: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """Return the class numbers, int64 [n], that batch statistics give uint8 images in batches."""
-    model = copy.deepcopy(model).train()
-    found = torch.empty(len(images), dtype=torch.int64)
-    for rows in parts:
-        found[rows] = model(images[rows].float() / 255).argmax(1)
-    return found
+class GhostNorm1d(nn.BatchNorm1d):
+    """torch's batch norm, whose training statistics are those of groups of the batch."""
+
+    group = GHOST_BATCH
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [n, C]."""
+        return normalise_in_groups(x, self, self.group) if self.training else super().forward(x)
 
 
-def measure(
-    model: BNLeNet,
-    test: Split,
-    records: Records,
-    on_line: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> None:
-    """Record accuracies, and shares of answers that differ from those of fixed statistics.
+class GhostNorm2d(nn.BatchNorm2d):
+    """The same for [n, C, H, W]."""
 
-    "unstable" is the share of images whose answer is not the same in all `ORDERS` orders.
-    """
-    images, labels = on_device(test, "cpu")
-    fixed = predict(model, images).argmax(1)
-    for company in COMPANY:
-        for size in SIZES:
-            if any((line["company"], line["size"]) == (company, size) for line in records.lines):
-                continue
-            found = torch.stack(
+    group = GHOST_BATCH
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [n, C, H, W]."""
+        return normalise_in_groups(x, self, self.group) if self.training else super().forward(x)
+
+
+def ghost_norm(group: int) -> Norm:
+    """Return a maker of ghost batch norms for groups of so many images."""
+
+    def make(channels: int, dims: int) -> nn.Module:
+        layer = GhostNorm2d(channels) if dims == 4 else GhostNorm1d(channels)
+        layer.group = group
+        return layer
+
+    return make
+
+
+def tasks(scale: Scale) -> list[Task]:
+    """Return the fits of all three sweeps."""
+    sizes, groups = (SIZES[::3], GROUPS[::4]) if scale.quick else (SIZES, GROUPS)
+    return (
+        arms(scale, sweep=["equal epochs"], size=sizes)
+        + arms(scale, sweep=["equal steps"], size=sizes, steps=[4 if scale.quick else STEPS])
+        + arms(scale, sweep=["ghost"], size=groups)
+    )
+
+
+def measure(data: FashionMNIST, task: Task) -> Line:
+    """Fit LeNet with this batch size, or with groups of this size within batches of 256."""
+    parts = samples(data, task["images"])
+    is_ghost = task["sweep"] == "ghost"
+    network = lenet([ghost_norm(task["size"]) if is_ghost else batch_norm] * 4)
+    initialise(network, task["seed"])
+    batch_size = GHOST_BATCH if is_ghost else task["size"]
+    steps = task.get("steps", task["epochs"] * steps_per_epoch(parts.train, batch_size))
+    train(network, parts.train, seed=task["seed"], steps=steps, batch_size=batch_size)
+    return scores(settled(network, parts.train), parts)
+
+
+def report(lines: Sequence[Line]) -> Report:
+    """Return the accuracy by size in each sweep."""
+
+    def value(sweep: str, size: int) -> list[float]:
+        return by_seed(lines, "held_out", sweep=sweep, size=size)
+
+    sizes = {
+        sweep: sorted({line["size"] for line in lines if line["sweep"] == sweep})
+        for sweep in SWEEPS
+    }
+    best = {s: max(sizes[s], key=lambda n, s=s: fmean(value(s, n))) for s in SWEEPS}  # type: ignore[misc] # a default binds the loop's value
+    whole, right = max(sizes["ghost"]), best["ghost"]
+    noise = paired_difference(value("ghost", right), value("ghost", whole))
+    helps = "helps a little" if noise.low > 0 else "does not measurably help"
+    answer = (
+        f"No: at equal epochs the best batch size is {best['equal epochs']}, at equal steps "
+        f"{best['equal steps']}; that is optimisation, not noise. With the batch held at "
+        f"{GHOST_BATCH}, statistics of groups of {right} do best, {noise:+.4f} against the whole "
+        f"batch: noise by itself {helps}."
+    )
+    tables = "\n\n".join(
+        f"## {name[0].upper()}{name[1:]}\n\n"
+        + table(
+            ["size", "held-out accuracy", "test"],
+            [
                 [
-                    answers(model, images, batches(labels, size, company, seed))
-                    for seed in range(ORDERS)
+                    f"{size:,}",
+                    f"{mean_interval(value(sweep, size)):.4f}",
+                    f"{fmean(by_seed(lines, 'test', sweep=sweep, size=size)):.4f}",
                 ]
-            )
-            line = {
-                "company": company,
-                "size": size,
-                "accuracy": _shares(found == labels),
-                "changed": _shares(found != fixed),
-                "unstable": (found != found[0]).any(0).double().mean().item(),
-                "fixed": (fixed == labels).double().mean().item(),
-            }
-            records.add(line)
-            on_line(line)
+                for size in sizes[sweep]
+            ],
+        )
+        for sweep, name in SWEEPS.items()
+    )
+    return Report(answer, tables)
 
 
-def _shares(found: Tensor) -> list[float]:
-    shares: list[float] = found.double().mean(1).tolist()
-    return shares
-
-
-def page(records: Records) -> str:
-    """Return the study's page in Markdown."""
-    fixed = records.lines[0]["fixed"]
-    by = {(line["company"], line["size"]): line for line in records.lines}
-    rows = []
-    for size in SIZES:
-        figures = [fmean(by[c, size][k]) for c in COMPANY for k in ("accuracy", "changed")]
-        figures.insert(2, by["any", size]["unstable"])
-        rows.append([str(size), *(f"{figure:.4f}" for figure in figures)])
-    rows.append(["fixed statistics", f"{fixed:.4f}", "0", "0", f"{fixed:.4f}", "0"])
-    heading = ["batch size", "accuracy", "changed", "unstable"]
-    heading += ["one class a batch: accuracy", "changed"]
-    return f"""# One image and its batch
-
-The model of checkpoint `{records.conditions["checkpoint"][:12]}` answers all \
-{records.conditions["test_images"]:,} test images in batches, each
-normalised by its own mean and variance, as in training; then once with the fixed statistics that
-the exported file carries. Images are dealt into batches at random, {ORDERS} times: from the
-whole test set, or so that a batch holds one class only.
-
-![Accuracy and share of changed answers by batch size](batch-size.png)
-
-{table(heading, rows)}
-
-"Changed" is the share of answers that differ from those of the fixed statistics, "unstable" the
-share of images that do not get the same answer in all {ORDERS} deals. Means over the deals. A
-batch of one has no answer: in a linear layer its variance is zero. The last batch of a deal may be
-smaller than the others.
-
-## How it was measured
-
-{in_words(records.conditions)}.
-
-```sh
-python -m training study batch-size models/run --out runs/batch-size
-```
-
-Every deal is in a line of [batch-size.jsonl](batch-size.jsonl).
-"""
-
-
-def draw(records: Records, out: Path) -> None:
-    """Draw accuracy, and the share of changed answers, by batch size."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for company, name in COMPANY.items():
-        lines = [line for line in records.lines if line["company"] == company]
-        sizes = [line["size"] for line in lines]
-        for axes, key in ((left, "accuracy"), (right, "changed")):
-            axes.plot(sizes, [fmean(line[key]) for line in lines], marker=".", label=f"with {name}")
-    left.axhline(records.lines[0]["fixed"], color="black", linestyle="--", label="fixed statistics")
-    for axes, label in ((left, "test accuracy"), (right, "share of changed answers")):
+def draw(lines: Sequence[Line], figure: Figure) -> None:
+    """Draw accuracy by size, a panel for each sweep."""
+    figure.set_size_inches(9, 3)
+    for axes, (sweep, name) in zip(figure.subplots(1, 3), SWEEPS.items(), strict=True):
+        sizes = sorted({line["size"] for line in lines if line["sweep"] == sweep})
+        values = [mean_interval(by_seed(lines, "held_out", sweep=sweep, size=n)) for n in sizes]
+        axes.errorbar(
+            sizes, [v.mean for v in values], [v.half_width for v in values], marker="o", capsize=3
+        )
         axes.set_xscale("log", base=2)
-        axes.set_xticks(SIZES, SIZES)
-        axes.set(xlabel="batch size", ylabel=label, ylim=(0, 1))
+        axes.set(xlabel=name)
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
-    save_figure(figure, out)
+    figure.axes[0].set(ylabel="held-out accuracy")
+
+
+STUDY = Study(
+    "batch-size",
+    "Do batches of 50 to 100 inject just the right noise?",
+    "the claim that such sizes do",
+    tasks,
+    measure,
+    report,
+    draw,
+)

@@ -74,7 +74,7 @@ def study(
     scale = QUICK if quick else Scale()
     if seeds is not None:
         scale = replace(scale, seeds=seeds)
-    digest = load(data_dir).sha256
+    digest, console = load(data_dir).sha256, Console(stderr=True)
     for name in chosen:
         records = begin(STUDIES[name], out, digest)
         todo = len(missing(STUDIES[name], records, scale))
@@ -84,7 +84,9 @@ def study(
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
-        with Progress(*columns, console=Console(stderr=True), disable=not todo) as progress:
+        with Progress(
+            *columns, console=console, disable=not (todo and console.is_terminal)
+        ) as progress:
             bar = progress.add_task(name, total=todo)
 
             def advance(_: Line, progress: Progress = progress, bar: object = bar) -> None:

@@ -182,8 +182,8 @@ def settled(network: nn.Sequential, sample: Sample) -> nn.Sequential:
     network.eval()
     if not norm_layers(network):
         return network
-    moments = population_statistics(network, sample.pixels)  # type: ignore[arg-type] # any sequence of layers
-    return with_statistics(network, moments).eval()  # type: ignore[arg-type] # the same
+    moments = population_statistics(network, sample.pixels)
+    return with_statistics(network, moments).eval()
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from training.evaluation.pictures import save_figure
 from training.studies.records import Records, conditions, in_words
 from training.studies.study import Line, Report, Scale, Study, Task
 
+CONNECT_SECONDS = 10.0
+
 
 class ClusterError(Exception):
     """The cluster cannot be used; the message is one sentence that says what to do."""
@@ -77,7 +79,7 @@ def _connected(address: str):  # type: ignore[no-untyped-def] # the optional pac
             "--cluster needs the package distributed: pip install distributed."
         ) from error
     try:
-        return Client(address, timeout=10)  # type: ignore[no-untyped-call] # untyped there
+        return Client(address, timeout=CONNECT_SECONDS)  # type: ignore[no-untyped-call] # untyped there
     except (OSError, ValueError) as error:
         raise ClusterError(
             f"no Dask scheduler answers at {address}: start one with `dask scheduler`."
@@ -157,4 +159,5 @@ def begin(study: Study, out: Path, dataset_sha256: str) -> Records:
     Raises:
         RunError: they were begun under other conditions, or cannot be read.
     """
-    return Records(out / f"{study.name}.jsonl", conditions(dataset_sha256=dataset_sha256))
+    given = conditions(dataset_sha256=dataset_sha256) | {"threads": 1}  # as `_measure` has it
+    return Records(out / f"{study.name}.jsonl", given)

@@ -1,170 +1,213 @@
-"""Moving averages against statistics of the whole training set, after every epoch of many fits.
+"""Moving averages against statistics of the whole training set, after each epoch.
 
-`python -m training study statistics` runs it; docs/studies/statistics.md is its page.
+Moving averages do not influence training, so one fit gives those of every momentum. The learning
+trend is taken out of each fit's last epochs before the spread between epochs is measured.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
-from pathlib import Path
-from statistics import fmean, stdev, variance
-from typing import Any
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean, stdev
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor, nn
 
+from training.batch_norm import set_statistics
 from training.dataset import FashionMNIST
 from training.evaluation.card import table
-from training.evaluation.pictures import save_figure
-from training.fitting.fit import fit
-from training.fitting.images import on_device
-from training.fitting.population import population_statistics, with_statistics
-from training.fitting.recipes import Recipe
-from training.fitting.scoring import evaluate
-from training.fitting.step import Fitting
-from training.studies.records import Records, in_words
+from training.evaluation.intervals import mean_interval
+from training.model import initialise, norm_layers
+from training.studies.fits import (
+    Sample,
+    accuracy,
+    batch_norm,
+    lenet,
+    samples,
+    settled,
+    steps_per_epoch,
+    train,
+)
+from training.studies.study import Line, Report, Scale, Study, Task, arms
 
-KINDS = {"moving": "moving averages", "few": "2,432 images", "population": "all 60,000 images"}
+MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.99)
+"""Shares of the old value that are kept; the chapter's is 0.9."""
 FEW = 2_432
-"""As many images as the moving averages effectively see: weights 0.1 * 0.9^k have the variance of
-an equal mean of (1 + 0.9) / (1 - 0.9) = 19 batches of 128."""
+"""As many images as moving averages with momentum 0.9 effectively see: weights 0.1 * 0.9^k have the
+variance of an equal mean of (1 + 0.9) / (1 - 0.9) = 19 batches of 128."""
 LAST = 5
 """How many epochs at the end of each fit the spread is taken over."""
+KINDS = {
+    **{f"momentum {momentum}": f"moving averages, momentum {momentum}" for momentum in MOMENTA},
+    "few": f"{FEW:,} images",
+    "all": "all training images",
+}
+CHAPTER = "momentum 0.9"
 
 
-@dataclass(frozen=True)
-class Spread:
-    """How test accuracy varies over the last epochs of several fits; shares from 0 to 1.
+class MovingAverages:
+    """The moving averages that a batch norm would hold with each of several momenta."""
 
-    Attributes:
-        mean: over seeds and epochs.
-        between_epochs: standard deviation within a fit; root mean square over the fits.
-        between_seeds: standard deviation at one epoch; root mean square over the epochs.
-        largest_jump: from one epoch to the next, up or down, in any fit.
-        lowest: the worst epoch of all.
+    def __init__(self, network: nn.Sequential) -> None:
+        self._network = network
+        self._values: dict[str, list[list[Tensor]]] = {}
+        for name, layer in norm_layers(network).items():
+            channels = layer.num_features
+            self._values[name] = [[torch.zeros(channels), torch.ones(channels)] for _ in MOMENTA]
+            layer.register_forward_pre_hook(
+                lambda layer, inputs, name=name: self._update(name, layer, inputs[0])
+            )
+
+    def _update(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        if layer.training:
+            axes = [axis for axis in range(x.ndim) if axis != 1]
+            variance, mean = torch.var_mean(x.detach(), axes, correction=0)
+            for momentum, (moving_mean, moving_variance) in zip(
+                MOMENTA, self._values[name], strict=True
+            ):
+                moving_mean.lerp_(mean, 1 - momentum)
+                moving_variance.lerp_(variance, 1 - momentum)
+
+    def applied(self, index: int) -> nn.Sequential:
+        """Return a copy of the network that predicts with those of one momentum."""
+        network = copy.deepcopy(self._network).eval()
+        with torch.no_grad():
+            for name, layer in norm_layers(network).items():
+                set_statistics(layer, *self._values[name][index])
+        return network
+
+
+def tasks(scale: Scale) -> list[Task]:
+    """Return one fit for each seed, by the chapter's recipe."""
+    if not scale.quick:
+        scale = replace(scale, images=50_000, epochs=10)
+    return arms(scale)
+
+
+def measure(data: FashionMNIST, task: Task) -> Line:
+    """Fit; after each epoch, score the same weights with each kind of statistics."""
+    parts = samples(data, task["images"])
+    network = lenet([batch_norm] * 4)
+    initialise(network, task["seed"])
+    averages = MovingAverages(network)
+    steps = steps_per_epoch(parts.train, 128)
+    line: Line = {kind: [] for kind in KINDS}
+
+    def look(step: int, _: float) -> bool:
+        if step % steps == 0:
+            for index, momentum in enumerate(MOMENTA):
+                score = accuracy(averages.applied(index), parts.held_out)
+                line[f"momentum {momentum}"].append(score)
+            generator = torch.Generator().manual_seed(step)
+            rows = torch.randperm(len(parts.train.labels), generator=generator)[:FEW]
+            few = Sample(parts.train.pixels[rows], parts.train.labels[rows])
+            line["few"].append(accuracy(settled(network, few), parts.held_out))
+            line["all"].append(accuracy(settled(network, parts.train), parts.held_out))
+            network.train()
+        return False
+
+    train(network, parts.train, seed=task["seed"], steps=steps * task["epochs"], after_step=look)
+    return line
+
+
+def spread_between_epochs(curve: Sequence[float]) -> float:
+    """Return the standard deviation of a fit's last epochs around their own straight line."""
+    last = np.array(curve[-LAST:])
+    epochs = np.arange(len(last))
+    if len(last) < 3:
+        return float(last.std())
+    residuals = last - np.polyval(np.polyfit(epochs, last, 1), epochs)
+    return float(np.sqrt((residuals**2).sum() / (len(last) - 2)))
+
+
+def ratio(lines: Sequence[Line], kind: str) -> tuple[float, float, float]:
+    """Return how many times the spread between epochs is that of "all": mean, low, high.
+
+    Geometric mean over the seeds, with the t-interval of the logarithms.
     """
-
-    mean: float
-    between_epochs: float
-    between_seeds: float
-    largest_jump: float
-    lowest: float
-
-
-def measure(
-    data: FashionMNIST,
-    recipe: Recipe,
-    seed: int,
-    records: Records,
-    on_line: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> None:
-    """Fit the recipe; after each epoch record the test scores by statistics.
-
-    Epochs that the records have already are not measured again. A fit that was begun but not ended
-    is repeated, which on a CPU gives the same bits.
-    """
-    known = {line["epoch"] for line in records.lines if line["seed"] == seed}
-    if known == set(range(1, recipe.epochs + 1)):
-        return
-    images, _ = on_device(data.train, "cpu")
-    test = on_device(data.test, "cpu")
-
-    def on_batch(fitting: Fitting, epoch: int, seen: int) -> None:
-        if seen < len(images) or epoch in known:
-            return
-        model, generator = fitting.result(), torch.Generator().manual_seed(epoch)
-        few = images[torch.randperm(len(images), generator=generator)[:FEW]]
-        line: dict[str, Any] = {"seed": seed, "epoch": epoch}
-        line["moving"] = asdict(evaluate(model, *test))
-        for kind, sample in (("few", few), ("population", images)):
-            other = with_statistics(model, population_statistics(model, sample))
-            line[kind] = asdict(evaluate(other, *test))
-        records.add(line)
-        on_line(line)
-
-    fit(data, recipe, seed=seed, on_batch=on_batch)
+    logs = [
+        math.log(
+            max(spread_between_epochs(line[kind]), 1e-6)
+            / max(spread_between_epochs(line["all"]), 1e-6)
+        )
+        for line in lines
+    ]
+    value = mean_interval(logs)
+    return math.exp(value.mean), math.exp(value.low), math.exp(min(value.high, 700))
 
 
-def accuracies(
-    lines: Sequence[dict[str, Any]], seeds: Sequence[int], kind: str
-) -> list[list[float]]:
-    """Return the accuracies of one kind of statistics by seed and epoch."""
-    ordered = sorted(lines, key=lambda line: int(line["epoch"]))
-    return [[line[kind]["accuracy"] for line in ordered if line["seed"] == s] for s in seeds]
+def report(lines: Sequence[Line]) -> Report:
+    """Return mean, spreads and ratios for each kind of statistics."""
+    means = {k: mean_interval([fmean(line[k][-LAST:]) for line in lines]) for k in KINDS}
+    seeds = {k: stdev([line[k][-1] for line in lines]) for k in KINDS}
+    chapter, low, high = ratio(lines, CHAPTER)
+    gain = mean_interval([fmean(x["all"][-LAST:]) - fmean(x[CHAPTER][-LAST:]) for x in lines])
+    best = max((k for k in KINDS if k.startswith("momentum")), key=lambda k: means[k].mean)
+    answer = (
+        f"Statistics of the whole training set gain {gain:+.4f} over moving averages with momentum "
+        f"0.9, and the accuracy varies {chapter:.1f} times less between epochs "
+        f"(95 % interval {low:.1f} to {high:.1f}). The best momentum here is "
+        f"{best.removeprefix('momentum ')}."
+    )
+    rows = []
+    for kind, name in KINDS.items():
+        times, lowest, highest = ratio(lines, kind)
+        shown = f"{times:.1f} ({lowest:.1f} to {highest:.1f})" if kind != "all" else "1"
+        between = fmean(spread_between_epochs(line[kind]) for line in lines)
+        worst = min(min(line[kind][-LAST:]) for line in lines)
+        rows.append(
+            [
+                name,
+                f"{means[kind]:.4f}",
+                f"{between:.4f}",
+                shown,
+                f"{seeds[kind]:.4f}",
+                f"{worst:.4f}",
+            ]
+        )
+    heading = [
+        "statistics",
+        "mean",
+        "between epochs",
+        "times that of all",
+        "between seeds",
+        "lowest",
+    ]
+    return Report(
+        answer,
+        f"""## The last {min(LAST, len(lines[0]["all"]))} epochs
 
+{table(heading, rows)}
 
-def spread(curves: Sequence[Sequence[float]]) -> Spread:
-    """Summarise accuracies by seed and epoch; at least two of each."""
-    ends = [curve[-LAST:] for curve in curves]
-    return Spread(
-        mean=fmean(map(fmean, ends)),
-        between_epochs=fmean(map(variance, ends)) ** 0.5,
-        between_seeds=fmean(map(variance, zip(*ends, strict=True))) ** 0.5,
-        largest_jump=max(abs(b - a) for end in ends for a, b in pairwise(end)),
-        lowest=min(map(min, ends)),
+Recipe of the chapter: batch 128, SGD with a rate of 0.1, {lines[0]["images"]:,} images,
+{lines[0]["epochs"]} epochs. Held-out accuracy. "Between epochs" is the standard deviation
+around each fit's own straight line, "between seeds" that after the last epoch. {FEW:,} images
+are as many as moving averages with momentum 0.9 effectively hold, but all of them are seen by
+the final weights: if these do as well as all images, moving averages fail not because they see
+too few images, but because these are out of date.""",
     )
 
 
-def page(records: Records, seeds: Sequence[int]) -> str:
-    """Return the study's page in Markdown."""
-    curves = {kind: accuracies(records.lines, seeds, kind) for kind in KINDS}
-    spreads = [asdict(spread(curves[kind])) for kind in KINDS]
-    epochs, recipe = records.conditions["epochs"], records.conditions["recipe"]
-    summary = [
-        [name.replace("_", " "), *(f"{each[name]:.4f}" for each in spreads)] for name in spreads[0]
-    ]
-    for row, name in zip(summary, spreads[0], strict=True):
-        is_spread = name not in ("mean", "lowest")
-        row.append(f"{spreads[0][name] / spreads[-1][name]:.1f} times" if is_spread else "")
-    final = [[str(s), *(f"{curves[k][i][-1]:.4f}" for k in KINDS)] for i, s in enumerate(seeds)]
-    for name, statistic in (("mean", fmean), ("standard deviation", stdev)):
-        column = [statistic([curve[-1] for curve in curves[kind]]) for kind in KINDS]
-        final.append([name, *(f"{value:.4f}" for value in column)])
-    return f"""# Moving averages against statistics of the whole training set
-
-Recipe `{recipe}`, {len(seeds)} seeds, {epochs} epochs. After each epoch the same weights are
-tested three times on the {records.conditions["test_images"]:,} test images: with the moving \
-averages that training left;
-with statistics recomputed over {FEW:,} training images drawn at random, about as many as a moving
-average with momentum 0.9 and batches of 128 effectively holds; and over all \
-{records.conditions["images"]:,} of them
-(`population_statistics` in `training/fitting/population.py`).
-
-![Test accuracy by epoch, a line for each seed](statistics.png)
-
-## The last {min(LAST, epochs)} epochs
-
-{table(["test accuracy", *KINDS.values(), "shrinks by"], summary)}
-
-"Between epochs" is the standard deviation within a fit, "between seeds" that at one epoch; both are
-root mean squares, over the fits and over the epochs. "Largest jump" is from one epoch to the next.
-
-## After the last epoch
-
-{table(["seed", *KINDS.values()], final)}
-
-## How it was measured
-
-{in_words(records.conditions)}.
-
-```sh
-python -m training study statistics --seeds {",".join(map(str, seeds))} --epochs {epochs} \
---out runs/statistics
-```
-
-Every measurement is a line of [statistics.jsonl](statistics.jsonl).
-"""
-
-
-def draw(records: Records, seeds: Sequence[int], out: Path) -> None:
-    """Draw the families of curves, side by side on one scale."""
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    panels = figure.subplots(1, len(KINDS), sharey=True)
-    for axes, (kind, name) in zip(panels, KINDS.items(), strict=True):
-        for seed, curve in zip(seeds, accuracies(records.lines, seeds, kind), strict=True):
-            axes.plot(range(1, len(curve) + 1), curve, marker=".", label=f"seed {seed}")
-        axes.set(title=name, xlabel="epoch")
+def draw(lines: Sequence[Line], figure: Figure) -> None:
+    """Draw accuracy by epoch for four kinds of statistics, a line for each seed."""
+    shown = ("momentum 0.5", CHAPTER, "momentum 0.99", "all")
+    figure.set_size_inches(10, 2.8)
+    for axes, kind in zip(figure.subplots(1, len(shown), sharey=True), shown, strict=True):
+        for line in lines:
+            axes.plot(range(1, len(line[kind]) + 1), line[kind], marker=".")
+        axes.set(title=KINDS[kind].removeprefix("moving averages, "), xlabel="epoch")
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel="test accuracy")
-    panels[-1].legend(fontsize=8, loc="lower right")
-    save_figure(figure, out)
+    figure.axes[0].set(ylabel="held-out accuracy")
+
+
+STUDY = Study(
+    "statistics",
+    "Moving averages, or statistics of the whole training set?",
+    "prediction with batch norm",
+    tasks,
+    measure,
+    report,
+    draw,
+)

@@ -1,0 +1,187 @@
+"""What the studies compute from measurements, against planted ones; and the small fits."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from training.batch_norm import statistics as norm_statistics
+from training.dataset import FashionMNIST
+from training.model import BNLeNet, initialise, norm_layers
+from training.studies import places, prediction_batch, statistics
+from training.studies.fits import (
+    Sample,
+    accuracy,
+    batch_norm,
+    batches,
+    fitted,
+    lenet,
+    samples,
+    settled,
+    steps_per_epoch,
+    train,
+)
+from training.studies.learning_rate import _median
+from training.studies.study import Line
+
+
+def test_effects_of_a_planted_factorial_are_found() -> None:
+    """Accuracy = 0.5 + 0.2 a + 0.1 b + 0.05 a b, with a, b = 0 or 1, and seeds apart."""
+    lines: list[Line] = []
+    for seed in range(3):
+        for subset in places.SUBSETS:
+            a, b = int(subset[0]), int(subset[1])
+            value = 0.5 + 0.2 * a + 0.1 * b + 0.05 * a * b + 0.01 * seed
+            lines.append({"seed": seed, "places": subset, "held_out": value, "test": value})
+    assert places.effect(lines, [0]).mean == pytest.approx(0.2 + 0.05 / 2)
+    assert places.effect(lines, [1]).mean == pytest.approx(0.1 + 0.05 / 2)
+    assert places.effect(lines, [2]).mean == pytest.approx(0, abs=1e-12)
+    assert places.effect(lines, [0, 1]).mean == pytest.approx(0.05 / 2)
+    answer = places.report(lines).answer
+    assert answer.startswith("No: one batch norm, behind conv1, brings 57% of what all four bring")
+
+
+def test_one_place_that_brings_little_is_said_to() -> None:
+    lines = [
+        {"seed": s, "places": p, "held_out": 0.1 * p.count("1"), "test": 0.0}
+        for s in range(2)
+        for p in places.SUBSETS
+    ]
+    assert places.report(lines).answer.startswith("More than one does")
+
+
+def test_a_trend_is_no_spread() -> None:
+    assert statistics.spread_between_epochs([0.1, 0.2, 0.7, 0.71, 0.72, 0.73, 0.74]) < 1e-9
+    noise = np.array([0.01, -0.02, 0.03, -0.01, -0.01])
+    trend = 0.8 + 0.01 * np.arange(5)
+    x = np.arange(5) - 2
+    residuals = noise - noise.mean() - x * (x @ noise) / (x @ x)
+    assert statistics.spread_between_epochs(list(trend + noise)) == pytest.approx(
+        math.sqrt((residuals**2).sum() / 3)
+    )
+
+
+def test_the_ratio_of_spreads_is_a_geometric_mean_with_its_interval() -> None:
+    def curve(size: float) -> list[float]:
+        return [0.8 + size * s for s in (0.01, -0.02, 0.03, -0.01, -0.01)]
+
+    lines = [{"momentum 0.9": curve(f), "all": curve(1)} for f in (2.0, 8.0)]
+    middle, low, high = statistics.ratio(lines, "momentum 0.9")
+    assert middle == pytest.approx(4)
+    assert math.log(high / middle) == pytest.approx(math.log(middle / low))
+    assert math.log(high / middle) == pytest.approx(12.706 * math.log(2), rel=1e-3)
+
+
+def test_moving_averages_of_many_momenta_are_those_of_torchs_layer(few: FashionMNIST) -> None:
+    sample = samples(few, 256).train
+    network = lenet([batch_norm] * 4)
+    initialise(network, 0)
+    averages = statistics.MovingAverages(network)
+    train(network, sample, seed=0, steps=3)
+    ours = norm_layers(averages.applied(statistics.MOMENTA.index(0.9)))
+    for name, layer in norm_layers(network).items():  # torch's momentum 0.1
+        (mean, _), (expected, _) = norm_statistics(ours[name]), norm_statistics(layer)
+        assert torch.allclose(mean, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("among", ["any", "same"])
+def test_a_deal_has_every_image_once_and_no_batch_of_one(among: str) -> None:
+    labels = torch.arange(101) % 3
+    for size in (2, 4, 50, 1000):
+        dealt = prediction_batch.deal(labels, size, among, seed=1)
+        assert sorted(torch.cat(dealt).tolist()) == list(range(101))
+        assert min(map(len, dealt)) > 1
+        assert max(map(len, dealt)) <= size + 1
+        if among == "same":
+            assert all(len(set(labels[rows].tolist())) == 1 for rows in dealt)
+
+
+def test_batch_answers_are_those_of_the_layer_in_training_mode(few: FashionMNIST) -> None:
+    model = BNLeNet("scratch")
+    initialise(model, 0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images = samples(few, 128).train.pixels[:30]
+    parts = [torch.arange(10), torch.arange(10, 30)]
+    found = prediction_batch.answers(model, images, parts)
+    with torch.no_grad():
+        expected = [model.train()(images[rows].float() / 255).argmax(1) for rows in parts]
+    assert torch.equal(found, torch.cat(expected))
+    model.load_state_dict(before)
+
+
+class TestFits:
+    def test_equal_seeds_see_equal_images_whatever_the_network(self, few: FashionMNIST) -> None:
+        sample = samples(few, 128).train
+        first, second = (batches(sample, 32, seed=3) for _ in range(2))
+        for _ in range(9):
+            (a, x), (b, y) = next(first), next(second)
+            assert torch.equal(a, b)
+            assert torch.equal(x, y)
+
+    def test_an_epoch_has_every_image_once(self, few: FashionMNIST) -> None:
+        sample = samples(few, 100).train
+        count = steps_per_epoch(sample, 33)
+        assert count == 3  # the hundredth image would be alone
+        feed = batches(sample, 33, seed=0)
+        seen = torch.cat([next(feed)[0] for _ in range(count)])
+        assert len({image.numpy().tobytes() for image in seen}) == 99
+        assert steps_per_epoch(sample, 1) == 100
+        assert steps_per_epoch(sample, 50) == 2
+
+    def test_a_fit_learns_and_repeats_itself(self, few: FashionMNIST) -> None:
+        parts = samples(few, 256)
+        networks = [
+            fitted(lenet([batch_norm] * 4), parts.train, seed=1, epochs=30) for _ in range(2)
+        ]
+        assert accuracy(networks[0], parts.train) > 0.6
+        first, second = (network.state_dict() for network in networks)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+    def test_settled_statistics_are_those_of_all_images(self, few: FashionMNIST) -> None:
+        sample = samples(few, 200).train
+        network = lenet([batch_norm] * 4)
+        initialise(network, 0)
+        settle = norm_layers(settled(network, sample))["norm1"]
+        with torch.no_grad():
+            x = network.get_submodule("conv1").double()(sample.pixels.double() / 255)
+        mean, variance = norm_statistics(settle)
+        assert torch.allclose(mean.double(), x.mean((0, 2, 3)), atol=1e-6)
+        assert torch.allclose(variance.double(), x.var((0, 2, 3), correction=0), rtol=1e-5)
+
+    def test_held_out_images_are_never_fitted(self, few: FashionMNIST) -> None:
+        parts = samples(few, 300)
+        assert len(parts.train.labels) == 300
+        assert len(parts.held_out.labels) == 100
+        assert torch.equal(parts.held_out.pixels[:, 0], torch.from_numpy(few.train.images[300:]))
+
+    def test_a_fit_stops_when_it_is_told(self, few: FashionMNIST) -> None:
+        seen: list[int] = []
+
+        def look(step: int, loss: float) -> bool:
+            assert math.isfinite(loss)
+            seen.append(step)
+            return step == 2
+
+        network = lenet([batch_norm] * 4)
+        train(network, samples(few, 128).train, seed=0, steps=9, batch_size=32, after_step=look)
+        assert seen == [1, 2]
+
+
+def test_a_median_counts_fits_that_never_got_there() -> None:
+    def line(seed: int, steps: int | None) -> dict[str, Any]:
+        return {"seed": seed, "norm": "with", "optimizer": "sgd", "rate": 1.0, "steps": steps}
+
+    assert _median([line(0, 20), line(1, 40), line(2, None)], "with", "sgd", 1.0) == 40
+    assert _median([line(0, 20), line(1, None), line(2, None)], "with", "sgd", 1.0) is None
+
+
+def test_accuracy_is_the_share_of_right_answers() -> None:
+    class Constant(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(torch.full((len(x),), 3), 10)
+
+    labels = torch.tensor([3, 3, 1, 3])
+    sample = Sample(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), labels)
+    assert accuracy(Constant(), sample) == 0.75

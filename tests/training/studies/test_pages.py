@@ -1,0 +1,30 @@
+"""The committed pages say what the committed measurements say."""
+
+from pathlib import Path
+
+import pytest
+
+from training.studies import STUDIES
+from training.studies.records import Records
+from training.studies.runner import lines_of, missing, page
+from training.studies.study import Scale
+
+FOLDER = Path(__file__).parents[3] / "docs" / "studies"
+COMMITTED = sorted(path.stem for path in FOLDER.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_the_committed_pages_are_made_of_the_committed_measurements(name: str) -> None:
+    study, records = STUDIES[name], Records(FOLDER / f"{name}.jsonl")
+    scale = Scale(seeds=1 + max(line["seed"] for line in records.lines))
+    assert missing(study, records, scale) == []
+    written = page(study, study.report(lines_of(study, records, scale)), records, scale)
+    assert (FOLDER / f"{name}.md").read_text() == written
+
+
+def test_the_overview_names_every_study() -> None:
+    overview = (FOLDER / "README.md").read_text()
+    assert len(COMMITTED) >= 2
+    for name in STUDIES:
+        assert f"({name}.md)" in overview or f"`{name}`" in overview
+        assert (f"({name}.md)" in overview) == (name in COMMITTED)

@@ -1,0 +1,125 @@
+"""Can batch norm replace dropout (exercise 6, and the claim that it regularises).
+
+On 5,000 images, where a network of this size can overfit. Adam, because without batch norm plain
+SGD does not leave chance in so few steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+
+import torch
+from matplotlib.figure import Figure
+
+from training.dataset import FashionMNIST
+from training.evaluation.card import table
+from training.evaluation.intervals import mean_interval, paired_difference
+from training.model import initialise
+from training.studies.fits import (
+    batch_norm,
+    lenet,
+    samples,
+    scores,
+    settled,
+    steps_per_epoch,
+    train,
+)
+from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
+
+NORMS = {"batch norm": batch_norm, "none": None}
+SHARES = (0.0, 0.2, 0.5)
+
+
+def tasks(scale: Scale) -> list[Task]:
+    """Return a fit for each norm, share of dropout and seed, on 5,000 images."""
+    if not scale.quick:
+        scale = replace(scale, images=5_000, epochs=40)
+    return arms(scale, norm=list(NORMS), dropout=SHARES)
+
+
+def measure(data: FashionMNIST, task: Task) -> Line:
+    """Fit LeNet with this norm and share of dropout."""
+    parts = samples(data, task["images"])
+    network = lenet([NORMS[task["norm"]]] * 4, dropout=task["dropout"])
+    initialise(network, task["seed"])
+    torch.manual_seed(task["seed"])  # dropout draws from the global generator
+    train(
+        network,
+        parts.train,
+        seed=task["seed"],
+        steps=task["epochs"] * steps_per_epoch(parts.train, 128),
+        optimizer=torch.optim.Adam(network.parameters(), lr=0.003),
+    )
+    return scores(settled(network, parts.train), parts)
+
+
+def report(lines: Sequence[Line]) -> Report:
+    """Return accuracies and gaps of all six arms."""
+
+    def held_out(norm: str, dropout: float) -> list[float]:
+        return by_seed(lines, "held_out", norm=norm, dropout=dropout)
+
+    def gap(norm: str, dropout: float) -> list[float]:
+        fitted = by_seed(lines, "train", norm=norm, dropout=dropout)
+        return [a - b for a, b in zip(fitted, held_out(norm, dropout), strict=True)]
+
+    best = {norm: max(SHARES, key=lambda share: fmean(held_out(norm, share))) for norm in NORMS}
+    swap = paired_difference(held_out("batch norm", 0.0), held_out("none", best["none"]))
+    narrower = paired_difference(gap("batch norm", 0.0), gap("none", 0.0))
+    regularises = "narrows" if narrower.high < 0 else "does not narrow"
+    verdict = "Yes, here" if swap.low > 0 else "No" if swap.high < 0 else "It makes no difference"
+    answer = (
+        f"{verdict}: batch norm alone changes held-out accuracy by {swap:+.4f} against the best "
+        f"dropout without it ({best['none']:g}). But batch norm {regularises} the gap between "
+        f"fitted and held-out images ({narrower:+.4f}), which is what a regulariser does."
+    )
+    rows = [
+        [
+            norm,
+            f"{share:g}",
+            f"{fmean(by_seed(lines, 'train', norm=norm, dropout=share)):.4f}",
+            f"{mean_interval(held_out(norm, share)):.4f}",
+            f"{mean_interval(gap(norm, share)):.4f}",
+            f"{fmean(by_seed(lines, 'test', norm=norm, dropout=share)):.4f}",
+        ]
+        for norm in NORMS
+        for share in SHARES
+    ]
+    heading = ["norm", "dropout", "fitted images", "held out", "gap", "test"]
+    epochs = lines[0]["epochs"]
+    return Report(
+        answer,
+        f"{lines[0]['images']:,} training images, {epochs} epochs of Adam (0.003). Dropout is "
+        f"behind the two hidden linear layers.\n\n{table(heading, rows)}",
+    )
+
+
+def draw(lines: Sequence[Line], figure: Figure) -> None:
+    """Draw fitted and held-out accuracy by share of dropout."""
+    figure.set_size_inches(8, 3.2)
+    for axes, norm in zip(figure.subplots(1, 2, sharey=True), NORMS, strict=True):
+        for key, label in (("train", "fitted images"), ("held_out", "held-out images")):
+            values = [mean_interval(by_seed(lines, key, norm=norm, dropout=s)) for s in SHARES]
+            axes.errorbar(
+                SHARES,
+                [v.mean for v in values],
+                [v.half_width for v in values],
+                marker="o",
+                capsize=3,
+                label=label,
+            )
+        axes.set(title=norm, xlabel="share dropped")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="accuracy")
+    figure.axes[0].legend(fontsize=8)
+
+
+STUDY = Study(
+    "dropout",
+    "Can batch norm replace dropout?",
+    "exercise 6, and the claim that batch norm regularises",
+    tasks,
+    measure,
+    report,
+    draw,
+)

@@ -1,0 +1,157 @@
+"""Before or after the activation, and with or without the bias before it (exercise 1).
+
+Both positions fold away exactly: before the sigmoid into the layer before it
+(`training/folding.py`), behind the sigmoid into the layer after it (`fold_forward`). Average
+pooling commutes with an affine map of a channel, so it may lie between. Padding may not: the zeros
+that it adds would have to become the channel's shift.
+"""
+
+import copy
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from training.batch_norm import NormLayer, affine, statistics
+from training.dataset import FashionMNIST
+from training.evaluation.card import table
+from training.evaluation.intervals import mean_interval, paired_difference
+from training.studies.fits import batch_norm, fitted, lenet, samples, scores
+from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
+
+
+@torch.no_grad()
+def fold_forward(network: nn.Sequential) -> nn.Sequential:
+    """Return a new network without batch norm, each folded into the next affine layer.
+
+    With `y = s * a + t` behind the activation, `W y + b = (W diag(s)) a + (b + W t)`. Average
+    pooling and flattening may lie between the two. Computed in float64 and cast back once.
+
+    Raises:
+        ValueError: the network is in training mode, a layer between the two is of another kind, or
+            the next layer pads its input.
+    """
+    if network.training:
+        raise ValueError("only fixed statistics can be folded: call eval() first")
+    folded = nn.Sequential()
+    scale = shift = None
+    for name, original in network.named_children():
+        if isinstance(original, NormLayer):
+            (gamma, beta), (mean, variance) = affine(original), statistics(original)
+            scale = gamma.double() / torch.sqrt(variance.double() + original.eps)
+            shift = beta.double() - mean.double() * scale
+            continue
+        layer = copy.deepcopy(original)
+        if scale is not None and shift is not None:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                _absorb(layer, scale, shift)
+                scale = shift = None
+            elif not isinstance(layer, nn.AvgPool2d | nn.Flatten | nn.Dropout):
+                raise ValueError(f"a batch norm cannot be folded through {layer}")
+            elif isinstance(layer, nn.AvgPool2d) and layer.padding != 0:
+                raise ValueError("a batch norm cannot be folded through padding")
+        folded.add_module(name, layer)
+    return folded.eval()
+
+
+def _absorb(layer: nn.Conv2d | nn.Linear, scale: torch.Tensor, shift: torch.Tensor) -> None:
+    if isinstance(layer, nn.Conv2d) and layer.padding != (0, 0):
+        raise ValueError("a batch norm cannot be folded through padding")
+    weight = layer.weight.double()
+    places = weight.shape[1] // len(scale)  # after flattening, a channel has several inputs
+    scale, shift = scale.repeat_interleave(places), shift.repeat_interleave(places)
+    per_input = (1, -1) + (1,) * (weight.ndim - 2)
+    bias = (weight * shift.view(per_input)).flatten(1).sum(1)
+    if layer.bias is not None:
+        bias += layer.bias.double()
+    layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
+    layer.weight.copy_((weight * scale.view(per_input)).to(layer.weight.dtype))
+
+
+def tasks(scale: Scale) -> list[Task]:
+    """Return a fit for each position, with and without the bias before it, and seed."""
+    before = arms(scale, position=["before"], bias=[True, False])
+    return before + arms(scale, position=["after"], bias=[True])
+
+
+def measure(data: FashionMNIST, task: Task) -> Line:
+    """Fit LeNet with batch norm in this position; for "after", also measure the fold's error."""
+    parts = samples(data, task["images"])
+    after = task["position"] == "after"
+    network = lenet([batch_norm] * 4, after_activation=after, bias=task["bias"])
+    network = fitted(network, parts.train, seed=task["seed"], epochs=task["epochs"])
+    line: Line = dict(scores(network, parts))
+    if after:
+        images = parts.test.pixels[:1000].float() / 255
+        with torch.no_grad():
+            exact = copy.deepcopy(network).double()(images.double())
+            line["fold_error"] = (fold_forward(network)(images) - exact).abs().max().item()
+    return line
+
+
+def report(lines: Sequence[Line]) -> Report:
+    """Return each arm's accuracy, the paired differences, and the fold's error."""
+
+    def value(position: str, bias: bool) -> list[float]:
+        return by_seed(lines, "held_out", position=position, bias=bias)
+
+    idle = paired_difference(value("before", False), value("before", True))
+    moved = paired_difference(value("after", True), value("before", True))
+    error = max(line["fold_error"] for line in lines if "fold_error" in line)
+    better = "worse" if moved.high < 0 else "better" if moved.low > 0 else "no different"
+    answer = (
+        f"The bias before a batch norm can go: batch norm subtracts it (accuracy changes by "
+        f"{idle:+.4f}). Behind the activation, batch norm is {better} ({moved:+.4f}), and still "
+        f"folds away: into the layer after it, to within {error:.0e} of a logit."
+    )
+    rows = [
+        [
+            f"{position} the sigmoid, {'with' if bias else 'without'} bias",
+            f"{mean_interval(value(position, bias)):.4f}",
+            f"{fmean(by_seed(lines, 'test', position=position, bias=bias)):.4f}",
+        ]
+        for position in ("before", "after")
+        for bias in (True, False)
+        if value(position, bias)
+    ]
+    return Report(
+        answer,
+        f"""{table(["batch norm", "held-out accuracy", "test"], rows)}
+
+Why the bias is idle: batch norm of `x + c` is batch norm of `x`, since `c` is in the mean that
+is subtracted. So its gradient is zero, and with `track_running_stats` the moving mean absorbs
+it in prediction. Behind the activation this does not hold: the sigmoid lies between, so that
+arm always has its bias.
+
+Both folds are identities, `W(su + t) + b = (W diag(s))u + (b + Wt)` and `s(Wu + b - m) + t =
+(sW)u + (s(b - m) + t)`; `tests/training/studies/test_order.py` holds each of them to float64's
+last digits.""",
+    )
+
+
+def draw(lines: Sequence[Line], figure: Figure) -> None:
+    """Draw each arm's accuracy, a point for each seed."""
+    figure.set_size_inches(8, 2.4)
+    axes = figure.subplots()
+    names = []
+    for y, (position, bias) in enumerate((("before", True), ("before", False), ("after", True))):
+        values = by_seed(lines, "held_out", position=position, bias=bias)
+        axes.scatter(values, [y] * len(values), alpha=0.6)
+        names.append(f"{position}, {'with' if bias else 'without'} bias")
+    axes.set_yticks(range(3), names)
+    axes.invert_yaxis()
+    axes.set(xlabel="held-out accuracy")
+    axes.grid(alpha=0.3)
+
+
+STUDY = Study(
+    "order",
+    "Before or after the activation, and is the bias before it needed?",
+    "exercise 1",
+    tasks,
+    measure,
+    report,
+    draw,
+)

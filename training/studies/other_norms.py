@@ -1,0 +1,147 @@
+"""Layer, group and instance norm in place of batch norm, also with batches of 1 and 2.
+
+These take their statistics over one image, so they train with any batch and predict as they
+train. Sources: Ba et al. (2016), Wu and He (2018), Ulyanov et al. (2016).
+"""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from training.dataset import FashionMNIST
+from training.evaluation.card import table
+from training.evaluation.intervals import mean_interval
+from training.model import initialise
+from training.studies.fits import (
+    Norm,
+    batch_norm,
+    lenet,
+    samples,
+    scores,
+    settled,
+    steps_per_epoch,
+    train,
+)
+from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
+
+SIZES = {128: 0.1, 2: 0.01, 1: 0.01}
+"""Batch sizes, and the learning rate of each: noisy gradients need a lower one."""
+
+
+def layer_norm(channels: int, dims: int) -> nn.Module:  # noqa: ARG001 - a `Norm`
+    """Make a layer norm over all channels and places of an image."""
+    return nn.GroupNorm(1, channels)
+
+
+def group_norm(channels: int, dims: int) -> nn.Module:
+    """Make a group norm: 2 groups of channels after a convolution, 4 of units."""
+    return nn.GroupNorm(2 if dims == 4 else 4, channels)
+
+
+def instance_norm(channels: int, dims: int) -> nn.Module:
+    """Make an instance norm; a unit of a linear layer has one value, so it gets none."""
+    return nn.InstanceNorm2d(channels, affine=True) if dims == 4 else nn.Identity()
+
+
+NORMS: dict[str, Norm | None] = {
+    "batch": batch_norm,
+    "layer": layer_norm,
+    "group": group_norm,
+    "instance": instance_norm,
+    "none": None,
+}
+
+
+def tasks(scale: Scale) -> list[Task]:
+    """Return a fit for each norm, batch size and seed; batch norm cannot have a batch of 1."""
+    return [
+        task
+        for task in arms(scale, norm=list(NORMS), batch_size=list(SIZES))
+        if (task["norm"], task["batch_size"]) != ("batch", 1)
+    ]
+
+
+def measure(data: FashionMNIST, task: Task) -> Line:
+    """Fit LeNet with this norm and batch size; small batches get one epoch."""
+    parts = samples(data, task["images"])
+    network = lenet([NORMS[task["norm"]]] * 4)
+    initialise(network, task["seed"])
+    size = task["batch_size"]
+    epochs = task["epochs"] if size > 2 else 1
+    train(
+        network,
+        parts.train,
+        seed=task["seed"],
+        steps=epochs * steps_per_epoch(parts.train, size),
+        batch_size=size,
+        optimizer=torch.optim.SGD(network.parameters(), lr=SIZES[size]),
+    )
+    return scores(settled(network, parts.train), parts)
+
+
+def report(lines: Sequence[Line]) -> Report:
+    """Return the accuracy of each norm at each batch size."""
+
+    def value(norm: str, size: int) -> list[float]:
+        return by_seed(lines, "held_out", norm=norm, batch_size=size)
+
+    others = ("layer", "group", "instance")
+    best = max(others, key=lambda norm: fmean(value(norm, 128)))
+    small = max(others, key=lambda norm: fmean(value(norm, 1)))
+    answer = (
+        f"With batches of 128, batch norm gives {mean_interval(value('batch', 128)):.3f} and the "
+        f"best other norm ({best}) {mean_interval(value(best, 128)):.3f}. With a batch of 1 batch "
+        f"norm cannot train at all; {small} norm gives {mean_interval(value(small, 1)):.3f}. With "
+        f"a batch of 2 batch norm gives {mean_interval(value('batch', 2)):.3f}."
+    )
+    rows = [
+        [
+            norm,
+            *(
+                f"{mean_interval(value(norm, size)):.4f}" if value(norm, size) else "cannot train"
+                for size in SIZES
+            ),
+            f"{fmean(by_seed(lines, 'test', norm=norm, batch_size=128)):.4f}",
+        ]
+        for norm in NORMS
+    ]
+    heading = ["norm", *(f"batch of {size}" for size in SIZES), "test, batch of 128"]
+    return Report(
+        answer,
+        "Held-out accuracy. Plain SGD, rate 0.1; batches of 1 and 2 get one epoch and a rate of "
+        f"0.01.\n\n{table(heading, rows)}",
+    )
+
+
+def draw(lines: Sequence[Line], figure: Figure) -> None:
+    """Draw each norm's accuracy, in groups by batch size."""
+    figure.set_size_inches(8, 3.2)
+    axes = figure.subplots()
+    for index, norm in enumerate(NORMS):
+        for place, size in enumerate(SIZES):
+            values = by_seed(lines, "held_out", norm=norm, batch_size=size)
+            axes.scatter(
+                [place + (index - 2) * 0.12] * len(values),
+                values,
+                color=f"C{index}",
+                label=norm if place == 0 else None,
+                s=16,
+            )
+    axes.set_xticks(range(len(SIZES)), [f"batch of {size}" for size in SIZES])
+    axes.set(ylabel="held-out accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+STUDY = Study(
+    "other-norms",
+    "Do other normalisations do as well?",
+    "the discussion names layer normalisation as an alternative",
+    tasks,
+    measure,
+    report,
+    draw,
+)

@@ -1,0 +1,160 @@
+"""What if prediction used the statistics of its own batch (the chapter's two modes).
+
+One model answers held-out and test images in batches, each normalised by its own mean and
+variance; then once with fixed statistics. Images are dealt at random from all classes, or so that
+a batch holds one class only.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from training.dataset import FashionMNIST
+from training.evaluation.card import table
+from training.fitting.run import Run
+from training.studies.fits import batch_norm, fitted, lenet, samples
+from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
+
+COMMITTED = Path(__file__).parents[2] / "models" / "run"
+MODELS = {"committed": "the committed model", "chapter": "the chapter's recipe"}
+DEALS = {"any": "images of any class", "same": "images of one class"}
+SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 10_000)
+
+
+def deal(labels: Tensor, size: int, among: str, seed: int) -> list[Tensor]:
+    """Return all row numbers once, in random order, in batches of `size`; the rest is smaller.
+
+    A rest of one image joins the batch before it, since it would have no variance.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    groups = [order]
+    if among == "same":
+        groups = [order[labels[order] == c] for c in sorted(set(labels.tolist()))]
+    dealt: list[Tensor] = []
+    for group in groups:
+        parts = list(torch.split(group, size))
+        if len(parts) > 1 and len(parts[-1]) == 1:
+            parts[-2:] = [torch.cat(parts[-2:])]
+        dealt += parts
+    return dealt
+
+
+@torch.no_grad()
+def answers(model: nn.Module, images: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Return the class numbers, int64 [n], that batch statistics give uint8 images in batches."""
+    model = copy.deepcopy(model).train()
+    found = torch.empty(len(images), dtype=torch.int64)
+    for rows in parts:
+        found[rows] = model(images[rows].float() / 255).argmax(1)
+    return found
+
+
+def tasks(scale: Scale) -> list[Task]:
+    """Return all sizes of one model and deal as one task; the seeds are the deals."""
+    sizes = SIZES[::3] if scale.quick else SIZES
+    return [
+        task | {"sizes": list(sizes)} for task in arms(scale, model=list(MODELS), among=list(DEALS))
+    ]
+
+
+def measure(data: FashionMNIST, task: Task) -> Line:
+    """Deal the test images once, and answer them at all sizes."""
+    parts = samples(data, task["images"])
+    if task["model"] == "committed":
+        run = Run(COMMITTED)
+        model: nn.Sequential = run.model(run.config().recipe.statistics)
+    else:
+        model = lenet([batch_norm] * 4)
+        model = fitted(model, parts.train, seed=0, epochs=task["epochs"])
+    pixels, labels = parts.test.pixels, parts.test.labels
+    with torch.no_grad():
+        fixed = torch.cat([model(p.float() / 255).argmax(1) for p in torch.split(pixels, 1000)])
+    line: Line = {"fixed": _share(fixed == labels), "accuracy": [], "changed": []}
+    for size in task["sizes"]:
+        found = answers(model, pixels, deal(labels, size, task["among"], task["seed"]))
+        line["accuracy"].append(_share(found == labels))
+        line["changed"].append(_share(found != fixed))
+    return line
+
+
+def _share(found: Tensor) -> float:
+    return found.double().mean().item()
+
+
+def report(lines: Sequence[Line]) -> Report:
+    """Return accuracy and share of changed answers by batch size, for both models."""
+    sizes = lines[0]["sizes"]
+
+    def value(model: str, among: str, figure: str, index: int) -> float:
+        by_deal: list[Any] = by_seed(lines, figure, model=model, among=among)
+        return fmean(values[index] for values in by_deal)
+
+    last = len(sizes) - 1
+    fixed = {m: by_seed(lines, "fixed", model=m)[0] for m in MODELS}
+    answer = (
+        f"Its answers would depend on their neighbours: in batches of {sizes[0]} the committed "
+        f"model is right {value('committed', 'any', 'accuracy', 0):.2f} of the time instead of "
+        f"{fixed['committed']:.4f}, and when a batch holds one class only, even large batches give "
+        f"{value('committed', 'same', 'accuracy', last):.2f}. With the whole test set as one batch "
+        f"{value('committed', 'any', 'changed', last):.1%} of its answers still differ, "
+        f"and {value('chapter', 'any', 'changed', last):.1%} of those of the chapter's recipe."
+    )
+    body = ""
+    for model, name in MODELS.items():
+        rows = [
+            [
+                f"{size:,}",
+                *(
+                    f"{value(model, among, figure, index):.4f}"
+                    for among in DEALS
+                    for figure in ("accuracy", "changed")
+                ),
+            ]
+            for index, size in enumerate(sizes)
+        ]
+        rows.append(["fixed statistics", f"{fixed[model]:.4f}", "0", f"{fixed[model]:.4f}", "0"])
+        heading = ["batch", "accuracy", "changed", "one class a batch: accuracy", "changed"]
+        body += f"## {name[0].upper()}{name[1:]}\n\n{table(heading, rows)}\n\n"
+    return Report(
+        answer,
+        body
+        + '"Changed" is the share of answers that differ from those of the fixed statistics. Means '
+        "over the deals; a batch cannot be larger than its class. What is left at the largest "
+        "batch is not noise: the committed model was fitted on augmented images, so its weights "
+        "do not expect the statistics of plain ones.",
+    )
+
+
+def draw(lines: Sequence[Line], figure: Figure) -> None:
+    """Draw errors and changed answers by batch size, both on logarithmic axes."""
+    figure.set_size_inches(9, 3.2)
+    sizes = lines[0]["sizes"]
+    for axes, (model, name) in zip(figure.subplots(1, 2, sharey=True), MODELS.items(), strict=True):
+        for among, label in DEALS.items():
+            deals: list[Any] = by_seed(lines, "changed", model=model, among=among)
+            means = [fmean(d[i] for d in deals) for i in range(len(sizes))]
+            low = [min(d[i] for d in deals) for i in range(len(sizes))]
+            high = [max(d[i] for d in deals) for i in range(len(sizes))]
+            axes.plot(sizes, means, marker=".", label=label)
+            axes.fill_between(sizes, low, high, alpha=0.3)
+        axes.set(xscale="log", yscale="log", title=name, xlabel="batch size")
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].set(ylabel="share of changed answers")
+    figure.axes[0].legend(fontsize=8)
+
+
+STUDY = Study(
+    "prediction-batch",
+    "What if prediction used the statistics of its own batch?",
+    "the two modes of the layer",
+    tasks,
+    measure,
+    report,
+    draw,
+)
