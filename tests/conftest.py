@@ -17,11 +17,13 @@ settings.load_profile("same")
 
 
 def pytest_configure() -> None:
-    """Let the processes that tests start be interrupted, under nohup and in the background too.
+    """Let signals reach the processes that tests start, under nohup and in the background too.
 
-    A process inherits that SIGINT is ignored, and Python then leaves it so.
+    A child process inherits ignored signals. It does not inherit handlers.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session")
