@@ -2,5 +2,5 @@
 
 import os
 
-# ONNX Runtime reports to its makers from the moment it is imported, unless told not to before.
+# ONNX Runtime sends telemetry from its import on; this variable must be set before.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -44,7 +44,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class Commands(click.Group):
-    """Turns every error of ours into one sentence and exit code 1."""
+    """Turns our own errors into one sentence and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -56,19 +56,22 @@ class Commands(click.Group):
         ) as error:
             raise click.ClickException(str(error)) from error
         except BrokenPipeError:
-            raise  # click ends quietly when the reader has left
-        except OSError as error:  # a full disk, or a folder that may not be written to
+            raise  # click exits silently when the reader of a pipe has closed it
+        except OSError as error:  # a full disk, or a folder without write permission
             where = f": {error.filename}" if error.filename else ""
             raise click.ClickException(f"{error.strerror or error}{where}.") from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Fit BN-LeNet on Fashion-MNIST, and turn a fit into the file that the service serves."""
+    """Fit BN-LeNet on Fashion-MNIST, and export the model file that the service serves."""
 
 
 data_dir_option = click.option(
-    "--data-dir", type=FOLDER, help="Where the data set's four files are (or shall be downloaded)."
+    "--data-dir",
+    type=FOLDER,
+    help="The folder of the data set's four files.  [default: $FASHION_MNIST_DIR, then the "
+    "user's cache, into which they are downloaded]",
 )
 
 
@@ -83,10 +86,12 @@ def _seeds(_: click.Context, __: click.Parameter, text: str | None) -> list[int]
         if not found:
             raise click.BadParameter(f"{text!r} is not a list of seeds such as 0-4 or 0,3,7.")
         if found[-1] > MAX_SEED or len(found) > MAX_SEEDS:
-            raise click.BadParameter(f"{text!r} is beyond {MAX_SEEDS:,} seeds up to {MAX_SEED}.")
+            raise click.BadParameter(
+                f"{text!r} is too much: at most {MAX_SEEDS:,} seeds, none above {MAX_SEED}."
+            )
         seeds.update(found)
     if len(seeds) < 2:
-        raise click.BadParameter("a spread between seeds needs at least two of them.")
+        raise click.BadParameter("name at least two seeds, or use --seed for one.")
     return sorted(seeds)
 
 
@@ -111,36 +116,40 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 @click.option(
     "--seeds",
     callback=_seeds,
-    help="Fit all these seeds, 0-19 or 0,3,7, into run folders OUT-SEED: on a CPU in several "
-    "processes, on a GPU one after the other.",
+    help="Fit several seeds, such as 0-19 or 0,3,7, into run folders OUT-SEED: on a CPU in "
+    "several processes, on a GPU one after the other.",
 )
 @click.option(
     "--batch-norm",
     type=click.Choice(["torch", "scratch"]),
     default="torch",
     show_default=True,
-    help="Whose layer normalises: torch's or ours.",
+    help="The batch-norm layer: torch's, or ours from scratch.",
 )
 @click.option(
     "--holdout",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Keep this many training images to validate on; the test set is then not touched.",
+    help="Validate on this many of the training images, and do not use the test set.",
 )
 @click.option(
     "--threads",
     type=click.IntRange(1),
-    help="How many torch computes with; the same number gives the same bits.  [default: the "
-    "machine's cores, shared by the seeds; at most one for every 64 images of a batch]",
+    help="CPU threads of torch; the same number gives the same bits.  [default: the "
+    "machine's cores, divided among the seeds; at most one for every 64 images of a batch]",
 )
 @click.option(
     "--graphs/--no-graphs",
     default=True,
-    help="On a GPU, whether steps are replayed as CUDA graphs.  [default: where they prove right]",
+    help="On a GPU, replay steps as CUDA graphs.  [default: if a replay equals an eager step]",
 )
 @click.option("--out", type=FOLDER, help="The run folder.  [default: runs/RECIPE-SEED]")
-@click.option("--resume", is_flag=True, help="Continue the run in --out, with its own settings.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue the run in --out with the settings that it was started with.",
+)
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @json_option
 @data_dir_option
@@ -159,7 +168,7 @@ def fit_command(
     data_dir: Path | None,
     **options: Any,
 ) -> None:
-    """Fit one model into a run folder; with --seeds, several into one each."""
+    """Fit a model and write a run folder; with --seeds, several models and folders."""
     given = _given(ctx)
     if seeds and (resume or "seed" in given):
         raise click.UsageError("--seeds starts new runs: leave out --seed and --resume.")
@@ -199,7 +208,7 @@ def fit_command(
 
 
 def _given(ctx: click.Context) -> dict[str, Any]:
-    """Return the settings of the fit that stand on the command line."""
+    """Return the settings that the command line gives explicitly."""
     return {
         name: ctx.params[name]
         for name in ("recipe", *OVERRIDES, *SETTINGS)
@@ -211,7 +220,7 @@ def _tell_other_versions(config: Config) -> None:
     now = versions()
     if config.versions != now:
         listed = ", ".join(f"{name} {number}" for name, number in now.items())
-        click.echo(f"Resumed with {listed}, other versions than it was started with.", err=True)
+        click.echo(f"Resumed with {listed}; the run was started with other versions.", err=True)
 
 
 def _tell_how_to_go_on(runs: Sequence[Run]) -> None:
@@ -219,7 +228,7 @@ def _tell_how_to_go_on(runs: Sequence[Run]) -> None:
     for run in runs:
         if not run.complete:
             click.echo(
-                f"Interrupted after {len(run.metrics())} of {epochs} epochs, all kept.\n"
+                f"Interrupted after {len(run.metrics())} of {epochs} epochs, which are saved.\n"
                 "Continue with: python -m training fit --resume --out "
                 f"{shlex.quote(str(run.folder))}",
                 err=True,
@@ -232,7 +241,7 @@ def _as_json(run: Run, fitted: Fitted) -> dict[str, Any]:
 
 
 def _print_scores(runs: Sequence[Run], fitted: Sequence[Fitted]) -> None:
-    """Print accuracies, their spread where there are several seeds, and the next command."""
+    """Print accuracies (with several seeds, their mean and spread) and the next command."""
     holdout = runs[0].config().holdout
     judged = f"{holdout:,} held-out images" if holdout else "test set"
     click.echo(f"{'Statistics':<12} accuracy on the {judged}")
@@ -250,7 +259,7 @@ def _print_scores(runs: Sequence[Run], fitted: Sequence[Fitted]) -> None:
 
 
 def _print_epoch(run: Run, line: Epoch) -> None:
-    """Print a line for an epoch of one of several seeds, in the process that fits it."""
+    """Print one line for an epoch of one of several seeds; runs in that seed's process."""
     config = run.config()
     click.echo(f"seed {config.seed}  {_epoch_line(config, line)}", err=True)
 
@@ -266,7 +275,7 @@ def _epoch_line(config: Config, line: Epoch) -> str:
 
 @contextmanager
 def _display(config: Config, quiet: bool) -> Iterator[dict[str, Callable[..., None]]]:
-    """Show how a fit goes: a live bar in a terminal, and a line an epoch."""
+    """Show the progress of a fit: a live bar in a terminal, and one line for each epoch."""
     console, epochs = Console(stderr=True), config.recipe.epochs
     if quiet:
         yield {}
@@ -314,23 +323,33 @@ def _display(config: Config, quiet: bool) -> Iterator[dict[str, Callable[..., No
 
 @main.command("export")
 @click.argument("run", type=FOLDER)
-@click.option("--out", type=FILE, required=True, help="The ONNX file; its card goes beside it.")
+@click.option(
+    "--out",
+    type=FILE,
+    required=True,
+    help="The ONNX file to write; its card goes into the same folder.",
+)
 @click.option(
     "--statistics",
     type=click.Choice(["moving", "population"]),
-    help="Which statistics the file carries.  [default: the recipe's]",
+    help="The batch-norm statistics of the file.  [default: the recipe's]",
 )
-@click.option("--temperature", type=float, callback=_positive, help="Not the recipe's.")
+@click.option(
+    "--temperature",
+    type=float,
+    callback=_positive,
+    help="Divide the logits by this.  [default: from --held-out, else the recipe's]",
+)
 @click.option(
     "--held-out",
     type=FOLDER,
-    help="A run of the same recipe with --holdout: it gives the temperature, and the card says so.",
+    help="A run of the same recipe with --holdout; the temperature comes from it.",
 )
 @click.option(
     "--seeds-from",
     type=FOLDER,
     multiple=True,
-    help="A run of the same recipe with another seed, for the card's table; may be repeated.",
+    help="A run of the same recipe with another seed, for the card's table; can be repeated.",
 )
 @json_option
 @data_dir_option
@@ -344,7 +363,7 @@ def export_command(
     as_json: bool,
     data_dir: Path | None,
 ) -> None:
-    """Fold, verify and write RUN's model as ONNX, with MODEL_CARD.md beside it."""
+    """Fold and verify RUN's model; write it as ONNX, with MODEL_CARD.md in the same folder."""
     seeds = [Run(folder) for folder in dict.fromkeys((run, *seeds_from))]
     runs = Runs(seeds[0], seeds, Run(held_out) if held_out else None)
     runs.check()  # before anything is written
@@ -382,7 +401,7 @@ def _print_export(exported: ExportReport) -> None:
 
 @contextmanager
 def _steps(first: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar over a few long steps in a terminal; yield what to call when a step begins."""
+    """Show a progress bar in a terminal; yield a function to call as each next step begins."""
     console = Console(stderr=True)
     with Progress(
         BarColumn(),
@@ -400,7 +419,7 @@ def _steps(first: str, total: int) -> Iterator[Callable[[str], None]]:
 @json_option
 @data_dir_option
 def evaluate_command(model: Path, as_json: bool, data_dir: Path | None) -> None:
-    """Judge an ONNX file on the test set: accuracy, classes, calibration, robustness."""
+    """Evaluate an ONNX file on the test set: accuracy, classes, calibration, robustness."""
     classify, test = onnx_classifier(model), load(data_dir).test
     with _steps("images as they are", 1 + len(perturbations())) as on_step:
         evaluation = evaluate(classify, test, on_step)
@@ -419,7 +438,7 @@ def evaluate_command(model: Path, as_json: bool, data_dir: Path | None) -> None:
 
 
 def _tables(evaluation: Evaluation) -> Iterator[Table]:
-    # Narrow enough for 80 columns, where rich would cut the names away.
+    # Narrow enough for 80 columns; rich would cut the names of a wider table.
     confusion = Table("true class", title="Answers by class", box=SIMPLE_HEAD, padding=(0, 0))
     for heading in (*map(str, range(10)), "prec.", "recall"):
         confusion.add_column(heading, justify="right", no_wrap=True)
@@ -439,8 +458,12 @@ def _tables(evaluation: Evaluation) -> Iterator[Table]:
 
 @main.command("norms")
 @click.argument("run", type=FOLDER)
-@click.option("--picture", type=FILE, help="Draw them into this PNG file too.")
-@click.option("--unit", type=FILE, help="Draw a unit's values before and after its layer.")
+@click.option("--picture", type=FILE, help="Also draw them into this PNG file.")
+@click.option(
+    "--unit",
+    type=FILE,
+    help="Also draw one unit's values before and after its batch norm into this PNG file.",
+)
 @json_option
 @data_dir_option
 def norms_command(

@@ -1,14 +1,14 @@
-"""Writing a file whole or not at all."""
+"""Writes a file completely or not at all."""
 
 import os
 from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a temporary file and rename it: a reader never sees half of it.
+    """Write a temporary file and rename it, so that a reader never sees an incomplete file.
 
     Raises:
-        OSError: it cannot be written; the error names `path`, whose old file, if any, is untouched.
+        OSError: the file cannot be written. The error names `path`; an old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -17,5 +17,5 @@ def write_whole(path: Path, data: bytes) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:  # of a full disk it would not say where
+    except OSError as error:  # the error of a full disk names no file
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,4 +1,4 @@
-"""Batch normalisation: the mathematics as a pure function, and a layer that keeps the books.
+"""Batch normalisation: the mathematics as a pure function, and a layer with its state.
 
 Ioffe and Szegedy, "Batch Normalization" (2015), algorithms 1 and 2.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Normalised(NamedTuple):
-    """What `batch_norm` returns: the output, and the statistics to keep for prediction."""
+    """What `batch_norm` returns: the output, and the updated statistics for prediction."""
 
     output: Tensor
     moving_mean: Tensor
@@ -31,14 +31,14 @@ def batch_norm(
     """Normalise every channel of `x`, then scale it by `gamma` and shift it by `beta`.
 
     `y = gamma * (x - mean) / sqrt(variance + eps) + beta`. In training, mean and (biased)
-    variance are those of the batch, taken over every axis but the second, and the moving
-    statistics move towards them; in prediction they are the moving statistics, which come
-    back unchanged.
+    variance are the batch's, over every axis except the second, and the moving statistics
+    move towards them. In prediction, mean and variance are the moving statistics, which do not
+    change.
 
     `momentum` is the chapter's: it multiplies the OLD value,
-    `moving = momentum * moving + (1 - momentum) * batch`; torch's `momentum` multiplies the
-    new one, so 0.9 here is 0.1 there. The moving variance averages the batch's biased variance
-    (divided by n), torch's the unbiased one (divided by n - 1).
+    `moving = momentum * moving + (1 - momentum) * batch`. torch's `momentum` multiplies the
+    new value, so 0.9 here is 0.1 there. The moving variance here averages the batch's biased
+    variance (divided by n); torch's averages the unbiased one (divided by n - 1).
 
     Args:
         x: floats [n, C] from a linear layer, or [n, C, H, W] from a convolution.
@@ -48,11 +48,11 @@ def batch_norm(
         moving_variance: [C]; no gradient flows into it.
         training: batch statistics (True) or moving statistics (False).
         eps: added to the variance, inside the root.
-        momentum: share of the old moving statistics that is kept, 0 to 1.
+        momentum: share of the old value in the new moving statistics, 0 to 1.
 
     Raises:
-        ValueError: `x` is neither 2-D nor 4-D, or a training batch holds fewer than two values
-            per channel: the variance of one is always zero, the mean of none is NaN.
+        ValueError: `x` is neither 2-D nor 4-D, or a training batch has fewer than two values per
+            channel: one value always has variance zero, and without values the mean is NaN.
     """
     if x.ndim not in (2, 4):
         raise ValueError(f"batch norm takes 2-D or 4-D input, not {x.ndim}-D")
@@ -62,7 +62,7 @@ def batch_norm(
         if x.numel() < 2 * x.shape[1]:
             raise ValueError(
                 f"batch norm cannot train on a batch of shape {tuple(x.shape)}: it needs at least "
-                "two values per channel; use more rows a batch, or eval()"
+                "two values per channel; use larger batches, or call eval()"
             )
         variance, mean = torch.var_mean(x, dim=axes, correction=0)
         moving_mean = momentum * moving_mean + (1 - momentum) * mean.detach()
@@ -77,15 +77,15 @@ def batch_norm(
 class BatchNorm(nn.Module):
     """`batch_norm` as a layer, with the chapter's arguments.
 
-    The mode comes from `self.training`. The moving statistics are registered buffers: they are
-    saved, loaded and moved with the model, and updated in place without asking the device for a
-    value, so that a training step can be captured in a CUDA graph.
+    `self.training` decides the mode. The moving statistics are registered buffers: they are
+    saved, loaded and moved with the model. They are updated in place, and no value is read back
+    from the device, so that a CUDA graph can capture a training step.
 
     Args:
         num_features: channels or units, C.
         num_dims: 2 for input [n, C], 4 for input [n, C, H, W].
         eps: added to the variance, inside the root.
-        momentum: share of the old moving statistics that is kept, 0 to 1.
+        momentum: share of the old value in the new moving statistics, 0 to 1.
     """
 
     moving_mean: Tensor
@@ -106,8 +106,8 @@ class BatchNorm(nn.Module):
         """Normalise `x`, and in training update the moving statistics.
 
         Raises:
-            ValueError: `x` has not `num_dims` dimensions of `num_features` channels, or a
-                training batch holds fewer than two values per channel.
+            ValueError: `x` does not have `num_dims` dimensions and `num_features` channels, or a
+                training batch has fewer than two values per channel.
         """
         if x.ndim != self.num_dims or x.shape[1] != self.num_features:
             raise ValueError(
@@ -135,14 +135,14 @@ class BatchNorm(nn.Module):
 
 
 NormLayer: TypeAlias = BatchNorm | nn.BatchNorm1d | nn.BatchNorm2d
-"""A batch-norm layer of either kind; the functions below treat both alike."""
+"""A batch-norm layer, ours or torch's; the functions below accept both."""
 
 
 def affine(layer: NormLayer) -> tuple[Tensor, Tensor]:
-    """Return the layer's learnt scale and shift, gamma and beta [C]: the tensors themselves.
+    """Return the layer's learnt scale and shift, gamma and beta [C]; not copies.
 
     Raises:
-        ValueError: it is torch's, made without them.
+        ValueError: the layer is torch's and has none (affine=False).
     """
     if isinstance(layer, BatchNorm):
         return layer.gamma, layer.beta
@@ -152,15 +152,19 @@ def affine(layer: NormLayer) -> tuple[Tensor, Tensor]:
 
 
 def statistics(layer: NormLayer) -> tuple[Tensor, Tensor]:
-    """Return the mean and variance [C] that prediction uses: the tensors themselves."""
+    """Return the mean and variance [C] that prediction uses; not copies.
+
+    Raises:
+        ValueError: the layer is torch's and has none (track_running_stats=False).
+    """
     if isinstance(layer, BatchNorm):
         return layer.moving_mean, layer.moving_variance
     if layer.running_mean is None or layer.running_var is None:
-        raise ValueError("this batch norm keeps no statistics (track_running_stats=False)")
+        raise ValueError("this batch norm has no statistics (track_running_stats=False)")
     return layer.running_mean, layer.running_var
 
 
 def set_statistics(layer: NormLayer, mean: Tensor, variance: Tensor) -> None:
     """Overwrite in place the mean and variance [C] that prediction uses."""
-    for kept, new in zip(statistics(layer), (mean, variance), strict=True):
-        kept.copy_(new)
+    for old, new in zip(statistics(layer), (mean, variance), strict=True):
+        old.copy_(new)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: find or download the four official files, check every byte, parse them."""
+"""Fashion-MNIST: finds or downloads the four official files, checks their SHA-256, parses them."""
 
 import gzip
 import hashlib
@@ -54,7 +54,7 @@ class DatasetError(Exception):
 
 
 class DatasetNotFoundError(DatasetError):
-    """No folder was named, the cache holds none of the files, and downloading was not allowed."""
+    """No folder was named, the cache has none of the files, and downloading was not allowed."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Split:
 class FashionMNIST:
     """The whole data set.
 
-    `sha256` stands for all four files: it is the SHA-256 of what
-    `sha256sum *.gz` prints about them, sorted by name.
+    `sha256` identifies all four files: it is the SHA-256 of the output of `sha256sum *.gz`,
+    sorted by file name.
     """
 
     train: Split
@@ -83,18 +83,18 @@ def load(
 ) -> FashionMNIST:
     """Load Fashion-MNIST: 60,000 training and 10,000 test images.
 
-    The four `.gz` files are taken from `data_dir`, else from `$FASHION_MNIST_DIR`, else from the
-    user's cache folder, into which whatever is missing or damaged is downloaded. A folder that was
-    named is never silently passed over, nor written to.
+    The four `.gz` files come from `data_dir`, else from `$FASHION_MNIST_DIR`, else from the
+    user's cache folder. Missing and damaged files are downloaded into the cache only: a folder that
+    the caller names is never written to, and never replaced by another one.
 
     Args:
         data_dir: the folder that holds the four files.
         download: whether the network may be used to fill the cache.
-        mirrors: base addresses, tried in turn.
+        mirrors: base URLs, tried in turn.
 
     Raises:
-        DatasetNotFoundError: there is nothing anywhere and `download` is false.
-        DatasetError: a file is missing, damaged, truncated, swapped or not to be had.
+        DatasetNotFoundError: no folder is named, the cache is empty, and `download` is false.
+        DatasetError: a file is missing, damaged, truncated or swapped, or cannot be downloaded.
     """
     named = data_dir or os.environ.get("FASHION_MNIST_DIR")
     folder = Path(named).expanduser() if named else cache_dir()
@@ -103,7 +103,7 @@ def load(
             _fill(folder, mirrors)
         elif not any((folder / name).exists() for name in DIGESTS):
             raise DatasetNotFoundError(
-                f"Fashion-MNIST is not at hand: set FASHION_MNIST_DIR to the folder of its four "
+                f"Fashion-MNIST was not found: set FASHION_MNIST_DIR to the folder of its four "
                 f".gz files, put them into {folder}, or allow the download."
             )
     files = {name: _read_checked(folder / name) for name in DIGESTS}
@@ -128,11 +128,12 @@ def parse_idx(compressed: bytes, path: Path, dimensions: int) -> NDArray[np.uint
 
     Args:
         compressed: the file's bytes.
-        path: where they came from, for the error message.
-        dimensions: how many the file must declare.
+        path: the file, for the error message.
+        dimensions: the number that the file must declare.
 
     Raises:
-        DatasetError: not gzip, another magic number, or more or fewer values than declared.
+        DatasetError: the file is not gzip, has another magic number, or has more or fewer values
+            than it declares.
     """
     try:
         data = gzip.decompress(compressed)
@@ -145,8 +146,8 @@ def parse_idx(compressed: bytes, path: Path, dimensions: int) -> NDArray[np.uint
     shape = tuple(int(size) for size in np.frombuffer(data[4:header], dtype=">u4"))
     declared, actual = math.prod(shape), len(data) - header
     if actual != declared:
-        raise _damaged(path, f"declares {declared:,} values and holds {actual:,}")
-    # Copied, because a view of immutable bytes would be read-only, which torch warns about.
+        raise _damaged(path, f"declares {declared:,} values but holds {actual:,}")
+    # Copied: a view of immutable bytes is read-only, and torch warns about read-only arrays.
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape).copy()
 
 
@@ -163,7 +164,7 @@ def _split(files: dict[str, bytes], folder: Path, prefix: str) -> Split:
             f"holds {len(labels):,} labels for {len(images):,} images of {images_path.name}",
         )
     if labels.size and labels.max() >= len(CLASS_NAMES):
-        raise _damaged(labels_path, f"holds the label {labels.max()}, beyond 0-9")
+        raise _damaged(labels_path, f"holds the label {labels.max()}; labels are 0 to 9")
     return Split(images, labels)
 
 
@@ -172,8 +173,8 @@ def _read_checked(path: Path) -> bytes:
         data = path.read_bytes()
     except FileNotFoundError as exc:
         raise DatasetError(
-            f"{path} is missing: put the four Fashion-MNIST .gz files there, or name no folder "
-            f"(neither --data-dir nor FASHION_MNIST_DIR) to have them downloaded."
+            f"{path} is missing: put the four Fashion-MNIST .gz files there, or leave out "
+            f"--data-dir and FASHION_MNIST_DIR to download them."
         ) from exc
     except OSError as exc:
         raise DatasetError(f"{path} cannot be read ({exc.strerror}): check the path.") from exc
@@ -189,11 +190,11 @@ def _read_checked(path: Path) -> bytes:
 
 
 def _damaged(path: Path, finding: str) -> DatasetError:
-    return DatasetError(f"{path} {finding}: delete it and fetch it anew from {MIRRORS[0]}.")
+    return DatasetError(f"{path} {finding}: delete it and download it again from {MIRRORS[0]}.")
 
 
 def _fill(folder: Path, mirrors: Sequence[str]) -> None:
-    """Download into `folder` every file that is missing from it or damaged."""
+    """Download every file that is missing or damaged into `folder`."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -209,7 +210,7 @@ def _fill(folder: Path, mirrors: Sequence[str]) -> None:
 
 
 def _download(path: Path, mirrors: Sequence[str], progress: Progress) -> None:
-    """Fetch `path` from the first mirror that has it, going on where a broken download ended."""
+    """Fetch `path` from the first mirror that has it; continue a broken download."""
     part = path.with_name(path.name + ".part")
     refusals = []
     for mirror in mirrors:
@@ -224,7 +225,7 @@ def _download(path: Path, mirrors: Sequence[str], progress: Progress) -> None:
                 part.replace(path)
                 return
             part.unlink()
-            refusals.append(f"{url} sent another file")
+            refusals.append(f"{url} sent a file with another SHA-256")
         except (OSError, HTTPException) as exc:
             refusals.append(f"{url}: {exc}")
     raise DatasetError(
@@ -234,14 +235,14 @@ def _download(path: Path, mirrors: Sequence[str], progress: Progress) -> None:
 
 
 def _fetch(url: str, part: Path, progress: Progress) -> bool:
-    """Append to `part` what it lacks of `url`; return whether it held something to go on from."""
+    """Append the missing bytes of `url` to `part`; return whether the download was continued."""
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310 - addresses are ours, never a user's
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310 - the URLs are constants, never from a user
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)  # noqa: S310 - ours, see above
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)  # noqa: S310 - a constant, see above
     except HTTPError as exc:
         exc.close()
-        if exc.code == 416 and have:  # already complete, or longer than the file
+        if exc.code == 416 and have:  # `part` is complete already, or too long
             return True
         raise
     with response:
@@ -253,7 +254,9 @@ def _fetch(url: str, part: Path, progress: Progress) -> bool:
             part.stem, completed=have, total=None if length is None else have + length
         )
         with part.open("ab" if resumed else "wb") as file:
-            while chunk := response.read1(_CHUNK_BYTES):  # what came already, so that it is kept
+            while chunk := response.read1(
+                _CHUNK_BYTES
+            ):  # returns early, so that a broken download keeps all its bytes
                 file.write(chunk)
                 progress.advance(task, len(chunk))
     if length is not None and part.stat().st_size < have + length:

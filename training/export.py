@@ -1,6 +1,6 @@
-"""The artefact: a folded model as one ONNX file that describes itself, written once it is verified.
+"""Exports a folded model as one ONNX file that describes itself; verifies it before writing.
 
-The graph is built node by node, so that its bytes depend on the weights and metadata alone.
+The graph is built node by node, so that its bytes depend on the weights and metadata only.
 """
 
 import base64
@@ -26,21 +26,21 @@ from training.dataset import CLASS_NAMES, Split
 from training.fitting.run import Config
 from training.folding import fold_batch_norm
 
-OPSET, IR_VERSION = 20, 10  # what every ONNX Runtime of the declared range reads
+OPSET, IR_VERSION = 20, 10  # every ONNX Runtime in the range of pyproject.toml reads these
 
 LOGIT_TOLERANCE = 1e-4
-"""Largest difference of a logit between the file and the unfolded float64 model."""
+"""The largest allowed difference of a logit between the file and the unfolded float64 model."""
 
 SELF_TEST_TOLERANCE = 1e-5
-"""Largest difference of a probability that a server's start-up self-test lets pass."""
+"""The largest difference of a probability that the self-test at a server's start allows."""
 
-NO_DIGEST = "0" * 64  # stands in the digest's place while the digest is computed
+NO_DIGEST = "0" * 64  # the placeholder while the digest is computed
 
 SELF_TEST_FORMULA = "pixels[k][i][j] = |(16 i + 4 k j) mod 511 - 255|, k = 0..5, i, j = 0..27"
 
 
 class ExportError(Exception):
-    """The file would not do what the model does, or cannot be written; no file was changed."""
+    """The file would differ from the model, or cannot be written; no file was changed."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Provenance:
     """Where the weights come from.
 
     Attributes:
-        recipe: its name.
-        seed: of the run.
+        recipe: the recipe's name.
+        seed: the run's seed.
         dataset_sha256: `FashionMNIST.sha256`.
-        statistics: which ones the model carries: "population" (over the training set, after
-            fitting) or "moving" (the moving averages of fitting).
-        versions: of python, torch and numpy, when the model was fitted.
+        statistics: the batch-norm statistics of the model: "population" (of the training set,
+            computed after fitting) or "moving" (the moving averages of fitting).
+        versions: the versions of python, torch and numpy that fitted the model.
     """
 
     recipe: str
@@ -64,7 +64,7 @@ class Provenance:
 
     @classmethod
     def of(cls, config: Config, statistics: Literal["population", "moving"]) -> "Provenance":
-        """Return that of a run's model with these statistics."""
+        """Return the provenance of a run's model with these statistics."""
         return cls(
             config.recipe.name, config.seed, config.dataset_sha256, statistics, config.versions
         )
@@ -72,17 +72,18 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how faithful it is to the unfolded model in float64.
+    """The written file, and its differences from the unfolded model in float64.
 
     Attributes:
         path: the file.
-        sha256: of its bytes.
-        size_bytes: of the file.
-        test_images: how many real images the next figures are over.
-        test_accuracy: of the file under ONNX Runtime, 0 to 1.
-        fold_error: largest |logit difference|, folded file (float32) and unfolded model (float64).
+        sha256: the SHA-256 of its bytes.
+        size_bytes: its size.
+        test_images: the number of real images behind the next four figures.
+        test_accuracy: the file's accuracy under ONNX Runtime, 0 to 1.
+        fold_error: largest |logit difference| between folded file (float32) and unfolded model
+            (float64).
         ties: indices of images whose two best float64 logits are closer than `LOGIT_TOLERANCE`.
-        disagreements: those ties for which the file names the other class.
+        disagreements: the ties for which the file names the other class.
         self_test_error: largest |probability difference| on the file's own self-test.
     """
 
@@ -107,25 +108,27 @@ def export(
 ) -> ExportReport:
     """Fold, build, verify and write the ONNX file of a model in evaluation mode.
 
-    The class of every image of `test` and all its logits are compared with those of the unfolded
-    model in float64, under ONNX Runtime on the CPU. The file appears whole or not at all.
+    ONNX Runtime on the CPU classifies every image of `test`. Its classes and logits are compared
+    with those of the unfolded model in float64. The file is written completely or not at all.
 
     Args:
         model: a BN-LeNet on the CPU, with the statistics that `provenance` names.
-        provenance: what the metadata say about the weights.
+        provenance: where the weights come from, for the metadata.
         test: the real test images.
-        out: the file to write; its folder is made when missing.
+        out: the file to write; a missing folder is made.
         temperature: all logits are divided by it, in the last layer's weights and bias.
 
     Raises:
-        ExportError: the file disagrees with the model, or cannot be written; `out` is untouched.
+        ExportError: the file disagrees with the model, or cannot be written; `out` is unchanged.
         ValueError: the model is in training mode, or the temperature is not a positive number.
     """
     folded = divide_logits(fold_batch_norm(model), temperature)
     parity = verify(folded, reference_logits(model, test.images, temperature), test)
     expected = softmax(reference_logits(model, self_test_pixels(), temperature))
     metadata = describe(provenance, parity, temperature, expected)
-    proto = build_model(folded, metadata | {"digest": NO_DIGEST})  # last, so that it ends the file
+    proto = build_model(
+        folded, metadata | {"digest": NO_DIGEST}
+    )  # the digest is the last entry, so it ends the file
     self_test_error = verify_self_test(proto, expected)
     data = with_digest(proto.SerializeToString(deterministic=True))
     _write(out, data)
@@ -144,9 +147,9 @@ def export(
 
 @dataclass(frozen=True)
 class Parity:
-    """How a folded model under ONNX Runtime compares with the unfolded one in float64.
+    """A folded model under ONNX Runtime, compared with the unfolded model in float64.
 
-    The fields are those of `ExportReport`.
+    `ExportReport` explains the fields.
     """
 
     accuracy: float
@@ -159,15 +162,15 @@ def verify(folded: nn.Sequential, expected: NDArray[np.float64], test: Split) ->
     """Compare classes and logits of a folded model with the `expected` logits [n, 10].
 
     Raises:
-        ExportError: a logit is off by more than `LOGIT_TOLERANCE`, or the class of an image
-            differs that is no tie.
+        ExportError: a logit differs by more than `LOGIT_TOLERANCE`, or the class of an image
+            differs although its two best logits are not a tie.
     """
     probabilities, logits = _run(_with_logits(build_model(folded, {})), test.images)
     fold_error = float(np.abs(logits - expected).max())
     if not fold_error <= LOGIT_TOLERANCE:  # also when it is NaN
         raise ExportError(
-            f"a logit of the folded model is {fold_error:.1e} off the unfolded model's, where "
-            f"{LOGIT_TOLERANCE:.0e} is allowed: nothing was written."
+            f"a logit of the folded model differs from the unfolded model's by {fold_error:.1e}; "
+            f"at most {LOGIT_TOLERANCE:.0e} is allowed: nothing was written."
         )
     second, best = np.partition(expected, -2, axis=1)[:, -2:].T
     ties = np.flatnonzero(best - second < LOGIT_TOLERANCE)
@@ -176,7 +179,7 @@ def verify(folded: nn.Sequential, expected: NDArray[np.float64], test: Split) ->
     if wrong := sorted(set(disagreements.tolist()) - set(ties.tolist())):
         raise ExportError(
             f"the file and the unfolded model name different classes for {len(wrong)} test "
-            f"image(s), the first of index {wrong[0]}: nothing was written."
+            f"image(s), first for image {wrong[0]}: nothing was written."
         )
     return Parity(
         accuracy=float((answers == test.labels).mean()),
@@ -187,14 +190,16 @@ def verify(folded: nn.Sequential, expected: NDArray[np.float64], test: Split) ->
 
 
 def verify_self_test(proto: onnx.ModelProto, expected: NDArray[np.float64]) -> float:
-    """Return the largest error on the self-test, whose probabilities are `expected` [6, 10].
+    """Return the largest error on the self-test; it must give the probabilities `expected` [6, 10].
 
     Raises:
-        ExportError: it is more than `SELF_TEST_TOLERANCE`.
+        ExportError: the error is larger than `SELF_TEST_TOLERANCE`.
     """
     error = float(np.abs(_run(proto, self_test_pixels())[0] - expected).max())
     if not error <= SELF_TEST_TOLERANCE:
-        raise ExportError(f"the file fails its own self-test by {error:.1e}: nothing was written.")
+        raise ExportError(
+            f"the file fails its own self-test (error {error:.1e}): nothing was written."
+        )
     return error
 
 
@@ -204,7 +209,7 @@ def describe(
     temperature: float,
     self_test: NDArray[np.float64],
 ) -> dict[str, str]:
-    """Return what the metadata say of a model whose self-test gives these probabilities [6, 10]."""
+    """Return the metadata of a model; `self_test` is its self-test's probabilities [6, 10]."""
     runtimes = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     return {
         "name": "bn-lenet",
@@ -222,7 +227,7 @@ def describe(
             {
                 "formula": SELF_TEST_FORMULA,
                 "pixels": base64.b64encode(self_test_pixels().tobytes()).decode(),
-                # Rounded beyond what differs between processors, so that bytes do not.
+                # Processors differ in the last digits; rounded, they give the same bytes.
                 "probabilities": self_test.round(12).tolist(),
                 "tolerance": SELF_TEST_TOLERANCE,
             }
@@ -231,17 +236,17 @@ def describe(
 
 
 def build_model(folded: nn.Sequential, metadata: Mapping[str, str]) -> onnx.ModelProto:
-    """Return the ONNX model of a folded network, checked in full by `onnx.checker`.
+    """Return the ONNX model of a folded network, after `onnx.checker`'s full check.
 
     Input `pixels`, uint8 [batch, 1, 28, 28]; output `probabilities`, float32 [batch, 10]. Division
     by 255 and softmax are in the graph. Nodes and weights are named after the layers.
 
     Args:
         folded: convolutions, linear layers, sigmoids, average pooling and flattening, in float32.
-        metadata: becomes `metadata_props`, in this order.
+        metadata: the entries of `metadata_props`, in this order.
 
     Raises:
-        ValueError: the network holds a layer of another kind, such as batch norm.
+        ValueError: the network has a layer of another kind, such as batch norm.
     """
     nodes = [
         helper.make_node("Cast", ["pixels"], ["cast"], "cast", to=TensorProto.FLOAT),
@@ -277,10 +282,10 @@ def build_model(folded: nn.Sequential, metadata: Mapping[str, str]) -> onnx.Mode
 
 
 def with_digest(data: bytes) -> bytes:
-    """Return a model file's bytes with their digest in place of the 64 zeros that end them.
+    """Return a model file's bytes with the digest in place of the 64 zeros at their end.
 
     The digest is the SHA-256, in hexadecimal, of the file with these 64 zeros. So it covers every
-    byte, and a reader can check it before it parses anything.
+    byte, and a reader can check it before parsing anything.
 
     Args:
         data: a model whose last metadata entry is `digest`, with the value `NO_DIGEST`.
@@ -313,10 +318,10 @@ def divide_logits(folded: nn.Sequential, temperature: float) -> nn.Sequential:
 def reference_logits(
     model: nn.Sequential, images: NDArray[np.uint8], temperature: float = 1.0
 ) -> NDArray[np.float64]:
-    """Return the logits [n, 10] of the model itself, run in float64, divided by `temperature`.
+    """Return the logits [n, 10] of the unfolded model in float64, divided by `temperature`.
 
     Args:
-        model: in evaluation mode; it is left alone.
+        model: in evaluation mode; it is not changed.
         images: uint8 [n, 28, 28].
         temperature: see `divide_logits`.
     """
@@ -329,8 +334,8 @@ def reference_logits(
 def self_test_pixels() -> NDArray[np.uint8]:
     """Return the self-test's six images, uint8 [6, 28, 28], by `SELF_TEST_FORMULA`.
 
-    Slanted stripes that swing over all grey levels: they excite several classes at once and
-    differ from their own mirror image and transpose.
+    They are slanted stripes of all grey levels. They excite several classes at once, and differ
+    from their own mirror image and transpose.
     """
     k, i, j = np.ogrid[:6, :28, :28]
     pixels: NDArray[np.uint8] = np.abs((16 * i + 4 * k * j) % 511 - 255).astype(np.uint8)
@@ -362,7 +367,7 @@ def _operator(layer: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def _with_logits(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of the model that answers the logits too, for the parity check alone."""
+    """Return a copy of the model with `logits` as a second output, for the parity check only."""
     variant = onnx.ModelProto()
     variant.CopyFrom(proto)
     variant.graph.output.append(
@@ -372,7 +377,7 @@ def _with_logits(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _run(proto: onnx.ModelProto, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-    """Run ONNX Runtime on one CPU thread over images [n, 28, 28], in batches; join each output."""
+    """Run ONNX Runtime on one CPU thread over images [n, 28, 28]; return each output in whole."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(

@@ -1,4 +1,4 @@
-"""BN-LeNet: LeNet with batch normalisation before every sigmoid, as the chapter builds it."""
+"""BN-LeNet: LeNet with batch normalisation before every sigmoid, as in the chapter."""
 
 from collections import OrderedDict
 from typing import Literal
@@ -16,10 +16,10 @@ class BNLeNet(nn.Sequential):
     [n, 10].
 
     Args:
-        batch_norm: whose layer normalises: ours ("scratch") or torch's ("torch").
+        batch_norm: the batch-norm layer: ours ("scratch") or torch's ("torch").
 
     Raises:
-        ValueError: `batch_norm` is neither.
+        ValueError: `batch_norm` has another value.
     """
 
     conv1: nn.Conv2d
@@ -63,10 +63,10 @@ class BNLeNet(nn.Sequential):
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Draw all weights and biases of a model on the CPU anew from `seed`, in place.
+    """Draw new weights and biases from `seed`, in place, for a model on the CPU.
 
-    Weights are Xavier-uniform (Glorot and Bengio, 2010), as the chapter has it; biases keep
-    torch's default, uniform within 1 / sqrt(fan in). The global generator is not touched.
+    Weights are Xavier-uniform (Glorot and Bengio, 2010), as in the chapter. Biases are uniform
+    within 1 / sqrt(fan in), as by torch's default. The global generator is not used.
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in model.modules():
@@ -78,5 +78,5 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def norm_layers(model: nn.Module) -> dict[str, NormLayer]:
-    """Return the batch-norm layers of either kind, by name, in the order of the network."""
+    """Return the batch-norm layers, ours or torch's, by name, in the order of the network."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, NormLayer)}

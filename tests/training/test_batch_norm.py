@@ -245,7 +245,7 @@ def test_the_function_takes_two_or_four_dimensions_only() -> None:
 
 
 def test_a_torch_layer_without_statistics_is_refused() -> None:
-    with pytest.raises(ValueError, match="keeps no statistics"):
+    with pytest.raises(ValueError, match="has no statistics"):
         statistics(nn.BatchNorm1d(5, track_running_stats=False))
 
 
@@ -253,7 +253,7 @@ def test_a_torch_layer_without_statistics_is_refused() -> None:
 def test_a_torch_layer_without_one_of_the_statistics_is_refused(missing: str) -> None:
     layer = nn.BatchNorm1d(5)
     setattr(layer, missing, None)
-    with pytest.raises(ValueError, match="keeps no statistics"):
+    with pytest.raises(ValueError, match="has no statistics"):
         statistics(layer)
 
 

@@ -195,7 +195,7 @@ def test_a_flipped_byte_is_found(name: str, files: Files, tmp_path: Path) -> Non
     damaged[len(damaged) // 2] ^= 1
     message = refusal(put(files | {name: bytes(damaged)}, tmp_path))
     assert message.startswith(f"{tmp_path / name} is not the published file")
-    assert "delete it and fetch it anew from https://" in message
+    assert "delete it and download it again from https://" in message
 
 
 @pytest.mark.parametrize("name", sorted(DIGESTS))
@@ -211,7 +211,7 @@ def test_a_truncated_file_is_found(name: str, files: Files, tmp_path: Path) -> N
 def test_swapped_files_are_told_apart(one: str, other: str, files: Files, tmp_path: Path) -> None:
     put(files | {one: files[other], other: files[one]}, tmp_path)
     assert refusal(tmp_path) in {
-        f"{tmp_path / a} holds the contents of {b}: delete it and fetch it anew from "
+        f"{tmp_path / a} holds the contents of {b}: delete it and download it again from "
         f"{dataset.MIRRORS[0]}."
         for a, b in ((one, other), (other, one))
     }
@@ -230,15 +230,15 @@ def test_swapped_files_are_told_apart(one: str, other: str, files: Files, tmp_pa
         (
             TEST_LABELS,
             zipped(idx(np.zeros(20, np.uint8)) + b"\0"),
-            "declares 20 values and holds 21",
+            "declares 20 values but holds 21",
         ),
         (
             TEST_IMAGES,
             zipped(b"\0\0\x08\3" + b"\xff" * 12 + b"\0" * 9),
-            f"declares {(2**32 - 1) ** 3:,} values and holds 9",
+            f"declares {(2**32 - 1) ** 3:,} values but holds 9",
         ),
         (TEST_IMAGES, packed(np.zeros((20, 27, 28), np.uint8)), "images of 27 x 28 pixels"),
-        (TEST_LABELS, packed(np.full(20, 10, np.uint8)), "holds the label 10, beyond 0-9"),
+        (TEST_LABELS, packed(np.full(20, 10, np.uint8)), "holds the label 10; labels are 0 to 9"),
         (TEST_LABELS, packed(np.zeros(19, np.uint8)), "holds 19 labels for 20 images"),
     ],
 )
@@ -448,7 +448,7 @@ def test_when_no_mirror_helps_each_ones_reason_is_told(mirrors: list[Mirror], ca
     message = str(caught.value)
     assert message.startswith(f"{TEST_IMAGES} could not be downloaded (")
     assert f"{mirrors[0].url}{TEST_IMAGES}: HTTP Error 404" in message
-    assert f"{mirrors[1].url}{TEST_IMAGES} sent another file" in message
+    assert f"{mirrors[1].url}{TEST_IMAGES} sent a file with another SHA-256" in message
     assert f"http://127.0.0.1:1/{TEST_IMAGES}: " in message
     assert "refused" in message
     assert f"put the four files into {cache} by hand." in message

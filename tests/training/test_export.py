@@ -328,7 +328,7 @@ def test_a_wrong_fold_is_never_written(
     out = tmp_path / "model.onnx"
     out.write_bytes(b"the model that is served")
     monkeypatch.setattr(folding, "fold_parameters", plant(folding.fold_parameters))
-    with pytest.raises(ExportError, match=r"where 1e-04 is allowed: nothing was written\.$"):
+    with pytest.raises(ExportError, match=r"at most 1e-04 is allowed: nothing was written\.$"):
         export(fitted, PROVENANCE, some, out)
     assert out.read_bytes() == b"the model that is served"
     assert list(tmp_path.iterdir()) == [out]
@@ -358,7 +358,7 @@ def test_the_fold_error_is_the_largest_over_all_logits_of_all_images(
     report = export(fitted, PROVENANCE, some, tmp_path / "model.onnx")
     assert report.fold_error == pytest.approx(off, abs=1.5e-5)
     off = 1.2e-4
-    with pytest.raises(ExportError, match="where 1e-04 is allowed"):
+    with pytest.raises(ExportError, match="at most 1e-04 is allowed"):
         export(fitted, PROVENANCE, some, tmp_path / "other.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
@@ -374,7 +374,7 @@ def test_another_class_than_the_models_is_never_written(
         return [probabilities, *rest]
 
     monkeypatch.setattr(export_module, "_run", rolled)
-    with pytest.raises(ExportError, match=r"classes for 1 test image\(s\), the first of index 7:"):
+    with pytest.raises(ExportError, match=r"classes for 1 test image\(s\), first for image 7:"):
         export(fitted, PROVENANCE, some, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -389,7 +389,9 @@ def test_a_file_that_fails_its_own_self_test_is_never_written(
         return [probabilities + np.float32(2e-5 * (len(images) == 6)), *rest]
 
     monkeypatch.setattr(export_module, "_run", off)
-    with pytest.raises(ExportError, match=r"fails its own self-test by 2\.\de-05: nothing was"):
+    with pytest.raises(
+        ExportError, match=r"fails its own self-test \(error 2\.\de-05\): nothing was"
+    ):
         export(fitted, PROVENANCE, some, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 

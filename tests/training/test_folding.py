@@ -167,7 +167,7 @@ def test_a_layer_used_twice_stays_twice() -> None:
 
 def test_batch_norm_inside_a_layer_is_not_left_in_silence() -> None:
     inner = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-    with pytest.raises(ValueError, match="cannot fold what is inside 0"):
+    with pytest.raises(ValueError, match="cannot fold a batch norm inside 0"):
         fold_batch_norm(nn.Sequential(inner).eval())
 
 

@@ -12,9 +12,9 @@ class Interval:
     """A mean with its 95 % confidence interval.
 
     Attributes:
-        mean: of the values.
+        mean: the mean of the values.
         half_width: the interval is mean ± half_width; infinite for a single value.
-        count: how many values there are.
+        count: the number of values.
     """
 
     mean: float
@@ -65,8 +65,8 @@ def paired_difference(after: Sequence[float], before: Sequence[float]) -> Interv
 
 
 def welch_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the two-sided p-value of Welch's t-test, for two samples that are not paired.
+    """Return the two-sided p-value of Welch's t-test for two unpaired samples.
 
-    Needs at least two values in each.
+    Both samples need at least two values.
     """
     return float(stats.ttest_ind(first, second, equal_var=False).pvalue)

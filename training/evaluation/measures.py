@@ -1,4 +1,4 @@
-"""How good a model's probabilities are: accuracy, classes, calibration, robustness."""
+"""Measures of a model's probabilities: accuracy, precision and recall, calibration, robustness."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ INTERFACE = [
     ("pixels", "tensor(uint8)", [1, 28, 28]),
     ("probabilities", "tensor(float)", [10]),
 ]
-"""Name, type and shape, without the batch, of the one input and the one output of a model file."""
+"""Name, type and shape (without the batch) of the input and the output of a model file."""
 
 
 class EvaluationError(Exception):
@@ -29,17 +29,18 @@ class EvaluationError(Exception):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All figures are shares from 0 to 1, but `nll` (nats) and `confusion` (images).
+    """The measures of a classifier: shares from 0 to 1, except `nll` and `confusion`.
 
     Attributes:
-        images: how many were classified.
+        images: the number of images classified.
         accuracy: share of right answers.
-        nll: mean negative logarithm of the probability given to the right class.
+        nll: mean negative log-likelihood of the right class, in nats.
         ece: expected calibration error over 15 equal bins of confidence.
-        precision: of every class, the share of its answers that are right; zero without any.
-        recall: of every class, the share of its images that are recognised.
-        confusion: rows are the true classes, columns the answers.
-        robustness: accuracy on every entry of the fixed set of changed images.
+        precision: for every class, the share of right answers among the answers with this class;
+            zero if there are none.
+        recall: for every class, the share of its images with the right answer.
+        confusion: numbers of images; rows are the true classes, columns the answers.
+        robustness: accuracy on each changed test set, by the name of the change.
     """
 
     images: int
@@ -53,21 +54,21 @@ class Evaluation:
 
     @property
     def robust_mean(self) -> float:
-        """The mean accuracy over the changed images."""
+        """The mean accuracy over the changed test sets."""
         return sum(self.robustness.values()) / len(self.robustness)
 
     @property
     def robust_worst(self) -> tuple[str, float]:
-        """The entry with the least accuracy."""
+        """The change with the lowest accuracy, and that accuracy."""
         return min(self.robustness.items(), key=lambda entry: entry[1])
 
 
 def evaluate(
     classify: Classifier, split: Split, on_change: Callable[[str], None] = lambda _: None
 ) -> Evaluation:
-    """Judge a classifier on a split and on its changed versions.
+    """Evaluate a classifier on a split and on its changed versions.
 
-    `on_change` is called with the name of each change when its images are about to be classified.
+    `on_change` is called with the name of each change, before its images are classified.
     """
     probabilities = classify(split.images)
     confusion = confusion_matrix(probabilities.argmax(1), split.labels)
@@ -90,7 +91,7 @@ def evaluate(
 
 
 def accuracy(probabilities: Probabilities, labels: NDArray[np.uint8]) -> float:
-    """Return the share of rows [n, 10] whose largest entry is the label's."""
+    """Return the share of rows [n, 10] that are largest at the label."""
     return float((probabilities.argmax(1) == labels).mean())
 
 
@@ -99,9 +100,9 @@ def calibration_error(
 ) -> float:
     """Return the expected calibration error.
 
-    The answers are sorted by confidence into equal bins ((i - 1)/bins, i/bins]; the error is the
-    mean over all images of |accuracy - mean confidence| of their bin (Guo et al., "On
-    Calibration of Modern Neural Networks", 2017, equation 3).
+    The answers are sorted by confidence into equal bins ((i - 1)/bins, i/bins]. The error is
+    |accuracy - mean confidence| of a bin, averaged over all images (Guo et al., "On Calibration of
+    Modern Neural Networks", 2017, equation 3).
     """
     confidence = probabilities.max(1).astype(np.float64)
     right = probabilities.argmax(1) == labels
@@ -114,8 +115,8 @@ def onnx_classifier(path: Path) -> Classifier:
     """Return the exported file as a classifier, run by ONNX Runtime on the CPU.
 
     Raises:
-        EvaluationError: the file is missing or another kind of model; of the classifier: a
-            probability is not finite.
+        EvaluationError: the file is missing or has another interface. The classifier raises it if
+            a probability is not finite.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # this model is too small for more; see docs/performance.md
@@ -124,12 +125,12 @@ def onnx_classifier(path: Path) -> Classifier:
         raise EvaluationError(f"there is no model file {path}: make one with `export`.")
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions have no common type of their own
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise EvaluationError(f"ONNX Runtime cannot load {path}: is it an ONNX model?") from error
     ends = (*session.get_inputs(), *session.get_outputs())
     if [(end.name, end.type, end.shape[1:]) for end in ends] != INTERFACE:
         raise EvaluationError(
-            f"{path} is not one of ours: it does not take `pixels`, uint8 [batch, 1, 28, 28], "
+            f"{path} is not a BN-LeNet file: it must take `pixels`, uint8 [batch, 1, 28, 28], "
             "and give `probabilities`, float32 [batch, 10]."
         )
 

@@ -18,11 +18,11 @@ from training.fitting.run import Epoch, Run
 from training.model import BNLeNet, norm_layers
 
 AffineParameters = dict[str, tuple[list[float], list[float]]]
-"""Gamma and beta, a number for each channel, by the layer's name."""
+"""By the layer's name: gamma and beta, with a number for each channel."""
 
 
 def affine_parameters(model: BNLeNet) -> AffineParameters:
-    """Return the learnt gamma and beta of every batch-norm layer, by its name."""
+    """Return the learnt gamma and beta of every batch-norm layer, by the layer's name."""
     pairs = {name: affine(layer) for name, layer in norm_layers(model).items()}
     return {name: (gamma.tolist(), beta.tolist()) for name, (gamma, beta) in pairs.items()}
 
@@ -64,7 +64,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]], out: Path) -> None:
 
 
 def draw_norms(model: BNLeNet, out: Path) -> None:
-    """Draw gamma against beta, a point for each channel, a panel for each batch-norm layer."""
+    """Draw gamma against beta: one panel for each batch-norm layer, one point for each channel."""
     parameters = affine_parameters(model)
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     panels = figure.subplots(1, len(parameters), sharex=True, sharey=True)
@@ -82,7 +82,7 @@ def draw_unit(model: BNLeNet, images: NDArray[np.uint8], out: Path) -> None:
     """Draw one unit's values before and after its batch norm, in training and in prediction.
 
     Args:
-        model: in prediction mode; it is left alone.
+        model: in prediction mode; it is not changed.
         images: uint8 [n, 28, 28], at least 128 of them.
         out: the PNG file.
     """
@@ -112,8 +112,8 @@ def draw_unit(model: BNLeNet, images: NDArray[np.uint8], out: Path) -> None:
 
 
 def save_figure(figure: Figure, out: Path) -> None:
-    """Write a figure as PNG, under any file name; the same figure gives the same bytes."""
+    """Write a figure as PNG, with any file name; the same figure gives the same bytes."""
     drawn = BytesIO()
-    # The version of the software that drew it would change the bytes.
+    # Without this, matplotlib writes its version, which changes the bytes.
     figure.savefig(drawn, format="png", dpi=110, metadata={"Software": None})
     write_whole(out, drawn.getvalue())

@@ -1,10 +1,10 @@
-"""The fixed set of sixteen changed test sets on which robustness is measured.
+"""The sixteen fixed changes to the test set that measure robustness.
 
-Real pictures arrive shifted, turned, blurred, sharpened, darker, flatter, smaller. Each entry
-takes uint8 images [n, 28, 28] (0 = background) and returns changed ones of the same shape and type:
-computed in float64 from bytes, rounded to the nearest byte, clipped to 0-255.
+Real pictures are shifted, turned, blurred, sharpened, darker, flatter or smaller. Each change takes
+uint8 images [n, 28, 28] (0 = background) and returns changed images of the same shape and type. It
+computes in float64, rounds to the nearest byte, and clips to 0-255.
 
-    shift (dy, dx)   by 2 pixels in each of the 8 directions; background comes in
+    shift (dy, dx)   by 2 pixels in each of the 8 directions; background fills the edge
     rotation +-10    degrees about the centre, bilinear, background outside; + is counter-clockwise
     blur 0.7         Gaussian, sigma 0.7 pixels, cut at 3 sigma; the edge pixels are repeated
     unsharp 100 %    2 x - (x blurred with sigma 2)
@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 
 def perturbations() -> dict[str, Callable[[Bytes], Bytes]]:
-    """Return the set, by name."""
+    """Return the sixteen changes, by name."""
     directions = [(dy, dx) for dy in (-2, 0, 2) for dx in (-2, 0, 2) if dy or dx]
     changes: dict[str, Callable[[Floats], Floats]] = {
         f"shift ({dy:+d}, {dx:+d})": partial(shift, dy=dy, dx=dx) for dy, dx in directions
@@ -44,7 +44,7 @@ def perturbations() -> dict[str, Callable[[Bytes], Bytes]]:
 
 
 def perturbed(images: Bytes) -> Iterator[tuple[str, Bytes]]:
-    """Yield every changed version of `images`, one at a time, with its name."""
+    """Yield the changed versions of `images` one after the other, with their names."""
     for name, change in perturbations().items():
         yield name, change(images)
 
@@ -52,14 +52,14 @@ def perturbed(images: Bytes) -> Iterator[tuple[str, Bytes]]:
 def _on_bytes(change: Callable[[Floats], Floats], images: Bytes) -> Bytes:
     parts = [
         images[i : i + 1000] for i in range(0, len(images), 1000)
-    ]  # float64 takes 8 times the room
+    ]  # in parts, because float64 takes 8 times the memory
     return np.concatenate(
         [np.clip(np.rint(change(part.astype(float))), 0, 255) for part in parts]
     ).astype(np.uint8)
 
 
 def shift(images: Floats, dy: int, dx: int) -> Floats:
-    """Move the content `dy` pixels down and `dx` to the right; zeros come in."""
+    """Move the content `dy` pixels down and `dx` to the right; zeros fill the edge."""
     height, width = images.shape[1:]
     padded = np.pad(images, ((0, 0), (abs(dy), abs(dy)), (abs(dx), abs(dx))))
     top, left = abs(dy) - dy, abs(dx) - dx
@@ -77,7 +77,7 @@ def resample(images: Floats, degrees: float = 0.0, scale: float = 1.0) -> Floats
     source_x, source_y = cosine * x - sine * y + centre_x, sine * x + cosine * y + centre_y
     left, top = np.floor(source_x).astype(int), np.floor(source_y).astype(int)
     right_share, bottom_share = source_x - left, source_y - top
-    margin = 2 + max(height, width)  # no source lies further out at the angles and scales used
+    margin = 2 + max(height, width)  # at the angles and scales used, no source lies further out
     padded = np.pad(images, ((0, 0), (margin, margin), (margin, margin)))
     result = np.zeros_like(images)
     for down, row_share in ((0, 1 - bottom_share), (1, bottom_share)):
@@ -88,7 +88,7 @@ def resample(images: Floats, degrees: float = 0.0, scale: float = 1.0) -> Floats
 
 
 def blur(images: Floats, sigma: float) -> Floats:
-    """Convolve with a Gaussian cut at three sigma and normalised; the edge pixels are repeated."""
+    """Convolve with a normalised Gaussian, cut at three sigma; repeat the edge pixels."""
     radius = math.ceil(3 * sigma)
     kernel = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
     kernel /= kernel.sum()
@@ -99,6 +99,6 @@ def blur(images: Floats, sigma: float) -> Floats:
 
 
 def contrast(images: Floats, share: float = 0.6) -> Floats:
-    """Pull every pixel towards its image's mean."""
+    """Move every pixel towards its image's mean; `share` of the difference remains."""
     mean = images.mean((1, 2), keepdims=True)
     return np.asarray(mean + share * (images - mean))

@@ -1,7 +1,7 @@
-"""Random changes to a batch of training images, on the device that holds them, from one generator.
+"""Random changes to a batch of training images, on their own device, from one generator.
 
-A real picture of a garment arrives mirrored, shifted, turned, larger, darker, flatter, blurred or
-sharpened; a model that saw such images in training still knows it.
+Real pictures of garments are mirrored, shifted, turned, larger, darker, flatter, blurred or
+sharpened. A model that was trained on such images still recognises them.
 """
 
 import math
@@ -15,18 +15,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far each change may go; every image draws its own amounts, uniformly up to the limit.
+    """The limit of each change; every image draws its own amounts, uniformly up to the limit.
 
     Attributes:
-        flip: mirror left and right, in half of the cases.
-        shift: pixels, in each direction; whole ones unless the image is also turned or scaled.
-        rotation: degrees, either way.
-        scale: natural logarithm of the change in size, either way.
+        flip: mirror half of the images, left to right.
+        shift: pixels, in each direction; a whole number unless the image is also turned or scaled.
+        rotation: degrees, in both directions.
+        scale: natural logarithm of the change in size, up and down.
         sharpness: weight of a Gaussian blur (sigma 1) against the image; negative draws sharpen.
-        sharpness_share: the share of a batch that draws a sharpness at all.
-        contrast: relative change of the differences from the image's mean, either way.
-        brightness: relative change of every pixel, either way.
-        gamma: natural logarithm of the exponent, either way.
+        sharpness_share: the share of a batch whose sharpness changes.
+        contrast: relative change of the differences from the image's mean, up and down.
+        brightness: relative change of every pixel, up and down.
+        gamma: natural logarithm of the exponent, up and down.
     """
 
     flip: bool = False
@@ -57,7 +57,7 @@ class Augmentation:
         elif self.flip or self.shift:
             images = self._move(images, draw)
         if self.sharpness:
-            # Which images these are is chance already: the batch was drawn at random.
+            # The first images of the batch will do: the batch is in random order.
             count = int(len(images) * self.sharpness_share)
             some = images[:count]
             some = some + draw(self.sharpness, count) * (gaussian_blur(some, 1.0) - some)
@@ -74,7 +74,7 @@ class Augmentation:
         return images
 
     def _turn(self, images: Tensor, draw: Callable[[float], Tensor]) -> Tensor:
-        """Mirror, turn, scale and shift in one bilinear resampling; zeros come in at the edges."""
+        """Mirror, turn, scale and shift in one bilinear resampling; zeros fill the edges."""
         mirror = torch.sign(draw(1.0)) if self.flip else torch.ones_like(draw(0.0))
         angle, size = draw(math.radians(self.rotation)), draw(self.scale).exp()
         right, down = (draw(2 * self.shift / images.shape[-1]) for _ in range(2))
@@ -85,7 +85,7 @@ class Augmentation:
         return F.grid_sample(images, grid, align_corners=False)
 
     def _move(self, images: Tensor, draw: Callable[[float], Tensor]) -> Tensor:
-        """Mirror and shift by whole pixels: no pixel is changed; zeros come in at the edges."""
+        """Mirror and shift by whole pixels: values do not change, and zeros fill the edges."""
         size, limit = images.shape[-1], round(self.shift)
         positions = torch.arange(size, device=images.device)
         columns = positions.expand(len(images), size)
@@ -101,7 +101,7 @@ class Augmentation:
 
 
 def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
-    """Blur images [n, 1, h, w] by a Gaussian cut at three sigma (pixels); edges are repeated."""
+    """Blur images [n, 1, h, w] by a Gaussian, cut at three sigma (pixels); repeat the edges."""
     radius = math.ceil(3 * sigma)
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     kernel = torch.exp(-(offsets**2) / (2 * sigma**2))

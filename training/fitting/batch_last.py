@@ -1,12 +1,12 @@
 """The training forward pass with the batch as the last axis, which suits a CPU.
 
-On a quiet core an epoch by this pass is 1.2 to 1.3 times as fast as one by the plain model.
+On a quiet core, an epoch with this pass is 1.2 to 1.3 times as fast as with the plain model.
 
-It computes what calling the model computes, to rounding, on the model's own parameters and moving
-statistics; only the memory layout differs. A 6 x 6 tile of the input, taken at every second row
-and column, holds all that the four convolution outputs under one 2 x 2 pooling window need. With
-the batch last, gathering the tiles copies runs of whole batches, convolution is one large matrix
-product, and pooling adds four rows.
+The pass uses the model's own parameters and moving statistics, and computes the same values as the
+model, to rounding; only the memory layout differs. Tiles of 6 x 6 pixels are cut from the input at
+every second row and column. One tile has all inputs of the four convolution outputs that one
+2 x 2 pooling window averages. With the batch last, copying a tile copies whole rows of n images,
+the convolution is one large matrix product, and pooling adds four rows.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from training.model import BNLeNet
 
 
 def tiles(x: Tensor) -> Tensor:
-    """Gather all 6 x 6 tiles, at stride 2, of `x` [I, H, H, n], a column each: [I * 36, h * h * n].
+    """Return all 6 x 6 tiles of `x` [I, H, H, n], at stride 2, as columns: [I * 36, h * h * n].
 
     h = (H - 4) / 2 is the side after convolution and pooling.
     """
@@ -34,7 +34,7 @@ class TileProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """Gather and multiply."""
+        """Cut the tiles and multiply."""
         columns = tiles(x)
         ctx.save_for_backward(columns, weight)
         ctx.input_shape = x.shape
@@ -42,7 +42,7 @@ class TileProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return the gradients of `x`, where one is wanted, and of `weight`."""
+        """Return the gradients of `x` (None if it needs none) and of `weight`."""
         (gradient,) = gradients
         columns, weight = ctx.saved_tensors
         to_input = None
@@ -63,9 +63,9 @@ tile_product: Callable[[Tensor, Tensor], Tensor] = TileProduct.apply
 
 
 def tile_weight(weight: Tensor) -> Tensor:
-    """Spread a convolution's 5 x 5 kernels [O, I, 5, 5] over tiles: [O * 4, I * 36].
+    """Place a convolution's 5 x 5 kernels [O, I, 5, 5] into tiles: [O * 4, I * 36].
 
-    Rows come in fours, one for each position of the kernel in a 6 x 6 tile.
+    Each kernel gives four rows, one for each of its positions in a 6 x 6 tile.
     """
     shifted = [F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
     return torch.stack(shifted, dim=1).flatten(0, 1).flatten(1)
@@ -74,8 +74,9 @@ def tile_weight(weight: Tensor) -> Tensor:
 def forward(model: BNLeNet, images: Tensor) -> Tensor:
     """Return logits [n, 10] of `images` [n, 1, 28, 28], and update the moving statistics.
 
-    The biases of the layers before batch norm are left out of the products, for its mean takes
-    them away: they get no gradient, which would be zero, and the moving means account for them.
+    The products leave out the biases of the layers before a batch norm, because it subtracts them
+    with the mean. So these biases get no gradient (it would be zero); the moving means include
+    them.
 
     Raises:
         ValueError: the model's batch norm is not torch's.
@@ -95,14 +96,15 @@ def forward(model: BNLeNet, images: Tensor) -> Tensor:
 
 
 def _normalise(rows: Tensor, norm: NormLayer, bias: Tensor | None) -> Tensor:
-    """Batch norm of `rows` + `bias`, a row a channel: [C, m]."""
+    """Return the batch norm of `rows` + `bias`; one row for each channel: [C, m]."""
     if isinstance(norm, BatchNorm) or norm.momentum is None or bias is None:
-        raise ValueError("the batch-last pass is for biased layers before torch's batch norm")
+        raise ValueError("the batch-last pass needs layers with a bias before torch's batch norm")
     gamma, beta = affine(norm)
     mean, variance = statistics(norm)
     with torch.no_grad():
-        # Now, since autograd allows no change of the mean after its use: the share of it that the
-        # update below keeps turns this into the bias's share of the batch mean.
+        # The batch mean of rows + bias is the batch mean of rows, plus the bias. The update below
+        # multiplies the moving mean by (1 - momentum), so this addition ends as momentum * bias.
+        # It stands before the update because autograd forbids a change of the mean after its use.
         mean.add_(bias, alpha=norm.momentum / (1 - norm.momentum))
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)

@@ -35,15 +35,15 @@ class Fitted:
 
     Attributes:
         model: in prediction mode, with the moving statistics.
-        population: statistics of the whole training set, changed as in the last epochs.
-        epochs: what happened.
-        scores: on the images held out (the test set when none are), by the statistics used:
-            "moving"; "population"; and "clean", the training set's without augmentation, when the
-            recipe augments.
-        confusion: images on the same, with the recipe's statistics: rows are the true classes,
-            columns the answers.
-        temperature: the one that fits the images held out best; the recipe's when none are.
-        seconds: by the clock: "setup", "fit" (evaluation included), "statistics".
+        population: statistics of the whole training set, augmented as in the last epochs.
+        epochs: the metrics of each epoch.
+        scores: on the held-out images (without any, on the test set), by batch-norm statistics:
+            "moving"; "population"; and, if the recipe augments, "clean": those of the training
+            set without augmentation.
+        confusion: counts of the same images with the recipe's statistics: rows are the true
+            classes, columns the answers.
+        temperature: the best one on the held-out images; without any, the recipe's.
+        seconds: wall-clock time of "setup", "fit" (evaluation included) and "statistics".
     """
 
     model: BNLeNet
@@ -69,24 +69,24 @@ def fit(
     on_batch: Callable[[Fitting, int, int], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> Fitted:
-    """Fit a model; the same arguments and number of threads give the same bits on one CPU.
+    """Fit a model; the same arguments and number of threads give the same bits on the same CPU.
 
     Args:
         data: the data set.
         recipe: how to fit.
-        seed: of the weights, the order of the images and the augmentation.
+        seed: decides the weights, the order of the images and the augmentation.
         device: "cpu" or "cuda".
-        batch_norm: whose layer normalises.
-        holdout: how many of the last training images are kept for validation; then the test set
-            is not touched.
-        graphs: on a GPU, replay the steps as CUDA graphs where they prove to be the same.
-        run: the folder to write to; a fit that it holds already is continued.
-        on_batch: called after every step with the epoch and the number of images seen in it, on
-            the CPU only: on a GPU looking would mean waiting.
+        batch_norm: the batch-norm layer: ours ("scratch") or torch's ("torch").
+        holdout: validate on this many training images, the last ones; the test set is then not
+            used.
+        graphs: on a GPU, replay the steps as CUDA graphs if a replay equals an eager step.
+        run: the folder to write to; if it holds an unfinished fit, that fit is continued.
+        on_batch: called after every step with the epoch and the number of images seen in it. Only
+            on the CPU: on a GPU it would wait for the device.
         on_epoch: called after every epoch, when the run folder is up to date.
 
     Raises:
-        FitError: an impossible batch size or hold-out, or the loss is no longer finite.
+        FitError: the batch size or hold-out is impossible, or the loss became infinite or NaN.
         RunError: the run folder cannot be resumed.
     """
     began = time.perf_counter()
@@ -144,7 +144,7 @@ def fit(
 
 
 def _split(data: FashionMNIST, holdout: int) -> tuple[Split, Split]:
-    """Return the images to train on, and those to judge by: held out, or else the test set."""
+    """Return the images to train on, and those to evaluate on: held out, or the test set."""
     if not holdout:
         return data.train, data.test
     images, labels = data.train.images, data.train.labels
@@ -153,7 +153,7 @@ def _split(data: FashionMNIST, holdout: int) -> tuple[Split, Split]:
 
 
 def _on_host(*figures: Tensor) -> list[float]:
-    """Read numbers of any type from the device at once: an epoch waits for it one time only."""
+    """Read numbers of any type from the device in one transfer, so that an epoch waits once."""
     read: list[float] = torch.stack([figure.double() for figure in figures]).tolist()
     return read
 
@@ -165,11 +165,11 @@ def _conclude(
     held_out: bool,
     seconds: dict[str, float],
 ) -> Fitted:
-    """Take the statistics of the whole training set, and judge by each kind of statistics."""
+    """Compute the whole training set's statistics; score the model with each kind of statistics."""
     start = time.perf_counter()
     recipe, images = fitting.recipe, fitting.images
     model = copy.deepcopy(fitting.result()).eval().requires_grad_(False)
-    augmentation = recipe.augmentation_in(recipe.epochs)  # what the weights met last
+    augmentation = recipe.augmentation_in(recipe.epochs)  # as in the last steps
     population = population_statistics(model, images, augmentation, fitting.seed)
     models = {"moving": model, "population": with_statistics(model, population)}
     if augmentation != NO_AUGMENTATION:
@@ -207,13 +207,11 @@ def _complete(run: Run, fitted: Fitted, judged_on: str) -> None:
 
 
 def diverged(fitting: Fitting, epoch: int) -> FitError:
-    """Return the error of a fit whose loss, weights or statistics are no longer finite."""
+    """Return the error of a fit whose loss, weights or statistics became infinite or NaN."""
     steps = fitting.schedule.shape[1] // fitting.recipe.epochs
     step = min(int(fitting.finite_steps) + 1, steps)
-    last = (
-        f"The checkpoint of epoch {epoch - 1} is kept." if epoch > 1 else "No epoch was complete."
-    )
+    last = f"Epoch {epoch - 1} was the last good one." if epoch > 1 else "No epoch was completed."
     return FitError(
-        f"the loss is no longer finite in epoch {epoch}, step {step} of {steps}: lower the "
+        f"the loss became infinite or NaN in epoch {epoch}, step {step} of {steps}: lower the "
         f"learning rate. {last}"
     )

@@ -1,4 +1,4 @@
-"""The step as CUDA graphs, trusted only where a replay does what the eager step does."""
+"""The training step as CUDA graphs, used only if a replay gives the result of the eager step."""
 
 import logging
 from collections.abc import Callable
@@ -11,10 +11,11 @@ from training.fitting.recipes import NO_AUGMENTATION
 from training.fitting.step import Fitting, unchanged
 
 TOLERANCE = 0.05
-"""How far a replay's change of a tensor may be from the eager step's, relative to that change.
+"""The largest allowed difference between a replay's change of a tensor and the eager step's,
+relative to that change.
 
-A GPU adds in no fixed order, and AdamW's first steps magnify rounding: a few thousandths are usual.
-A graph with stale rows, frozen random numbers or a lost update is off by about 1.
+A GPU adds in no fixed order, and AdamW's first steps magnify rounding, so a few thousandths are
+normal. A graph with stale rows, frozen random numbers or a lost update differs by about 1.
 """
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,8 @@ Step = Callable[[Tensor], None]
 class Captured:  # pragma: no cover - needs a GPU
     """`Fitting.step` as CUDA graphs, one for each shape of step and kind of augmentation.
 
-    A net this small is bound by launching kernels; a replay launches all of a step's at once. All
-    graphs share one memory pool: no value outlives a replay in it.
+    The time of a network this small is mostly kernel launches; a replay launches all kernels of a
+    step at once. All graphs share one memory pool, because no value in it outlives a replay.
     """
 
     def __init__(self, fitting: Fitting) -> None:
@@ -38,7 +39,7 @@ class Captured:  # pragma: no cover - needs a GPU
             self.graphs[size, augmentation] = self._capture(size)
 
     def __call__(self, rows: Tensor) -> None:
-        """Do what `Fitting.step` does."""
+        """Replay `Fitting.step` on these rows."""
         static, graph = self.graphs[len(rows), self.fitting.augmentation]
         static.copy_(rows)
         graph.replay()
@@ -49,18 +50,20 @@ class Captured:  # pragma: no cover - needs a GPU
         with unchanged(self.fitting):
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch forgot
             stream.wait_stream(now)
-            with torch.cuda.stream(stream):  # the libraries choose their algorithms here
+            with torch.cuda.stream(stream):  # the libraries choose their algorithms in these steps
                 for _ in range(3):
                     self.fitting.step(static)
             now.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            if self.fitting.augmentation != NO_AUGMENTATION:  # else nothing is drawn
+            if self.fitting.augmentation != NO_AUGMENTATION:  # otherwise nothing is drawn
                 graph.register_generator_state(self.fitting.generator)
             try:
                 with torch.cuda.graph(graph, pool=self.pool):
                     self.fitting.step(static)
             finally:
-                torch.cuda.set_stream(now)  # a capture that fails leaves its own stream current
+                torch.cuda.set_stream(
+                    now
+                )  # after a failed capture, its own stream is still current
         return static, graph
 
 
@@ -73,10 +76,10 @@ def kinds_of_step(fitting: Fitting) -> list[tuple[Augmentation, int]]:
 
 
 def difference(fitting: Fitting, step: Step, rows: Tensor) -> float:
-    """Return by how much `step` differs from `Fitting.step` on these rows; `fitting` is unchanged.
+    """Return how much `step` differs from `Fitting.step` on these rows; `fitting` is unchanged.
 
-    Of every tensor that a step changes: the distance between the two results, relative to the
-    length of the eager step's change; the largest of these.
+    For every tensor that a step changes, this is the distance between the two results, divided by
+    the length of the eager step's change. The result is the largest of them.
     """
 
     def state() -> list[Tensor]:
@@ -96,12 +99,12 @@ def difference(fitting: Fitting, step: Step, rows: Tensor) -> float:
 
 
 def fastest_step(fitting: Fitting, capture: Callable[[Fitting], Step] = Captured) -> Step:
-    """Return the captured step, or `Fitting.step` where capture fails or a replay differs.
+    """Return the captured step, or `Fitting.step` if the capture fails or a replay differs.
 
     The reason is logged as a warning.
     """
     now = fitting.augmentation
-    # Other rows than those of the capture, so that a graph that ignores its input is noticed.
+    # Not the rows of the capture: otherwise a graph that ignores its input would pass.
     rows = torch.arange(len(fitting.labels), device=fitting.labels.device).flip(0)
     try:
         captured = capture(fitting)
@@ -112,7 +115,7 @@ def fastest_step(fitting: Fitting, capture: Callable[[Fitting], Step] = Captured
         if worst <= TOLERANCE:
             return captured
         reason = f"a replayed step differs from an eager one by {worst:.0%}"
-    except RuntimeError as error:  # what torch makes of every error of CUDA
+    except RuntimeError as error:  # torch raises this for every CUDA error
         reason = f"a step could not be captured ({str(error).splitlines()[0]})"
     finally:
         fitting.augmentation = now

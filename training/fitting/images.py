@@ -1,4 +1,4 @@
-"""A split's images and labels as tensors, on the device that computes with them."""
+"""A split's images and labels as tensors on the computing device."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal, for hidden weights; AdamW does the rest."""
+"""Muon, the optimiser of the hidden weights: momentum, made orthogonal before each step."""
 
 from collections.abc import Iterable
 
@@ -9,15 +9,16 @@ from torch import Tensor
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum (Jordan et al., "Muon", 2024).
 
-    A convolution's kernels [out, in, h, w] count as a matrix [out, in h w]. Each step is scaled by
-    sqrt(max(1, rows / columns)), and the weights decay by `lr * weight_decay`. torch's own Muon
-    takes neither convolutions nor a learning rate on the device, and works in bfloat16.
+    A convolution's kernels [out, in, h, w] are treated as a matrix [out, in h w]. Each step is
+    scaled by sqrt(max(1, rows / columns)), and the weights decay by `lr * weight_decay`. torch's
+    own Muon cannot be used here: it takes no convolutions and no learning rate on the device, and
+    it computes in bfloat16.
 
     Args:
         parameters: weights [out, in] or [out, in, h, w].
         lr: learning rate, a tensor [] on the device of the weights, read at every step.
         weight_decay: see above.
-        momentum: share of the old momentum that is kept.
+        momentum: share of the old momentum in the new one.
     """
 
     def __init__(
@@ -49,9 +50,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Return nearly U V^T for a matrix U S V^T, whose singular values come to about 0.7-1.2.
+    """Return approximately U V^T for a matrix U S V^T: the singular values become about 0.7-1.2.
 
-    A Newton-Schulz iteration whose coefficients Jordan et al. tuned for speed, not convergence.
+    This is a Newton-Schulz iteration; Jordan et al. tuned its coefficients for speed.
     """
     x: Tensor = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]

@@ -1,4 +1,4 @@
-"""What a fit is asked for, made complete and checked before anything is written."""
+"""The options of a fit, completed and checked before anything is written."""
 
 import math
 import platform
@@ -15,28 +15,28 @@ from training.fitting.recipes import Recipe
 from training.fitting.run import Config, Run, RunError
 
 MAX_STEPS = 5_000_000
-"""The schedule holds a column for each step in memory."""
+"""The limit of steps: the schedule has a column in memory for each of them."""
 MIN_IMAGES_PER_THREAD = 64
-"""With fewer images a thread, handing out the work costs more than the thread gains.
+"""With fewer images, a further thread costs more than it gains.
 
-Measured with two threads on two cores: 1.3 times the speed of one at batch 128, 1.8 at 512.
+Measured on two cores: two threads are 1.3 times as fast as one at batch 128, 1.8 times at 512.
 """
 
 
 class FitError(Exception):
-    """The fit cannot start or go on; the message is one sentence that says what to do."""
+    """The fit cannot start or continue; the message is one sentence that says what to do."""
 
 
 def check(recipe: Recipe, images: int, holdout: int = 0) -> None:
-    """Refuse what cannot be trained on so many images.
+    """Refuse a recipe that cannot be trained on this many images.
 
     Raises:
-        FitError: nothing would be left to train on, some batch would hold a single image, whose
-            variance in a linear layer is zero, or the schedule would not fit into memory.
+        FitError: no image is left to train on, a batch would have a single image (its variance in
+            a linear layer is zero), or the schedule would not fit into memory.
     """
     if not 0 <= holdout < images - 1:
         raise FitError(
-            f"--holdout must leave images to train on, 0 to {images - 2:,}: not {holdout:,}."
+            f"--holdout must leave images to train on: use 0 to {images - 2:,}, not {holdout:,}."
         )
     if recipe.batch_size < 2:
         raise FitError("batch norm needs at least two images a batch: raise --batch-size.")
@@ -51,22 +51,22 @@ def check(recipe: Recipe, images: int, holdout: int = 0) -> None:
 
 
 def cores() -> int:
-    """Return how many cores this process may use, as its affinity and its container allow."""
+    """Return how many cores this process may use, by its affinity and its container."""
     return int(cpu_count())
 
 
 def threads_for(recipe: Recipe, device: str, processes: int = 1) -> int:
-    """Return how many threads a fit is fastest with, where `processes` fits run at once."""
+    """Return the fastest number of threads for a fit when `processes` fits run at once."""
     if device != "cpu":
         return 1
     return max(1, min(cores() // processes, recipe.batch_size // MIN_IMAGES_PER_THREAD))
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that the weights depend on."""
+    """Return the versions of the software that the weights depend on."""
     return {
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # with its build, such as +cu130
+        "torch": str(torch.__version__),  # with the build, such as +cu130
         "numpy": np.__version__,
     }
 
@@ -87,15 +87,15 @@ def new_config(
     Args:
         recipe: how to fit.
         dataset_sha256: `FashionMNIST.sha256`.
-        seed: of the weights, the order of the images and the augmentation.
-        device: "auto" is CUDA where torch finds it.
-        batch_norm: whose layer normalises.
-        holdout: how many of the last training images are kept for validation.
-        threads: how many torch computes with; None: `threads_for` the recipe.
-        processes: how many such runs are to be fitted at once.
+        seed: decides the weights, the order of the images and the augmentation.
+        device: "auto" is CUDA if torch finds a CUDA device, else the CPU.
+        batch_norm: the batch-norm layer: ours ("scratch") or torch's ("torch").
+        holdout: validate on this many training images, the last ones.
+        threads: CPU threads of torch; None chooses by `threads_for`.
+        processes: how many such runs are fitted at once.
 
     Raises:
-        FitError: no CUDA device, where one is asked for.
+        FitError: `device` is "cuda", and torch finds no CUDA device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,7 +114,7 @@ def new_config(
 
 
 def check_device(config: Config) -> None:
-    """Refuse a configuration for a GPU where there is none.
+    """Refuse a configuration for a GPU if there is none.
 
     Raises:
         FitError: torch finds no CUDA device.
@@ -124,12 +124,12 @@ def check_device(config: Config) -> None:
 
 
 def resumed_run(folder: Path, wanted: Mapping[str, Any]) -> Run:
-    """Return a run to be continued with its own settings.
+    """Return an unfinished run, to be continued with its own settings.
 
     Args:
-        folder: of the run.
-        wanted: settings that it must have, by name of a field of `Config` or of `Recipe`;
-            "recipe" is the recipe's name. A device "auto" is any.
+        folder: the run's folder.
+        wanted: settings that the run must have, by the name of a field of `Config` or `Recipe`;
+            "recipe" is the recipe's name. The device "auto" matches any device.
 
     Raises:
         RunError: this is not a run folder, the run is complete, or one of the settings differs.
@@ -151,17 +151,17 @@ def resumed_run(folder: Path, wanted: Mapping[str, Any]) -> Run:
 
 
 def create_runs(folder: Path, config: Config, seeds: Sequence[int], images: int) -> list[Run]:
-    """Make the run folder of the one seed, or FOLDER-SEED for each of several.
+    """Make a run folder: `folder` for one seed, FOLDER-SEED for each of several seeds.
 
     Args:
-        folder: of the one run; of several, what their folders' names begin with.
-        config: of the runs, but for the seed.
+        folder: the folder of the one run, or the beginning of all folders' names.
+        config: the configuration of all runs; its seed is replaced.
         seeds: at least one.
-        images: how many there are to train on and to hold out of.
+        images: the number of training images, those held out included.
 
     Raises:
         FitError: such a fit is impossible; see `check`.
-        RunError: one of the folders holds something; then none is made.
+        RunError: one of the folders is not empty; then no folder is made.
     """
     check(config.recipe, images, config.holdout)
     folders = [folder]

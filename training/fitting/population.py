@@ -1,4 +1,4 @@
-"""Batch norm's statistics over the whole training set, in place of the moving averages."""
+"""Batch norm's statistics over the whole training set, to replace the moving averages."""
 
 import copy
 from typing import TypeVar
@@ -24,10 +24,11 @@ def population_statistics(
 ) -> Moments:
     """Return the mean and (biased) variance of each batch norm's input over all images.
 
-    Layer by layer: each layer's statistics are taken with those of the layers before it already
-    replaced, from float64 sums of x and x^2 over uint8 images [n, 1, 28, 28]: every image counts
-    the same (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3). An augmentation
-    gives one random view of each image, the same for all layers. The model itself is not changed.
+    This works layer by layer: when a layer's statistics are computed, the layers before it already
+    have their new ones. The sums of x and x^2 are in float64, over uint8 images [n, 1, 28, 28], and
+    every image counts the same (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021,
+    section 3). An augmentation gives one random view of each image, the same for all layers. The
+    model itself does not change.
     """
     model = copy.deepcopy(model).eval()
     found: Moments = {}
@@ -52,7 +53,7 @@ def population_statistics(
 
 @torch.no_grad()
 def with_statistics(model: Network, moments: Moments) -> Network:
-    """Return a copy of the model that predicts with these statistics."""
+    """Return a copy of the model with these statistics."""
     model = copy.deepcopy(model)
     for name, layer in norm_layers(model).items():
         set_statistics(layer, *moments[name])

@@ -1,4 +1,4 @@
-"""Products of float32 numbers in float32, not in TF32, which a GPU may use in silence."""
+"""Computes products of float32 numbers in float32; by default a GPU may use TF32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ import torch
 def full_precision() -> Iterator[None]:
     """Switch TF32 off within the block, or within the function that it decorates.
 
-    TF32 keeps 10 of the 23 bits of a float32's mantissa. torch uses it for convolutions on a GPU
-    unless told not to. This network is bound by kernel launches, so TF32 would save no time.
+    TF32 has 10 of the 23 bits of a float32's mantissa. By default, torch uses it for convolutions
+    on a GPU. This network's time is mostly kernel launches, so TF32 would save no time.
     """
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined] # torch forgot
     backends = torch.backends.cuda.matmul, convolutions

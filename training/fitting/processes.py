@@ -1,4 +1,4 @@
-"""Runs of several seeds: a process for each on a CPU, one after the other on a GPU."""
+"""Fits several seeds: in several processes on a CPU, one after the other on a GPU."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,7 +20,7 @@ def fit_run(
     on_batch: Callable[[Fitting, int, int], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> Fitted:
-    """Fit, or go on to fit, by a run's own configuration, its number of threads included.
+    """Start or continue the fit of a run, with the run's own configuration and threads.
 
     Raises:
         FitError, RunError: see `fit`.
@@ -42,7 +42,7 @@ def fit_run(
 
 
 def processes_for(runs: int, device: str, threads: int) -> int:
-    """Return how many of these runs are to be fitted at once: as many as the cores can carry."""
+    """Return how many of these runs to fit at once: as many as have cores for their threads."""
     return min(runs, max(1, cores() // threads)) if device == "cpu" else 1
 
 
@@ -53,16 +53,16 @@ def fit_runs(
     graphs: bool = True,
     on_epoch: Callable[[Run, Epoch], None] | None = None,
 ) -> Iterator[tuple[Run, Fitted]]:
-    """Yield each of the runs, all of one device and number of threads, when it is fitted.
+    """Fit runs, and yield each one when its fit is complete.
 
     Args:
         data: the data set; the processes share its memory.
-        runs: folders with a configuration.
+        runs: new or unfinished runs, all with the same device and number of threads.
         graphs: see `fit`.
-        on_epoch: called in the process that fits, so it must be a function of a module.
+        on_epoch: called in the process of the fit, so it must be a module's function.
 
     Raises:
-        FitError, RunError: of the first run that fails; the others are stopped.
+        FitError, RunError: from the first run that fails; the other runs are stopped.
     """
     config = runs[0].config()
     parallel = Parallel(

@@ -1,4 +1,4 @@
-"""Recipes: everything about a fit but the data, the seed and the machine."""
+"""Recipes: all settings of a fit, except the data, the seed and the machine."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -13,27 +13,27 @@ Statistics = Literal["moving", "population"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fit.
+    """The settings of a fit.
 
     Attributes:
-        name: what the command line calls it.
-        origin: where it comes from and how it was chosen, in a sentence for the model card.
+        name: its name on the command line.
+        origin: where it comes from and how it was chosen: a sentence for the model card.
         optimizer: "sgd" (plain), or "muon" for the hidden weights and AdamW for the rest.
-        learning_rate: the highest one.
-        other_learning_rate: the highest one of AdamW, which accompanies Muon.
-        batch_size: images a step; the last, smaller batch of an epoch is kept.
+        learning_rate: the highest learning rate.
+        other_learning_rate: with Muon, the highest learning rate of AdamW.
+        batch_size: images in a step; the last, smaller batch of an epoch is used too.
         epochs: passes over the training set.
-        warm_up: share of all steps over which the learning rate rises linearly from zero before it
-            falls linearly to zero; None keeps it constant.
-        weight_decay: on the weights of convolutions and linear layers alone; with Muon, not on
-            the last layer's.
-        averaging: how far back the exponential moving average of weights and statistics reaches,
-            as a share of all steps; the average is the model. Zero: the last weights are.
+        warm_up: the learning rate rises linearly from zero over this share of all steps, then falls
+            linearly to zero; None means a constant learning rate.
+        weight_decay: for the weights of convolutions and linear layers only; with Muon, not for
+            the last layer's weights.
+        averaging: the length of the exponential moving average of weights and statistics, as a
+            share of all steps; the average is the model. Zero means that the last weights are.
         augmentation: random changes to the training images.
-        finish: share of the epochs, at the end, that make the changes of `finish_augmentation`
-            instead, which leave the images more like real ones.
+        finish: this share of the epochs, at the end, uses `finish_augmentation` instead; its
+            images are more like real ones.
         finish_augmentation: see `finish`.
-        statistics: which ones the exported model carries.
+        statistics: the batch-norm statistics of the exported model.
         temperature: the exported logits are divided by it.
     """
 
@@ -54,7 +54,7 @@ class Recipe:
     temperature: float = 1.0
 
     def rate(self, progress: float) -> float:
-        """Return the share of the highest learning rate when `progress` (0 to 1) is done."""
+        """Return the learning rate, as a share of the highest, after `progress` (0 to 1)."""
         if self.warm_up is None:
             return 1.0
         if progress < self.warm_up:
@@ -62,7 +62,7 @@ class Recipe:
         return (1 - progress) / (1 - self.warm_up)
 
     def augmentation_in(self, epoch: int) -> Augmentation:
-        """Return the random changes that epoch 1, 2, ... makes."""
+        """Return the random changes in epoch 1, 2, ..."""
         finishing = epoch > self.epochs - round(self.finish * self.epochs)
         return self.finish_augmentation if finishing else self.augmentation
 
@@ -96,7 +96,7 @@ RECIPES = {
             weight_decay=0.05,
             averaging=0.02,
             augmentation=STRONG,
-            # No turning, no scaling: resampling blurs, and these are to be like real images.
+            # No rotation, no scaling: resampling blurs, and these images must look like real ones.
             finish=0.1,
             finish_augmentation=replace(
                 STRONG, rotation=0.0, scale=0.0, shift=1.0, contrast=0.2, brightness=0.2, gamma=0.1

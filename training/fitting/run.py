@@ -1,10 +1,10 @@
-"""The run folder: what a fit leaves behind; a kill at any moment loses one epoch at most.
+"""The run folder: the files that a fit writes. A killed fit loses one epoch at most.
 
 config.json              recipe, seed, device, versions, data set
-metrics.jsonl            one line an epoch
+metrics.jsonl            one line for each epoch
 checkpoint.safetensors   the model's state_dict; at the end also
                              `population.<layer>.mean`, `.variance`
-state.safetensors        all that a resumed fit needs; gone when the fit is complete
+state.safetensors        all tensors that a resumed fit needs; removed when the fit is complete
 results.json             written last: accuracy with each kind of statistics
 """
 
@@ -26,24 +26,24 @@ from training.fitting.recipes import Recipe, Statistics
 from training.model import BNLeNet, norm_layers
 
 MOMENTS = ("mean", "variance")
-"""What the checkpoint holds of each layer's population statistics."""
+"""The two population statistics of each layer in the checkpoint."""
 
 
 class RunError(Exception):
-    """A run folder cannot be used as asked; the message is one sentence that says what to do."""
+    """A run folder cannot be used; the message is one sentence that says what to do."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """What was asked for; equal configurations on one machine's CPU give equal weights.
+    """The configuration of a run; on the same CPU, equal configurations give equal weights.
 
     Attributes:
         recipe: how to fit.
-        seed: of the weights, the order of the images and the augmentation.
+        seed: decides the weights, the order of the images and the augmentation.
         device: "cpu" or "cuda".
-        batch_norm: whose layer normalises, ours ("scratch") or torch's ("torch").
-        holdout: how many of the last training images are kept for validation.
-        threads: how many threads torch computes with.
+        batch_norm: the batch-norm layer: ours ("scratch") or torch's ("torch").
+        holdout: the number of training images, the last ones, that are held out.
+        threads: CPU threads of torch.
         dataset_sha256: `FashionMNIST.sha256`.
         versions: of python, torch and numpy.
     """
@@ -59,10 +59,10 @@ class Config:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Config":
-        """Undo `asdict`, also after a round trip through JSON.
+        """Return the configuration that `asdict` turned into these fields, also through JSON.
 
         Raises:
-            TypeError, KeyError, ValueError: fields are missing, unknown or of other types.
+            TypeError, KeyError, ValueError: a field is missing, unknown or of another type.
         """
         recipe = fields["recipe"]
         augmentations = {
@@ -78,11 +78,11 @@ class Config:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of metrics.jsonl: accuracies from 0 to 1, the loss in nats, times by the clock.
+    """One line of metrics.jsonl: accuracies from 0 to 1, the loss in nats, wall-clock times.
 
-    `accuracy` is that on the images held out (the test set when none are), with moving statistics;
-    nothing is chosen by it. `learning_rate` is that of the last step; `images_per_second` counts
-    training images by the clock of the whole epoch, evaluation included.
+    `accuracy` is on the held-out images (without any, on the test set), with moving statistics;
+    the fit makes no choice by it. `learning_rate` is the last step's. `images_per_second` is the
+    number of training images divided by the time of the whole epoch, evaluation included.
     """
 
     epoch: int
@@ -117,10 +117,10 @@ class Run:
         return run
 
     def must_be_new(self) -> None:
-        """Refuse a folder that holds anything.
+        """Refuse a folder that is not empty.
 
         Raises:
-            RunError: it does, or it cannot be read.
+            RunError: the folder is not empty, or it cannot be read.
         """
         try:
             if self.folder.exists() and any(self.folder.iterdir()):
@@ -146,7 +146,7 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether the fit came to its end."""
+        """Whether the fit is complete."""
         return (self.folder / "results.json").exists()
 
     def metrics(self) -> list[Epoch]:
@@ -167,9 +167,9 @@ class Run:
         """Read results.json.
 
         Raises:
-            RunError: the fit is not complete, or they are damaged.
+            RunError: the fit is not complete, or the file is damaged.
         """
-        self.config()  # fails where this is not a run folder at all
+        self.config()  # raises the right error if this is not a run folder
         file = self.folder / "results.json"
         if not self.complete:
             raise RunError(f"{self.folder} is not complete: continue it with fit --resume.")
@@ -185,7 +185,7 @@ class Run:
         """Read checkpoint.safetensors: float32 tensors on the CPU.
 
         Raises:
-            RunError: there is none yet, or it is damaged.
+            RunError: there is no checkpoint yet, or it is damaged.
         """
         return self._tensors("checkpoint.safetensors")
 
@@ -193,7 +193,7 @@ class Run:
         """Return the model of the checkpoint, float32 on the CPU, in prediction mode.
 
         Raises:
-            RunError: there is no checkpoint yet, it is damaged, or it lacks these statistics.
+            RunError: there is no checkpoint yet, it is damaged, or it has no such statistics.
         """
         batch_norm = self.config().batch_norm
         tensors = self.checkpoint()
@@ -209,7 +209,7 @@ class Run:
             raise RunError(
                 f"the checkpoint in {self.folder} lacks {error.args[0]}: continue it with --resume."
             ) from error
-        except RuntimeError as error:  # of another shape
+        except RuntimeError as error:  # a tensor of another shape
             raise RunError(f"the checkpoint in {self.folder} is of another model.") from error
         return model
 
@@ -219,11 +219,11 @@ class Run:
         checkpoint: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
     ) -> None:
-        """Write all there is after an epoch; the state last, since a resumed fit trusts it."""
+        """Write the files of an epoch; the state last, because a resumed fit relies on it."""
         lines = [json.dumps(asdict(epoch)) + "\n" for epoch in metrics]
         self.write("metrics.jsonl", "".join(lines).encode())
         self.save_checkpoint(checkpoint)
-        # One key of metadata only: safetensors writes several in random order.
+        # Only one key of metadata: safetensors would write several in random order.
         self.write("state.safetensors", save(dict(state), {"epochs": str(len(metrics))}))
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor]) -> None:
@@ -231,10 +231,10 @@ class Run:
         self.write("checkpoint.safetensors", save(dict(tensors)))
 
     def load_state(self, into: Mapping[str, Tensor]) -> list[Epoch]:
-        """Copy the saved state into tensors, in place; return the metrics of the epochs it covers.
+        """Copy the saved state into tensors, in place; return the metrics of its epochs.
 
         Raises:
-            RunError: the saved state is damaged or of another model.
+            RunError: the saved state is damaged, or belongs to another model.
         """
         file = self.folder / "state.safetensors"
         if not file.exists():
@@ -246,28 +246,32 @@ class Run:
             raise RunError(f"{file} belongs to another model: start again in another folder.")
         metrics = self.metrics()
         if not 1 <= epochs <= len(metrics):
-            raise RunError(f"{self.folder} lacks metrics of its epochs: start again elsewhere.")
+            raise RunError(
+                f"{self.folder} lacks metrics of its epochs: start again in another folder."
+            )
         for name, tensor in into.items():
             tensor.copy_(tensors[name])
         return metrics[:epochs]
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write results.json and drop the state."""
+        """Write results.json and remove the state."""
         self.write_json("results.json", results)
         (self.folder / "state.safetensors").unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file, completely or not at all."""
         self.write(name, (json.dumps(value, indent=2) + "\n").encode())
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file, whole or not at all."""
+        """Write a file, completely or not at all."""
         write_whole(self.folder / name, data)
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         try:
             return load_file(self.folder / name)
         except FileNotFoundError as error:
-            raise RunError(f"{self.folder} has no {name} yet: let one epoch end first.") from error
-        except (OSError, SafetensorError) as error:  # an OSError when it is no file
+            raise RunError(
+                f"{self.folder} has no {name} yet: it appears at the end of the first epoch."
+            ) from error
+        except (OSError, SafetensorError) as error:  # OSError: it is a folder, for example
             raise RunError(f"{self.folder / name} is damaged ({error}).") from error

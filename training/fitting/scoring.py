@@ -1,4 +1,4 @@
-"""What the loop itself asks of a model: logits, accuracy, loss, confusion, best temperature."""
+"""Scores of a model during a fit: logits, accuracy, loss, confusion, best temperature."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from training.fitting.precision import full_precision
 
 @dataclass(frozen=True)
 class Score:
-    """A model on a split: share of right answers (0 to 1) and mean cross-entropy (nats)."""
+    """The score of a model on a split: accuracy (0 to 1) and mean cross-entropy (nats)."""
 
     accuracy: float
     loss: float
@@ -32,9 +32,9 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the share of logits [n, 10] that are largest at the label: float64 [], on the device.
+    """Return the share of rows of logits [n, 10] that are largest at the label: float64 [].
 
-    It does not wait for the device.
+    The result stays on the device; the function does not wait for it.
     """
     return (logits.argmax(1) == labels).double().mean()
 
@@ -54,8 +54,8 @@ def confusion_matrix(answers: NDArray[np.int64], labels: NDArray[np.integer]) ->
 def best_temperature(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the temperature, 0.40 to 2.50, with the least cross-entropy of softmax(logits / T).
 
-    Guo et al., "On Calibration of Modern Neural Networks" (2017), section 4.2. To be used on images
-    that the model was not fitted on.
+    Guo et al., "On Calibration of Modern Neural Networks" (2017), section 4.2. Use images that the
+    model was not fitted on.
     """
     logits = predict(model, images).double()
     candidates = [t / 100 for t in range(40, 251)]

@@ -1,4 +1,4 @@
-"""One training step, whose tensors keep their addresses, so that a CUDA graph can replay it."""
+"""One training step. Its tensors keep their addresses, so that a CUDA graph can replay it."""
 
 import copy
 import math
@@ -21,22 +21,22 @@ from training.model import BNLeNet, initialise
 
 
 class Fitting:
-    """A fit under way: model, optimisers, moving average, and the sums of the current epoch.
+    """The state of a fit: model, optimisers, moving average, and the sums of the current epoch.
 
-    Every tensor that a step reads or writes keeps its address: a CUDA graph can capture the step,
-    a resumed fit copies its state into these tensors, and no step waits for the device.
+    Every tensor that a step reads or writes keeps its address. So a CUDA graph can capture the
+    step, a resumed fit copies its state into these tensors, and no step waits for the device.
 
     Attributes:
         model: the network that the steps train.
-        average: moving average of its weights and statistics, float32 [all of their elements].
-        augmentation: of the current epoch.
+        average: moving average of its weights and statistics, float32 [number of all elements].
+        augmentation: the random changes of the current epoch.
         generator: draws the order of the images and the augmentation.
-        schedule: by step, float32 [3, steps]: learning rate; AdamW's, where Muon has the first;
-            share of the new weights in the average.
-        steps_done: since the fit began; int64 [1].
-        learning_rates: of the last step, float32 [2].
-        loss: sum over this epoch's images, float64 [].
-        correct: right answers among this epoch's images, int64 [].
+        schedule: float32 [3, steps]. The rows: the learning rate (of SGD or Muon); the learning
+            rate of AdamW, next to Muon; the share of the new weights in the average.
+        steps_done: the number of steps since the fit began, int64 [1].
+        learning_rates: the two learning rates of the last step, float32 [2].
+        loss: sum of the losses of this epoch's images, float64 [].
+        correct: number of right answers to this epoch's images, int64 [].
         finite_steps: this epoch's steps before the loss became infinite or NaN, int64 [].
     """
 
@@ -56,15 +56,15 @@ class Fitting:
         initialise(self.model, seed)
         self.model.to(device)
         for layer, following in pairwise(self.model.children()):
-            # The norm subtracts the mean, and with it this bias: its gradient is rounding alone,
-            # which AdamW would blow up into steps that the moving means do not keep up with.
+            # The norm subtracts the mean, and this bias with it, so the bias's gradient is only
+            # rounding error. AdamW would amplify it to steps too fast for the moving means.
             if isinstance(following, NormLayer) and isinstance(layer.bias, Tensor):
                 layer.bias.requires_grad_(False)
         self.average = parameters_to_vector(_floats(self.model)).detach()
         self._averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.forward: Callable[[Tensor], Tensor] = self.model
         if device.type == "cpu" and batch_norm == "torch":
-            # The same numbers, to rounding, by a memory layout that suits a CPU.
+            # The same values, to rounding, in a memory layout that suits a CPU.
             self.forward = partial(batch_last.forward, self.model)
         steps = recipe.epochs * math.ceil(len(images) / recipe.batch_size)
         averaged_steps = max(recipe.averaging * steps, 1.0)
@@ -80,7 +80,7 @@ class Fitting:
         self.optimizers = self._optimizers()
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """Make the optimisers, their state included, which torch would make in the first step."""
+        """Make the optimisers and their state, which torch would make in the first step only."""
         recipe, (rate, other_rate) = self.recipe, self.learning_rates.unbind()
         matrices: list[nn.Parameter] = []
         vectors: list[nn.Parameter] = []
@@ -108,14 +108,14 @@ class Fitting:
                     ),
                 ]
         for optimizer in optimizers:
-            optimizer.step()  # at a learning rate of zero
+            optimizer.step()  # with a learning rate of zero: makes the state, changes no weight
             for state in optimizer.state.values():
                 for tensor in state.values():
                     tensor.zero_()
         return optimizers
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return, by name, all tensors that a step changes and that outlive the epoch."""
+        """Return, by name, all tensors that a step changes and that the next epoch needs."""
         tensors = {"steps_done": self.steps_done}
         tensors |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
         if self.recipe.averaging:
@@ -127,11 +127,11 @@ class Fitting:
         return tensors
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tensors that a step adds to, and that an epoch begins at zero."""
+        """Return the sums that a step adds to; each epoch starts them at zero."""
         return self.loss, self.correct, self.finite_steps
 
     def result(self) -> BNLeNet:
-        """Return the model that the fit is for: the average as it is now, or the last weights."""
+        """Return the model to evaluate and save: the average so far, or the last weights."""
         if not self.recipe.averaging:
             return self.model
         tensors = list(_floats(self._averaged))
@@ -141,9 +141,9 @@ class Fitting:
         return self._averaged
 
     def begin(self, epoch: int) -> Tensor:
-        """Make ready for epoch 1, 2, ...; return the order of its images, int64 [images].
+        """Prepare epoch 1, 2, ...; return the order of its images, int64 [images].
 
-        The generator is seeded anew, so that a resumed fit draws the same numbers.
+        The generator gets a new seed in each epoch, so that a resumed fit draws the same numbers.
         """
         self.generator.manual_seed((self.seed << 20) + epoch)
         for tensor in self.sums():
@@ -153,11 +153,11 @@ class Fitting:
         return torch.randperm(len(self.labels), generator=self.generator, device=self.labels.device)
 
     def step(self, rows: Tensor) -> None:
-        """Take one step on the images of these indices, int64 [n].
+        """Train one step on the images with these indices, int64 [n].
 
-        This one function is the training: the CPU calls it, a CUDA graph replays it.
+        The CPU calls this function; a GPU replays it as a CUDA graph.
         """
-        # Clamped, because a capture warms up by steps that may be beyond the end.
+        # Clamped: the warm-up before a capture may run beyond the last step.
         step = self.steps_done.clamp(max=self.schedule.shape[1] - 1)
         now = self.schedule.index_select(1, step)[:, 0]
         self.learning_rates.copy_(now[:2])
@@ -184,21 +184,21 @@ class Fitting:
     def finite(self) -> Tensor:
         """Return whether loss, weights and statistics are all finite: bool [], on the device.
 
-        The loss alone would miss the last step's weights, and a variance too large for float32.
+        The loss does not show the last step's weights, or a variance too large for float32.
         """
         tensors = [self.loss, *_floats(self.model)]
         return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
 
 
 def _floats(model: nn.Module) -> Iterator[Tensor]:
-    """Yield a model's weights and statistics, without the counts of batches."""
+    """Yield a model's weights and statistics, but not its integer counts of batches."""
     yield from model.parameters()
     yield from (buffer for buffer in model.buffers() if buffer.is_floating_point())
 
 
 @contextmanager
 def unchanged(fitting: Fitting) -> Iterator[None]:
-    """Undo, at the end of the block, all that its steps did to `fitting`."""
+    """At the end of the block, undo all changes of its steps to `fitting`."""
     tensors = [*fitting.sums(), fitting.learning_rates, *fitting.tensors().values()]
     before = [tensor.clone() for tensor in tensors]
     state = fitting.generator.get_state()

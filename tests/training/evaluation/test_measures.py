@@ -120,7 +120,7 @@ def test_models_for_other_images_are_told(
 ) -> None:
     ten = helper.make_tensor("ten", TensorProto.FLOAT, [1, 10], [0.1] * 10)
     node = helper.make_node("Constant", [], ["probabilities"], value=ten)
-    with pytest.raises(EvaluationError, match=r"not one of ours: it does not take `pixels`, uint8"):
+    with pytest.raises(EvaluationError, match=r"not a BN-LeNet file: it must take `pixels`, uint8"):
         onnx_classifier(model_file(tmp_path, kind, shape, node))
 
 
