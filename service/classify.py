@@ -1,19 +1,21 @@
-"""Classifies files for the command line: here, or by asking a running service."""
+"""Classifies files for the command line, in this process or by asking a running service."""
 
+import glob
 import json
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from http.client import HTTPException
 from io import TextIOWrapper
+from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
 import click
+from pydantic import ValidationError
 from rich.bar import Bar
 from rich.console import Console
 from rich.progress import Progress
@@ -22,6 +24,8 @@ from rich.text import Text
 
 from service.errors import ServiceError
 from service.pictures.conversion import Preprocessing, read_picture
+from service.pictures.decoding import SUFFIXES
+from service.routes.prediction import Prediction
 from service.settings import Settings
 
 MAX_BYTES = 100 * 2**20  # of a file; no picture within the decoder's limits needs more
@@ -29,55 +33,63 @@ PROGRESS_AFTER_SECONDS = 2.0
 TIMEOUT_SECONDS = 30.0
 BAR_WIDTH = 24
 
-Ask = Callable[[bytes], dict[str, Any]]
+Classify = Callable[[bytes], Prediction]
+"""Classifies a picture's file, or raises FileError."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one file.
+class FileError(Exception):
+    """A file cannot be read or classified.
 
-    Attributes:
-        file: its name as given.
-        answer: as `POST /predict` gives it; None after an error.
-        error: why there is no answer.
+    Args:
+        message: one sentence for the user.
+        code: a snake_case name for programs: the service's own, or one of this module's:
+            unreadable_file, no_pictures, unreachable, refused.
     """
 
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+
+
+class Outcome(NamedTuple):
+    """A file's name as given, and its prediction or the reason why there is none."""
+
     file: str
-    answer: dict[str, Any] | None = None
-    error: ServiceError | None = None
+    result: Prediction | FileError
 
 
-def local(settings: Settings, preprocessing: Preprocessing, top_k: int) -> Ask:
-    """Return what classifies a picture's bytes in this process.
+def local(settings: Settings, preprocessing: Preprocessing, top_k: int) -> Classify:
+    """Return a function that classifies pictures in this process.
 
     Raises:
         ModelError: the model cannot be loaded.
     """
     from service.model.classifier import Classifier  # noqa: PLC0415 - `remote` needs no ONNX Runtime
-    from service.routes.prediction import Renderer  # noqa: PLC0415 - `remote` needs no framework
 
     classifier = Classifier.load(settings.model_path, settings.device, settings.model_name)
-    render = Renderer(classifier.info)
 
-    def ask(data: bytes) -> dict[str, Any]:
-        image = read_picture(data, preprocessing, limited=False)
+    def classify(data: bytes) -> Prediction:
+        try:
+            image = read_picture(data, preprocessing, limited=False)
+        except ServiceError as exc:
+            raise FileError(exc.message, exc.code) from exc
         probabilities = classifier.probabilities(image.images)
-        answer: dict[str, Any] = json.loads(render(probabilities, image, top_k, echo=False))
-        return answer
+        return Prediction.of(classifier.info, probabilities, image, top_k)
 
-    return ask
+    return classify
 
 
-def remote(url: str, settings: Settings, preprocessing: Preprocessing, top_k: int) -> Ask:
-    """Return what sends a picture's bytes to the service at an address of http or https."""
+def remote(url: str, settings: Settings, preprocessing: Preprocessing, top_k: int) -> Classify:
+    """Return a function that sends pictures to the service at this http or https address."""
     query = urlencode({"top_k": top_k, "preprocessing": preprocessing})
     target = f"{url.rstrip('/')}/predict?{query}"
 
-    def ask(data: bytes) -> dict[str, Any]:
-        # The service goes by the content; the type only says that it is to be read as a picture.
+    def classify(data: bytes) -> Prediction:
+        # The service finds the format in the content. The type says only: read it as a picture.
         request = Request(target, data, {"Content-Type": "image/unknown"})  # noqa: S310 - checked where the option is read
         if settings.api_key is not None:
-            # Header fields are sent in Latin-1, the letters whose bytes are the key's UTF-8.
+            # urllib sends header fields in Latin-1: these characters become the key's UTF-8 bytes.
             key = f"Bearer {settings.api_key.get_secret_value()}".encode().decode("latin-1")
             request.add_unredirected_header("Authorization", key)
         try:
@@ -85,52 +97,45 @@ def remote(url: str, settings: Settings, preprocessing: Preprocessing, top_k: in
                 body = response.read()
         except HTTPError as exc:
             raise _refusal(exc) from None
-        except (OSError, HTTPException, UnicodeError) as exc:  # the last: of a host like a..b
+        except (OSError, HTTPException, UnicodeError) as exc:  # UnicodeError: a host like a..b
             reason = getattr(exc, "reason", exc)
             reason = getattr(reason, "strerror", None) or reason
-            raise ServiceError(
-                f"The service at {url} cannot be reached: {reason}.", code="unreachable"
-            ) from None
+            message = f"The service at {url} cannot be reached: {reason}."
+            raise FileError(message, "unreachable") from None
         try:
-            answer: dict[str, Any] = json.loads(body)
-            for each in answer["predictions"]:  # other services have the path, too
-                if not isinstance(each["label"], str) or not isinstance(each["probability"], float):
-                    raise TypeError("no prediction")
-        except (ValueError, TypeError, KeyError):
-            raise ServiceError(
-                f"What answers at {url} is not this service.", code="unreachable"
-            ) from None
-        return answer
+            return Prediction.model_validate_json(body, strict=True)
+        except ValidationError:  # another server may have the same path
+            raise FileError(f"The server at {url} is not this service.", "unreachable") from None
 
-    return ask
+    return classify
 
 
-def _refusal(response: HTTPError) -> ServiceError:
+def _refusal(response: HTTPError) -> FileError:
     try:
         with response:
             body = json.load(response)
-        sentence = body["error"].replace("The body", "The file")  # which is what the user knows
-        return ServiceError(sentence, code=body["code"])
-    except (ValueError, KeyError, TypeError, AttributeError):  # of a proxy in between
-        return ServiceError(f"The answer was {response.code} {response.reason}.", code="refused")
+        # The user knows the body as a file.
+        return FileError(body["error"].replace("The body", "The file"), body["code"])
+    except (ValueError, KeyError, TypeError, AttributeError):  # a proxy answered
+        return FileError(f"The answer was {response.code} {response.reason}.", "refused")
 
 
-def run(files: Sequence[str], ask: Ask, *, as_json: bool) -> bool:
-    """Classify files one after the other, and print what comes of each.
+def run(arguments: Sequence[str], classify: Classify, *, as_json: bool) -> bool:
+    """Classify pictures one after the other, and print each result.
 
-    A terminal gets a table, anything else lines of columns between tabs: file, label, confidence.
+    A terminal gets a table. A pipe gets lines with tabs: file, label, confidence.
 
     Args:
-        files: paths; `-` is standard input.
-        ask: classifies a picture's bytes.
-        as_json: print lines of JSON, errors among them, instead.
+        arguments: files, folders, glob patterns, or `-` for standard input.
+        classify: classifies one picture.
+        as_json: print lines of JSON instead, errors too.
 
     Returns:
-        whether all of them were classified.
+        whether every picture was classified.
     """
     table = None
     if sys.stdout.isatty() and not as_json:
-        # In a narrow terminal names break, for their ends tell them apart; the bar gives way.
+        # In a narrow terminal, long names break over lines and the bar gets shorter.
         table = Table(
             Column("File", overflow="fold"),
             Column("Label", no_wrap=True),
@@ -139,92 +144,120 @@ def run(files: Sequence[str], ask: Ask, *, as_json: bool) -> bool:
         )
         table.box, table.pad_edge = None, False
     with_progress = sys.stderr.isatty() and not (as_json and sys.stdout.isatty())
-    outcomes: Iterable[Outcome] = (_classify(file, ask) for file in files)
+    files = [file for argument in arguments for file in _files(argument)]
+    outcomes: Iterable[Outcome] = (_outcome(file, classify) for file in files)
     if with_progress:
         outcomes = _with_progress(outcomes, len(files))
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a name or bar that it has no letters for
+        sys.stdout.reconfigure(errors="replace")  # the encoding may lack a name's letters, or bars
     failures = 0
     try:
         for outcome in outcomes:
-            failures += outcome.error is not None
+            file, result = outcome
+            failures += isinstance(result, FileError)
             if as_json:
                 click.echo(_json(outcome))
-            elif outcome.error is not None:
-                click.echo(f"Error: {_shown(outcome.file)}: {outcome.error.message}", err=True)
+            elif isinstance(result, FileError):
+                click.echo(f"Error: {_printable(file)}: {result.message}", err=True)
             elif table is not None:
-                _add_rows(table, outcome)
+                _add_rows(table, file, result)
             else:
-                click.echo("\n".join("\t".join(row) for row in _rows(outcome)))
-    finally:  # when interrupted, too
+                for one in result.predictions:
+                    click.echo(f"{_printable(file)}\t{one.label}\t{one.probability:.4f}")
+    finally:  # also after Ctrl-C
         if table is not None and table.row_count:
             Console().print(table)
     return failures == 0
 
 
-def _classify(file: str, ask: Ask) -> Outcome:
+def _files(argument: str) -> list[str | Outcome]:
+    """Return the files that an argument stands for, or the outcome that says why there are none.
+
+    A folder stands for the pictures in it, sorted; a glob pattern for its matches, as in a shell.
+    """
+    path = Path(argument)
+    files: list[str | Outcome]
+    try:
+        if argument != "-" and path.is_dir():
+            files = [
+                str(file)
+                for file in sorted(path.iterdir())
+                if file.suffix.lower() in SUFFIXES and file.is_file() and file.name[0] != "."
+            ]
+            endings = ", ".join(SUFFIXES)
+            nothing = f"The folder has no pictures; their names end in {endings}."
+        elif glob.has_magic(argument) and not path.exists():
+            matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+            files = [file for match in matches for file in _files(match)]
+            nothing = "No file matches this pattern."
+        else:
+            return [argument]
+    except OSError as exc:
+        return [Outcome(argument, _unreadable("folder", exc))]
+    return files or [Outcome(argument, FileError(nothing, "no_pictures"))]
+
+
+def _outcome(file: str | Outcome, classify: Classify) -> Outcome:
+    if isinstance(file, Outcome):
+        return file
     try:
         with click.open_file(file, "rb") as stream:
             data = stream.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise ServiceError(
-                f"The file has more than {MAX_BYTES:,} bytes.", code="payload_too_large"
-            )
+            raise FileError(f"The file has more than {MAX_BYTES:,} bytes.", "payload_too_large")
         if not data:
-            raise ServiceError("The file is empty.", code="unreadable_file")
-        return Outcome(file, ask(data))
+            raise FileError("The file is empty.", "unreadable_file")
+        return Outcome(file, classify(data))
     except OSError as exc:
-        sentence = f"The file cannot be read: {exc.strerror or exc}."
-        return Outcome(file, error=ServiceError(sentence, code="unreadable_file"))
-    except ServiceError as error:
-        return Outcome(file, error=error)
+        return Outcome(file, _unreadable("file", exc))
+    except FileError as error:
+        return Outcome(file, error)
+
+
+def _unreadable(what: str, exc: OSError) -> FileError:
+    return FileError(f"The {what} cannot be read: {exc.strerror or exc}.", "unreadable_file")
 
 
 def _json(outcome: Outcome) -> str:
-    content = outcome.answer
-    if outcome.error is not None:
-        content = {"error": outcome.error.message, "code": outcome.error.code}
-    return json.dumps({"file": outcome.file, **(content or {})})  # ASCII: any name, to the letter
+    file, result = outcome
+    if isinstance(result, FileError):
+        content = {"error": result.message, "code": result.code}
+    else:
+        content = result.model_dump(exclude_none=True)
+    return json.dumps({"file": file, **content})  # in ASCII, so that it carries every name exactly
 
 
-def _shown(file: str) -> str:
-    """Return a file's name without what would steer a terminal or break a line."""
-    steering = {"Cc", "Cs", "Zl", "Zp"}
+def _printable(file: str) -> str:
+    """Return a file's name without characters that control a terminal or break a line."""
+    unsafe = {"Cc", "Cs", "Zl", "Zp"}
     return "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in steering else c for c in file
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in unsafe else c for c in file
     )
 
 
-def _rows(outcome: Outcome) -> Iterator[tuple[str, str, str]]:
-    for each in (outcome.answer or {})["predictions"]:
-        yield _shown(outcome.file), each["label"], f"{each['probability']:.4f}"
-
-
-def _add_rows(table: Table, outcome: Outcome) -> None:
-    """Add the classes of one file; its name and the notes stand beside the first."""
-    answer = outcome.answer or {}
-    cell = Text(_shown(outcome.file))
-    for note in answer.get("notes", ()):
+def _add_rows(table: Table, file: str, prediction: Prediction) -> None:
+    """Add one row for each class; the first has the file's name and the notes."""
+    cell = Text(_printable(file))
+    for note in prediction.notes or ():
         cell.append(f"\n{note}", style="dim")
-    for each in answer["predictions"]:
-        probability = each["probability"]
-        bar = Bar(1, 0, probability, width=BAR_WIDTH, color="dark_orange")
-        table.add_row(cell, Text(each["label"]), f"{probability:.1%}", bar)
+    for one in prediction.predictions:
+        bar = Bar(1, 0, one.probability, width=BAR_WIDTH, color="dark_orange")
+        table.add_row(cell, Text(one.label), f"{one.probability:.1%}", bar)
         cell = Text()
 
 
 def _with_progress(outcomes: Iterable[Outcome], total: int) -> Iterator[Outcome]:
-    """Pass outcomes on, and show a bar on standard error when it takes long."""
+    """Pass outcomes on. After PROGRESS_AFTER_SECONDS, show a progress bar on standard error."""
     begin = monotonic()
-    # Standard output may be a file: the bar must not draw what goes there to the terminal.
+    # Standard output may be a file; by default, rich would print its lines to the terminal.
     console = Console(stderr=True)
-    with_bar = Progress(console=console, transient=True, redirect_stdout=False)
-    task = with_bar.add_task("Classifying", total=total)
+    progress = Progress(console=console, transient=True, redirect_stdout=False)
+    task = progress.add_task("Classifying", total=total)
     try:
         for outcome in outcomes:
             yield outcome
-            with_bar.advance(task)
+            progress.advance(task)
             if monotonic() - begin > PROGRESS_AFTER_SECONDS:
-                with_bar.start()
+                progress.start()
     finally:
-        with_bar.stop()
+        progress.stop()

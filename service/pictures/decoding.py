@@ -22,6 +22,8 @@ from service.errors import InvalidInput, PayloadTooLarge, ServiceError, Unsuppor
 
 STRIP_PIXELS = 2**17  # of a large picture, converted at a time: they fit the CPU's caches
 NEARLY = 1.02  # times the size asked for
+# Endings of names in lower case; HEIC too, to name the package that reads it.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".avif", ".heic", ".heif")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")  # not TIFF: damaged ones take long
 # An ISO media file's brands that mean HEIC (ISO/IEC 23008-12, annex B), at bytes 8 to 12.
 HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})

@@ -4,7 +4,6 @@ from time import perf_counter
 from typing import Any, cast, get_args
 
 import numpy as np
-import orjson
 from fastapi import APIRouter, Request, Response
 
 from service.errors import InvalidInput
@@ -57,11 +56,9 @@ def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Han
 def example(classifier: Classifier) -> dict[str, Any]:
     """Return the real answer to the documentation's image."""
     image = ModelInput(np.array(RING, np.uint8), "none")
-    probabilities = classifier.probabilities(image.pixels.reshape(1, 1, SIDE, SIDE))
-    answer: dict[str, Any] = orjson.loads(
-        Renderer(classifier.info)(probabilities, image, top_k=3, echo=False)
-    )
-    return answer
+    probabilities = classifier.probabilities(image.images)
+    answer = Prediction.of(classifier.info, probabilities, image, top_k=3)
+    return answer.model_dump(exclude_none=True)
 
 
 def predict_router(handler: Handler, example: dict[str, Any]) -> APIRouter:

@@ -1,6 +1,6 @@
-"""The answer of `POST /predict`: its schema, and what writes it."""
+"""The answer of `POST /predict`: its schema, and its fast renderer."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import orjson
@@ -11,7 +11,7 @@ from service.model.artefact import ModelInfo
 from service.pictures.conversion import ModelInput
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-ClassId = Annotated[int, Field(ge=0, le=9, description="The data set's number of the class.")]
+ClassId = Annotated[int, Field(ge=0, le=9, description="The class's number in the data set.")]
 
 
 class ClassProbability(BaseModel):
@@ -27,28 +27,31 @@ class Model(BaseModel):
 
     name: str
     version: str
-    revision: Annotated[str, Field(description="Begins the model file's SHA-256.")]
+    revision: Annotated[str, Field(description="The first digits of the model file's SHA-256.")]
 
 
 class Prediction(BaseModel):
-    """What the image shows: the most probable class, and the `top_k` most probable."""
+    """What the image shows: the most probable class, and a list of the `top_k` most probable."""
 
     class_id: ClassId
     label: str
     confidence: Probability
     predictions: Annotated[
         list[ClassProbability],
-        Field(min_length=1, max_length=10, description="By falling probability."),
+        Field(min_length=1, max_length=10, description="Most probable first."),
     ]
     preprocessing: Annotated[
         Literal["none", "dataset"],
-        Field(description="Pixels taken as they came, or converted as the data set was made."),
+        Field(
+            description="`none`: the model saw the pixels as sent. `dataset`: the picture was"
+            " converted as the data set was made."
+        ),
     ]
     notes: Annotated[
         list[str] | None,
         Field(
-            description="What the conversion had to guess or leave out. One that begins with"
-            ' "Not sure" says that the answer is not to be relied on.'
+            description="What the conversion guessed or left out. If a note begins with"
+            ' "Not sure", do not rely on the answer.'
         ),
     ] = None
     pixels: Annotated[
@@ -56,12 +59,41 @@ class Prediction(BaseModel):
     ] = None
     model: Model
 
+    @classmethod
+    def of(
+        cls, model: ModelInfo, probabilities: NDArray[np.float32], image: ModelInput, top_k: int
+    ) -> Self:
+        """Return the answer as a record, without pixels; `Renderer` writes the same as JSON.
+
+        Args:
+            model: the model that ran.
+            probabilities: float32 [n, 10], of `image.images`.
+            image: what the model saw.
+            top_k: how many classes to list.
+        """
+        values: list[float] = probabilities[0].tolist()
+        classes = [
+            ClassProbability(class_id=i, label=label, probability=value)
+            for i, (label, value) in enumerate(zip(model.classes, values, strict=True))
+        ]
+        # Sorting is stable: of equally probable classes, the lower id comes first.
+        classes.sort(key=lambda one: one.probability, reverse=True)
+        return cls(
+            class_id=classes[0].class_id,
+            label=classes[0].label,
+            confidence=classes[0].probability,
+            predictions=classes[:top_k],
+            preprocessing=image.preprocessing,
+            notes=[*image.notes_at(probabilities)] or None,
+            model=Model(name=model.name, version=model.version, revision=model.revision),
+        )
+
 
 class Renderer:
-    """Writes answers, of which all but the numbers is known beforehand and kept as bytes.
+    """Writes answers as JSON. Everything but the numbers is prepared once, as bytes.
 
     Args:
-        model: what answers.
+        model: the model that answers.
     """
 
     def __init__(self, model: ModelInfo) -> None:
@@ -83,9 +115,9 @@ class Renderer:
             top_k: how many classes to list.
             echo: whether to return the pixels too.
         """
-        # As Python floats: what a reader gets are the very float32 values, in any width.
+        # Python floats: JSON then carries the exact float32 values.
         values: list[float] = probabilities[0].tolist()
-        # Sorting is stable, so of equally probable classes the lower id comes first.
+        # Sorting is stable: of equally probable classes, the lower id comes first.
         order = sorted(self._ids, key=values.__getitem__, reverse=True)[:top_k]
         numbers = orjson.dumps(values)[1:-1].split(b",")
         listed = b"},".join([self._listed[i] + numbers[i] for i in order])

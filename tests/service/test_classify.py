@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.__main__ import main
+from service.pictures.decoding import FORMATS, SUFFIXES
 from tests.contract.conftest import ROOT, serving
 from tests.service.conftest import CLASSES
 from training.dataset import FashionMNIST
@@ -174,6 +175,64 @@ class TestAnswers:
         assert lines(classify("--json", photos[0]))[0]["model"]["name"] == "garments"
 
 
+class TestFoldersAndPatterns:
+    @pytest.fixture
+    def folder(self, photos: list[Path], tmp_path: Path) -> Path:
+        """Return a folder with two pictures, and with other things."""
+        folder = tmp_path / "shop [1]"
+        (folder / "more.png").mkdir(parents=True)
+        for name in ("b.PNG", "a.png", ".hidden.png", "more.png/c.png"):
+            (folder / name).write_bytes(photos[0].read_bytes())
+        (folder / "notes.txt").write_text("no picture")
+        return folder
+
+    def names(self, *arguments: object) -> list[str]:
+        return [line["file"] for line in lines(classify("--json", *arguments))]
+
+    def test_a_folder_means_the_pictures_in_it_sorted(self, folder: Path) -> None:
+        first, second = str(folder / "a.png"), str(folder / "b.PNG")
+        assert self.names(folder) == [first, second]
+        assert self.names(second, folder, first) == [second, first, second, first]
+
+    def test_every_format_that_is_read_has_its_endings(self) -> None:
+        endings = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
+        rare = {".apng", ".dib", ".jpe"}
+        assert endings - rare <= set(SUFFIXES) <= endings | {".heic", ".heif"}
+
+    def test_a_pattern_means_what_a_shell_makes_of_it(self, folder: Path, tmp_path: Path) -> None:
+        """The folder's own name has brackets, and is taken literally because it exists."""
+        pattern = f"{tmp_path}/shop*/*[a-m].png"
+        assert self.names(pattern) == [str(folder / "a.png")]
+        expected = [*map(str, (folder / "a.png", folder / "b.PNG", folder / "more.png/c.png"))]
+        result = classify("--json", f"{tmp_path}/*/*")
+        assert [line["file"] for line in lines(result) if "error" not in line] == expected
+        assert [line["code"] for line in lines(result) if "error" in line] == [
+            "unsupported_media_type"
+        ]
+
+    def test_without_pictures_are_named_in_a_sentence(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        result = classify(tmp_path / "empty", tmp_path / "no*", folder / "a.png")
+        assert result.exit_code == 1
+        assert len(result.stdout.splitlines()) == 1
+        first, second = result.stderr.splitlines()
+        assert first.startswith(f"Error: {tmp_path}/empty: The folder has no pictures; ")
+        assert ".jpg" in first
+        assert second == f"Error: {tmp_path}/no*: No file matches this pattern."
+        codes = [line["code"] for line in lines(classify("--json", tmp_path / "empty", "no*"))]
+        assert codes == ["no_pictures"] * 2
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+    def test_that_may_not_be_read_are_named_too(self, folder: Path) -> None:
+        folder.chmod(0)
+        (line,) = lines(classify("--json", folder))
+        folder.chmod(0o700)
+        assert (line["error"], line["code"]) == (
+            "The folder cannot be read: Permission denied.",
+            "unreadable_file",
+        )
+
+
 class TestFailures:
     @pytest.fixture
     def bad(self, tmp_path: Path) -> dict[str, Path]:
@@ -213,12 +272,10 @@ class TestFailures:
         assert all(error.keys() == {"file", "error", "code"} for error in errors)
         assert good["file"] == str(photos[0])
 
-    def test_of_a_folder_and_of_an_endless_file(
-        self, photos: list[Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_of_an_endless_file(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("service.classify.MAX_BYTES", 10**5)
-        errors = lines(classify("--json", photos[0].parent, "/dev/zero"))
-        assert [e["code"] for e in errors] == ["unreadable_file", "payload_too_large"]
+        (error,) = lines(classify("--json", "/dev/zero"))
+        assert error["code"] == "payload_too_large"
 
     def test_begin_with_one_byte_too_many(
         self, photos: list[Path], monkeypatch: pytest.MonkeyPatch
@@ -233,9 +290,12 @@ class TestFailures:
 
     def test_speak_of_the_file(self, bad: dict[str, Path], tmp_path: Path) -> None:
         (tmp_path / "empty.png").touch()
-        files = (tmp_path, tmp_path / "empty.png", *bad.values())
+        files = (tmp_path / "empty.png", *bad.values())
         sentences = [error["error"] for error in lines(classify("--json", *files))]
-        assert sentences[:2] == ["The file cannot be read: Is a directory.", "The file is empty."]
+        assert sentences[:2] == [
+            "The file is empty.",
+            "The file cannot be read: No such file or directory.",
+        ]
         assert not any("body" in sentence for sentence in sentences)
         assert lines(classify("--json", "-"))[0]["error"] == "The file is empty."
 
@@ -362,11 +422,11 @@ class TestRunningService:
     @pytest.mark.parametrize(
         ("url", "sentence"),
         [
-            ("file:///etc/hostname", "http:// or https://"),
-            ("http://", "a host's name"),
-            ("http://a b", "a host's name"),
-            ("http://[::1", "no address"),
-            ("http://127.0.0.1:http", "no address"),
+            ("file:///etc/hostname", "such as http://127.0.0.1:8000"),
+            ("http://", "a URL with a host"),
+            ("http://a b", "a URL with a host"),
+            ("http://[::1", "not a valid URL"),
+            ("http://127.0.0.1:http", "not a valid URL"),
         ],
     )
     def test_is_at_an_address_of_http(self, photos: list[Path], url: str, sentence: str) -> None:

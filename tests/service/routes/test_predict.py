@@ -21,7 +21,7 @@ from service.http.gate import Gate
 from service.model.classifier import Classifier
 from service.pictures.conversion import ModelInput
 from service.routes.predict import RING, example
-from service.routes.prediction import Renderer
+from service.routes.prediction import Prediction, Renderer
 from service.settings import Settings
 from tests.service.conftest import Conversation, ask
 
@@ -215,6 +215,22 @@ def test_json_carries_every_float32_exactly(
     expected = sorted(enumerate(values), key=lambda pair: -pair[1])[:top_k]
     assert [(p["class_id"], p["probability"]) for p in answer["predictions"]] == expected
     assert answer["confidence"] == max(values)
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=10, max_size=10), st.integers(1, 10))
+@settings(deadline=None)
+def test_the_record_and_the_json_say_the_same(
+    classifier: Classifier, values: list[float], top_k: int
+) -> None:
+    probabilities = np.array([values, values[::-1]], np.float32)
+    for image in (
+        ModelInput(np.zeros((28, 28), np.uint8), "none"),
+        ModelInput(np.zeros((28, 28), np.uint8), "dataset", ('The "border" was guessed.',)),
+    ):
+        record = Prediction.of(classifier.info, probabilities, image, top_k)
+        body = Renderer(classifier.info)(probabilities, image, top_k, echo=False)
+        expected = json.dumps(record.model_dump(exclude_none=True))
+        assert json.dumps(json.loads(body)) == expected  # the members' order too
 
 
 def test_notes_of_the_conversion_are_passed_on(classifier: Classifier) -> None:
