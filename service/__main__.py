@@ -1,29 +1,59 @@
 """The command line: `python -m service` serves, `classify` classifies files; see `--help`."""
 
+import logging
+import os
 import socket
 import sys
-from typing import TYPE_CHECKING, Literal, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
 import click
 
+from service import __version__
 from service.model.artefact import ModelError, read_file
 
 if TYPE_CHECKING:
     from service.settings import Settings
 
+OPTIONS = (  # of `serve`; each replaces the environment variable of its name
+    ("--host", None, "127.0.0.1", "The address to listen on."),
+    ("--port", click.IntRange(0, 65535), "8000", "The port to listen on; 0 takes any free one."),
+    ("--workers", click.IntRange(1, 64), "1", "The number of worker processes."),
+)
 
-@click.group(invoke_without_command=True)
+
+def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of `serve` to a command."""
+    for name, kind, default, text in reversed(OPTIONS):
+        replaced = f"Replaces BNLENET_{name[2:].upper()}."
+        option = click.option(name, type=kind, show_default=default, help=f"{text} {replaced}")
+        command = option(command)
+    return command
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@serve_options
+@click.version_option(__version__, prog_name="bn-lenet")
 @click.pass_context
-def main(context: click.Context) -> None:
+def main(context: click.Context, /, **options: str | int | None) -> None:
     """Classify images of garments. Without a command: serve over HTTP."""
     if context.invoked_subcommand is None:
-        context.invoke(serve)
+        context.invoke(serve, **options)
+    elif any(value is not None for value in options.values()):
+        raise click.UsageError("Write --host, --port and --workers after `serve`.")
 
 
 @main.command()
-def serve() -> None:
-    """Serve the model over HTTP. The environment variables BNLENET_* say how."""
+@serve_options
+def serve(**options: str | int | None) -> None:
+    """Serve the model and its page over HTTP.
+
+    The environment variables BNLENET_* have more settings; the README lists them.
+    """
+    for name, value in options.items():
+        if value is not None:  # into the environment, because worker processes read it too
+            os.environ[f"BNLENET_{name.upper()}"] = str(value)
     _serve()
 
 
@@ -35,22 +65,24 @@ def worker(supervisor: int, descriptors: tuple[int, ...]) -> None:
     _serve(supervisor, descriptors)
 
 
-def _http_only(_: click.Context, __: click.Parameter, url: str | None) -> str | None:
+def _http_url(_: click.Context, __: click.Parameter, url: str | None) -> str | None:
     if url is None:
         return None
     try:
         parts = urlsplit(url)
-        sound = parts.hostname and parts.port != 0 and " " not in url
-    except ValueError as exc:  # of a port that is no number, or half an IPv6 address
-        raise click.BadParameter(f"it is no address: {exc}") from None
-    if not sound or parts.scheme not in ("http", "https"):
-        raise click.BadParameter("it must begin with http:// or https:// and a host's name")
+        complete = parts.hostname and parts.port != 0 and " " not in url
+    except (
+        ValueError
+    ) as exc:  # the port is not a number, or a bracket of an IPv6 address is missing
+        raise click.BadParameter(f"not a valid URL: {exc}") from None
+    if not complete or parts.scheme not in ("http", "https"):
+        raise click.BadParameter("write a URL with a host, such as http://127.0.0.1:8000")
     return url
 
 
 @main.command()
 @click.argument("photos", metavar="PHOTO...", nargs=-1, required=True, type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each photo.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each photo.")
 @click.option(
     "--top-k",
     type=click.IntRange(1, 10),
@@ -63,13 +95,13 @@ def _http_only(_: click.Context, __: click.Parameter, url: str | None) -> str | 
     type=click.Choice(["auto", "none", "dataset"]),
     default="auto",
     show_default=True,
-    help="`dataset` converts photos as the data set was made, `none` takes only 28x28 8-bit"
-    " grayscale, `auto` takes that as it is and converts the rest.",
+    help="`none` takes only 28x28 8-bit grayscale and changes nothing; `dataset` converts every"
+    " photo as the data set was made; `auto` does `none` where it can, else `dataset`.",
 )
 @click.option(
     "--url",
-    callback=_http_only,
-    help="Ask the service at this address instead, with the key in BNLENET_API_KEY if it is set.",
+    callback=_http_url,
+    help="Ask the running service at this URL. If it needs a key, set BNLENET_API_KEY.",
 )
 def classify(
     photos: tuple[str, ...],
@@ -78,29 +110,31 @@ def classify(
     preprocessing: Literal["auto", "none", "dataset"],
     url: str | None,
 ) -> None:
-    """Tell which garments PHOTOs show; `-` is standard input.
+    """Classify photos of garments.
 
-    A terminal gets a table; a pipe gets columns between tabs: file, label, confidence. When a
-    photo cannot be read or classified, the others still are, and the exit status is 1.
+    PHOTO is a file, a folder (for the pictures in it), a glob pattern, or `-` (for standard
+    input).
+
+    A terminal gets a table. A pipe gets lines with tabs: file, label, confidence. When a photo
+    cannot be read or classified, the others still are, and the exit status is 1.
     """
     from service.classify import local, remote, run  # noqa: PLC0415 - serving needs none of it
+    from service.pictures.decoding import configure_pillow  # noqa: PLC0415 - as above
 
     settings = _settings()
-    if url is not None:
-        ask = remote(url, settings, preprocessing, top_k)
-    else:
-        from service.pictures.decoding import configure_pillow  # noqa: PLC0415 - brings Pillow; --url needs none
-
-        configure_pillow()
-        try:
-            ask = local(settings, preprocessing, top_k)
-        except ModelError as exc:
-            _fail(str(exc), 2)
-    sys.exit(not run(photos, ask, as_json=as_json))
+    for warning in settings.unknown_variables():
+        click.echo(f"Warning: {warning}", err=True)
+    configure_pillow()
+    try:
+        arguments = settings, preprocessing, top_k
+        classify_one = remote(url, *arguments) if url else local(*arguments)
+    except ModelError as exc:
+        _fail(str(exc), 2)
+    sys.exit(not run(photos, classify_one, as_json=as_json))
 
 
 def _settings() -> "Settings":
-    from service.settings import Settings, SettingsError  # noqa: PLC0415 - a wrong option is told first
+    from service.settings import Settings, SettingsError  # noqa: PLC0415 - check the options first
 
     try:
         return Settings.from_environment()
@@ -113,11 +147,11 @@ def _serve(supervisor: int | None = None, inherited: tuple[int, ...] = ()) -> No
 
     try:
         from service.http import server  # noqa: PLC0415 - brings uvicorn
-    except ImportError as exc:  # which may be a version that we do not know
+    except ImportError as exc:  # it may be a version of uvicorn that the service does not know
         _fail(str(exc), 1)
     from service.http.channel import Channel, SupervisorError  # noqa: PLC0415 - as above
     from service.http.workers import START_FAILED, supervise  # noqa: PLC0415 - as above
-    from service.telemetry import logs  # noqa: PLC0415 - a wrong setting is told before all this is loaded
+    from service.telemetry import logs  # noqa: PLC0415 - check the settings before loading all this
 
     logs.configure(settings)
     try:
@@ -126,13 +160,15 @@ def _serve(supervisor: int | None = None, inherited: tuple[int, ...] = ()) -> No
             channel = Channel(line)
             data = channel.receive_model()
         else:
+            for warning in settings.unknown_variables():
+                logging.getLogger("service").warning(warning)
             channel, data, others = None, None, []
             listener = server.bind(settings)
             if settings.workers > 1:
                 _, data = read_file(settings.model_path)
-                sys.exit(supervise(settings.workers, listener, data))
+                sys.exit(supervise(settings.workers, listener, data, server.page(listener)))
         from service.app import create_app  # noqa: PLC0415 - brings FastAPI; a supervisor needs none
-        from service.model.classifier import Classifier  # noqa: PLC0415 - brings ONNX Runtime; neither does it need this
+        from service.model.classifier import Classifier  # noqa: PLC0415 - brings ONNX Runtime; likewise
 
         model = Classifier.load(settings.model_path, settings.device, settings.model_name, data)
         app = create_app(settings, model, channel)

@@ -1,5 +1,8 @@
 """What the environment decides: the variables `BNLENET_*`, checked at start-up."""
 
+import os
+from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -133,3 +136,21 @@ class Settings(BaseSettings):
             first = exc.errors(include_url=False, include_context=False)[0]
             name = f"{PREFIX}{str(first['loc'][0]).upper()}"
             raise SettingsError(f"{name} is set wrongly: {first['msg']}.") from None
+
+    @classmethod
+    def unknown_variables(cls) -> Iterator[str]:
+        """Yield a warning for each environment variable that looks like a setting and is none."""
+        settings = [name.upper() for name in cls.model_fields]
+        for variable in sorted(os.environ):
+            name = variable.upper()
+            rest = name.removeprefix(PREFIX)
+            if rest in settings and rest != name:
+                continue
+            if rest != name:
+                near = [it for it in settings if rest in it] or get_close_matches(rest, settings, 1)
+            elif near := get_close_matches(name, [PREFIX + it for it in settings], 1, 0.9):
+                near = [near[0].removeprefix(PREFIX)]  # the prefix itself is misspelt
+            else:
+                continue
+            advice = f"did you mean {PREFIX}{near[0]}?" if near else "the README lists them all."
+            yield f"{variable} is not a setting; {advice}"

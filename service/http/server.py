@@ -19,6 +19,7 @@ from types import FrameType
 
 import uvicorn
 
+from service import __version__
 from service.http.channel import Channel
 from service.http.connection import Connection
 from service.http.gate import Gate
@@ -82,6 +83,11 @@ def url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def page(listener: socket.socket) -> str:
+    """Return the page's address, for a browser on this machine."""
+    return f"{url(listener)}/".replace("//0.0.0.0:", "//localhost:").replace("[::]", "localhost")
+
+
 def refuse_new_connections(listener: socket.socket) -> None:
     """Let the kernel drop what opens a connection to a listening socket, where it can (Linux).
 
@@ -103,8 +109,8 @@ def refuse_new_connections(listener: socket.socket) -> None:
 def _cannot_listen(address: str, exc: Exception) -> StartError:
     reason = getattr(exc, "strerror", None) or "no such host"
     return StartError(
-        f"Cannot listen on {address} ({reason}): free the port, or set BNLENET_HOST and"
-        " BNLENET_PORT to another."
+        f"Cannot listen on {address} ({reason}): free the port, or choose another with --host and"
+        " --port (or BNLENET_HOST and BNLENET_PORT)."
     )
 
 
@@ -192,12 +198,15 @@ class Server(uvicorn.Server):
         self._waited: list[socket.socket] = []  # at the last tick
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start answering, and say where."""
+        """Start answering, and log that; with several workers, the supervisor logs the page."""
         await super().startup(sockets)
         if self._channel is not None:
             await self._channel.open()
+            logger.info("a worker is ready", extra={"fields": {"pid": os.getpid()}})
+            return
         for listener in sockets or []:
-            logger.info("ready", extra={"fields": {"url": url(listener)}})
+            fields = {"page": page(listener), "version": __version__, "workers": 1}
+            logger.info("ready", extra={"fields": fields})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept the connections that are waiting, then stop.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
+from service import __version__
 from service.http.channel import ASK, MAX_LINE_BYTES, with_length
 from service.telemetry.tallies import Totals
 
@@ -30,15 +31,16 @@ COMMAND = (sys.executable, "-P", "-m", "service", "worker")
 logger = logging.getLogger("service")
 
 
-def supervise(workers: int, listener: socket.socket, model: bytes) -> int:
+def supervise(workers: int, listener: socket.socket, model: bytes, page: str) -> int:
     """Run workers until a signal ends them, and return the exit status.
 
     Args:
         workers: how many.
         listener: a bound socket.
         model: the model file's bytes, the same for all workers.
+        page: the page's address, for the log.
     """
-    return asyncio.run(Supervisor(listeners(listener, workers), model).run())
+    return asyncio.run(Supervisor(listeners(listener, workers), model, page).run())
 
 
 def listeners(first: socket.socket, count: int) -> list[socket.socket]:
@@ -114,6 +116,7 @@ class Supervisor:
     Args:
         listeners: a bound socket for each worker, or the same for all.
         model: the model file's bytes.
+        page: the page's address; logged once, when the first worker is ready.
         command: starts a worker, given our process id and the descriptors of its channel, its
             listener and those of the others.
     """
@@ -122,10 +125,12 @@ class Supervisor:
         self,
         listeners: Sequence[socket.socket],
         model: bytes,
+        page: str,
         command: Sequence[str] = COMMAND,
     ) -> None:
         self._listeners = listeners
         self._model = with_length(model)
+        self._page: str | None = page
         self._path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
         self._command = command
         self._workers: set[Worker] = set()
@@ -217,12 +222,21 @@ class Supervisor:
                 number, _, totals = line.partition(b" ")
                 worker.totals = Totals.from_json(totals)
                 worker.ready = True
+                self._announce()
                 worker.silent = 0
                 worker.answered(int(number))
                 if int(number) == ASK:
                     task = asyncio.create_task(self._tell(worker))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
+
+    def _announce(self) -> None:
+        """Log the page's address, the first time."""
+        if self._page is not None:
+            count = len(self._listeners)
+            fields = {"page": self._page, "version": __version__, "workers": count}
+            logger.info("ready", extra={"fields": fields})
+            self._page = None
 
     async def _tell(self, worker: Worker) -> None:
         """Ask all other workers for their totals, and tell one worker the sum."""

@@ -22,14 +22,16 @@ Serve = Callable[..., Any]
 
 
 @contextmanager
-def serving(log: Path, **settings: object) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def serving(
+    log: Path, *arguments: str, **settings: object
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Run the service on a free port; give its address and its process."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("BNLENET_")}
     environment |= {"BNLENET_PORT": "0", "BNLENET_LOG_LEVEL": "info", "BNLENET_DRAIN_SECONDS": "0"}
     environment |= {f"BNLENET_{k.upper()}": str(v) for k, v in settings.items()}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "service"], cwd=ROOT, env=environment, stderr=output
+            [sys.executable, "-m", "service", *arguments], cwd=ROOT, env=environment, stderr=output
         )
     try:
         yield _address(log, process), process

@@ -1,5 +1,6 @@
 """Settings come from the environment and are checked before anything starts."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,29 @@ def test_the_sentence_says_what_is_wrong(
     assert sentence in str(caught.value)
     assert str(caught.value).endswith(".")
     assert text not in str(caught.value) or name != "api_key"
+
+
+@pytest.mark.parametrize(
+    ("variable", "advice"),
+    [
+        ("BNLENET_PROT", "did you mean BNLENET_PORT?"),
+        ("bnlenet_worker", "did you mean BNLENET_WORKERS?"),
+        ("BNLENET_CORS", "did you mean BNLENET_CORS_ORIGINS?"),
+        ("BNLENET_TIMEOUT", "did you mean BNLENET_REQUEST_TIMEOUT_SECONDS?"),
+        ("BNLENT_PORT", "did you mean BNLENET_PORT?"),
+        ("BN_LENET_API_KEY", "did you mean BNLENET_API_KEY?"),
+        ("BNLENET_QUX", "the README lists them all."),
+        ("bnlenet_port", None),
+        ("PORT", None),
+        ("OPENAI_API_KEY", None),
+    ],
+)
+def test_a_variable_that_looks_like_a_setting_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, variable: str, advice: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", {variable: "x", "HOME": "/", "BNLENET_PORT": "1"})
+    warnings = [] if advice is None else [f"{variable} is not a setting; {advice}"]
+    assert [*Settings.unknown_variables()] == warnings
 
 
 def test_an_empty_key_is_never_a_key() -> None:

@@ -38,7 +38,7 @@ class Server(NamedTuple):
 
     def ready(self) -> int:
         """Return how many workers have become ready until now."""
-        return self.log.read_text().count("ready")
+        return self.log.read_text().count("a worker is ready")
 
     def kill(self, victims: set[int]) -> None:
         """Kill workers, and wait until others are ready in their place."""
@@ -380,9 +380,8 @@ class Stub:
         """Run a program as the worker, and return the supervisor's exit status."""
 
         async def run() -> int:
-            supervisor = Supervisor(
-                [listener] * workers, b"model", [sys.executable, "-c", STUB + program]
-            )
+            command = [sys.executable, "-c", STUB + program]
+            supervisor = Supervisor([listener] * workers, b"model", "http://here/", command)
             return await asyncio.wait_for(supervisor.run(), 60)
 
         with socket.socket() as listener:
