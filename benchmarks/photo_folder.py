@@ -176,7 +176,7 @@ def classify(photos: Iterable[Photo], classifier: Classifier) -> list[Result]:
             continue
         milliseconds = 1000 * (process_time() - begin)
         probabilities = classifier.probabilities(image.images)
-        notes = image.notes_at(probabilities)
+        notes = image.notes_for(probabilities)
         results.append(Result(photo, probabilities[0], image.pixels, notes, milliseconds))
     return results
 

@@ -1,1 +1,1 @@
-"""From the bytes of a picture to 28x28 pixels."""
+"""Turns a picture's file into the 28x28 pixels that the model takes."""

@@ -1,7 +1,7 @@
 """Converts pictures to the model's 28x28 pixels, the way Fashion-MNIST was made.
 
-The way is that of Xiao, Rasul and Vollgraf, 2017, arXiv 1708.07747, section 2. This file knows
-nothing of HTTP or of the model.
+The steps are in Xiao, Rasul and Vollgraf, 2017, arXiv 1708.07747, section 2. This file uses
+neither HTTP nor the model.
 """
 
 from __future__ import annotations
@@ -24,39 +24,40 @@ from service.pictures.decoding import (
 )
 
 SIDE = 28
-WORKING_SIDE = 160  # where the garment is told from its background; 128 costs a point
+WORKING_SIDE = 160  # pixels; the cut-out runs at this size. 128 costs a point of accuracy
 Preprocessing = Literal["auto", "none", "dataset"]
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 # In grey levels, 0 to 255.
-MIN_CONTRAST = 4  # below it a picture is of one colour
-BLACK = 16  # darker backgrounds are black
-BRIGHT = 190  # no garment that was photographed on black is brighter
-EDGE = 2  # pixels of the garment's edge that may be mixed with the background
-# Probability of the answer's class, of the picture and of its mirror image: of the public single
-# garments on light backgrounds to choose with, 75 % have it (docs/performance.md).
+MIN_CONTRAST = 4  # with less, a picture has one colour
+BLACK = 16  # a darker background counts as black
+# Garments photographed on black are darker than this; the data set's own images are brighter.
+BRIGHT = 190
+EDGE = 2  # pixels; in so wide an edge, the background may shine through
+# The model is unsure when the picture or its mirror image gives the answer's class less. Among the
+# public photographs of single garments on light backgrounds, 75 % get more (docs/performance.md).
 UNSURE_BELOW = 0.5
 
 # The page shows no verdict where a note begins with "Not sure".
-ONE_COLOUR = "Not sure: the picture is of one colour; there is nothing to see."
-NO_GARMENT = "Not sure: no garment stands out from the background; the whole picture was taken."
-TWO_OBJECTS = "Not sure: two objects: send one. The larger was taken."
-UNSURE = "Not sure: the picture or its mirror image gets less than half for this class."
-GUESSED = "The background is not plain: the garment's outline was guessed by its colours."
-ON_BLACK = "The background is black: the picture was taken as negated already."
-FIRST_FRAME = "Only the first frame was looked at."
+ONE_COLOUR = "Not sure: the picture has only one colour."
+NO_GARMENT = "Not sure: no garment stands out from the background; the whole picture was used."
+TWO_OBJECTS = "Not sure: the picture shows two objects; the larger was used. Send one."
+UNSURE = "Not sure: the picture or its mirror image gives this class less than 50 %."
+GUESSED = "The background is not plain; the garment's outline was guessed from its colours."
+ON_BLACK = "The background is black; the picture was taken for a negative already."
+FIRST_FRAME = "Only the first frame was used."
 
 
 @dataclass(frozen=True)
 class ModelInput:
-    """The pixels that the model sees, and how they came about.
+    """The pixels that the model sees, and how they were made.
 
     Attributes:
         pixels: uint8 [28, 28], 0 = background, as in the data set.
-        preprocessing: "none" when the picture was taken as it came, "dataset" when converted.
-        notes: what was guessed or could not be done, one sentence each. One that begins with
-            "Not sure" means that the answer is not to be relied on.
+        preprocessing: "none" for pixels as sent, "dataset" for a converted picture.
+        notes: one sentence for each guess or problem. If a note begins with "Not sure", do not
+            rely on the answer.
     """
 
     pixels: Pixels
@@ -65,15 +66,15 @@ class ModelInput:
 
     @property
     def images(self) -> NDArray[np.uint8]:
-        """What the model runs on: uint8 [n, 1, 28, 28], of a converted picture its mirror too."""
+        """The model's input, uint8 [n, 1, 28, 28]; a converted picture adds its mirror image."""
         image = self.pixels.reshape(1, 1, SIDE, SIDE)
         return image if self.preprocessing == "none" else np.concatenate([image, image[..., ::-1]])
 
-    def notes_at(self, probabilities: Floats) -> tuple[str, ...]:
-        """Return the notes, with one more where the model is unsure about a converted picture.
+    def notes_for(self, probabilities: Floats) -> tuple[str, ...]:
+        """Return the notes, and one more if the model is unsure about a converted picture.
 
-        A garment and its mirror image are of one class. So the model is unsure where one of them
-        gets little probability for the class of the other.
+        A garment and its mirror image have the same class. The model is unsure if one of them
+        gives that class a low probability.
 
         Args:
             probabilities: float32 [n, 10], of `images`; the first row is the answer.
@@ -86,7 +87,7 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class Garment:
-    """What a picture shows, with the data set's tones, before it is scaled.
+    """The garment in a picture, in the data set's grey levels, before it is scaled.
 
     Attributes:
         gray: float32 [height, width], 0 to 255, 0 = background.
@@ -102,25 +103,25 @@ class Garment:
 def read_picture(
     data: bytes, preprocessing: Preprocessing = "auto", *, limited: bool = True
 ) -> ModelInput:
-    """Decode a picture and, where asked or needed, convert it to the data set's form.
+    """Decode a picture, and convert it to the data set's form if asked or needed.
 
     Args:
-        data: the whole file; its content decides the format.
-        preprocessing: "none" takes exactly 28x28 8-bit grayscale and refuses all else; "dataset"
-            converts any picture; "auto" takes 28x28 without colours as it is, converts the rest.
-        limited: whether the service's limits hold (`service.pictures.decoding`).
+        data: the whole file; the format is read from its content.
+        preprocessing: "none" takes only 28x28 8-bit grayscale; "dataset" converts every picture;
+            "auto" takes a 28x28 picture without colours as it is, and converts all others.
+        limited: whether to apply the service's limits (`service.pictures.decoding`).
 
     Raises:
         UnsupportedMediaType: the bytes are not a picture of a known format.
         PayloadTooLarge: the picture exceeds a limit of `service.pictures.decoding`.
-        InvalidInput: the picture is damaged, or "none" was asked and it is not 28x28 grayscale.
+        InvalidInput: the picture is damaged; or "none" was asked, and it is not 28x28 grayscale.
     """
     image = open_picture(data, limited=limited)
     fits = is_gray_28x28(image)
     if preprocessing == "none" and not fits:
         raise InvalidInput(
-            f"The picture is {image.width} x {image.height} in mode {image.mode}; send 28 x 28,"
-            " 8-bit grayscale, or leave preprocessing to the service."
+            f"The picture is {image.width} x {image.height} in mode {image.mode}; send 28 x 28 in"
+            " 8-bit grayscale, or choose another preprocessing."
         )
     if fits and preprocessing != "dataset":
         return ModelInput(gray_pixels(image), "none")
@@ -139,9 +140,9 @@ def read_picture(
 def convert(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
     """Convert a small upright picture (RGB or RGBA) as the data set's authors did.
 
-    The garment is cut out, its longest edge scaled to 28, its extent centred; its grey levels are
-    negated, as they were for photographs on white, and stretched to 255, as all in the data set
-    are. It is not sharpened, as theirs was: that made no test more accurate (docs/performance.md).
+    The garment is cut out, scaled to 28 pixels on its longest edge, and centred. Its grey levels
+    are negated and stretched to 255. The authors also sharpened their pictures; this does not,
+    because no test became more accurate (docs/performance.md).
 
     Returns:
         pixels uint8 [28, 28], and the notes of `ModelInput`.
@@ -153,8 +154,8 @@ def convert(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
 def find_garment(image: Image.Image) -> Garment:
     """Find the garment in a small upright picture (RGB or RGBA).
 
-    Where two objects are of similar size, as in a pair of shoes, the larger one is taken: the data
-    set shows single ones.
+    If there are two objects of similar size, such as a pair of shoes, take the larger one: the
+    data set shows single objects.
     """
     garment = _cut_out_already(image) or _cut_out(image)
     larger = larger_of_two(garment.mask)
@@ -164,20 +165,20 @@ def find_garment(image: Image.Image) -> Garment:
 
 
 def _cut_out_already(image: Image.Image) -> Garment | None:
-    """Return the opaque part of a picture, if some of it is transparent and some is not."""
+    """Return the opaque part of a picture that is partly transparent, else None."""
     if image.mode != "RGBA":
         return None
     opaque = np.asarray(image.getchannel("A")) > 127
     if not opaque.any() or opaque.mean() >= 0.99:
         return None
     negated = 255 - _gray(image)
-    if negated[opaque].max() < MIN_CONTRAST:  # all white: only its shape is visible
+    if negated[opaque].max() < MIN_CONTRAST:  # all white: only the shape is visible
         negated[:] = 255
     return Garment(negated, opaque)
 
 
 def _cut_out(image: Image.Image) -> Garment:
-    """Tell the garment from its background by its colours."""
+    """Separate the garment from its background by colour."""
     if image.mode == "RGBA":
         on_white = Image.new("RGBA", image.size, "white")
         on_white.alpha_composite(image)
@@ -195,11 +196,11 @@ def _cut_out(image: Image.Image) -> Garment:
         return Garment(contrast.clip(0), everywhere, (NO_GARMENT,))
     notes: tuple[str, ...] = () if cutout.plain else (GUESSED,)
     if background < BLACK and np.percentile(gray[cutout.mask], 99) > BRIGHT:
-        # As bright as that on black is what the data set's own images are.
+        # Bright on black: the picture is negated already, like the data set's images.
         return Garment(gray, cutout.mask, (*notes, ON_BLACK))
     negated, core = 255 - gray, eroded(cutout.mask, EDGE)
     if core.any() and gray[core].mean() > background:
-        # The edge, where a dark background shines through, must not outshine a light garment.
+        # A dark background shines through the edge; do not let the edge get brighter than the core.
         negated = np.minimum(negated, np.percentile(negated[core], 98))
     return Garment(negated, cutout.mask, notes)
 
@@ -209,7 +210,7 @@ def _gray(image: Image.Image) -> Floats:
 
 
 def _fit(gray: Floats, mask: NDArray[np.bool_]) -> Pixels:
-    """Scale what is under the mask to 28 on its longest edge, centre it, stretch it to 255."""
+    """Scale the garment under the mask to 28 pixels, centre it, and stretch it to 255."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
     width, height = box[2] - box[0], box[3] - box[1]
@@ -217,7 +218,7 @@ def _fit(gray: Floats, mask: NDArray[np.bool_]) -> Pixels:
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
     garment = Image.fromarray(gray * mask)
     small = garment.resize((width, height), Image.Resampling.BOX, box=box)
-    # An odd margin is the larger one above and on the left, as in the data set.
+    # If a margin is odd, the extra pixel is above or on the left, as in the data set.
     top, left = (SIDE - height + 1) // 2, (SIDE - width + 1) // 2
     pixels = np.zeros((SIDE, SIDE), np.float32)
     pixels[top : top + height, left : left + width] = np.asarray(small)

@@ -1,11 +1,12 @@
 """Finds the garment in a small photograph.
 
-A plain background (studio, wall, sheet; uneven light and soft shadows allowed) is followed inwards
-from the border up to the steepest edge. Of any other background the colours are learnt.
+A plain background is a studio, a wall or a sheet; light may be uneven and shadows soft. It is
+followed from the border inwards, up to the first steep edge. For any other background, the colours
+of background and garment are learnt.
 
-Lengths are shares of the picture's longest edge, colours are in grey levels from 0 to 255. The
-values were chosen by accuracy on made-up photographs (docs/performance.md), unless a reason is
-given.
+Lengths are fractions of the picture's longest edge. Colours are grey levels from 0 to 255. Where a
+constant gives no reason, its value gave the best accuracy on composed photographs
+(docs/performance.md).
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Labels = NDArray[np.integer]
 
-MIN_SIDE = 8  # pixels; below, the border is most of the picture
-BORDER = 0.02  # thickness of the border whose colours are fitted
-PLAIN_SPREAD = 4.0  # median distance of a plain background's border from its smooth model
-PLAIN_SHARE = 0.5  # of the border that a plain background's model must fit
-FITS = 4  # rounds of fitting the model and leaving out what does not fit
-FAINTEST = 3.0  # the least distance from the background that stands out from noise
-NOISE = 3.5  # standing out, in medians of the border's distance
-LEVELS = 9  # thresholds that are tried
-MIN_LEVEL_PIXELS = 8  # fewer give no mean steepness
-MAX_HOLES = 0.4  # of the outline's area; with more, the rim is that of a garment of one colour
-BINS = 16  # of each of the three colour axes
-ROUNDS = 3  # of learning the colours; six or ten were no better
-SPECK_RADIUS = 0.008  # thinner parts are noise on a plain background
-SCRAP_RADIUS = 0.02  # and on any other
-LINE_RADIUS = 0.02  # half the thickness of a joint between boards
-NEIGHBOURHOOD = 0.04  # around the main part: parts that begin there belong to it
-SECOND = 0.4  # of the main part's area: a part this large elsewhere is kept
-SIMILAR = (
-    0.5  # of the main part's area: a part this large is a second object, as in a pair of shoes
-)
-MIN_AREA, MAX_AREA = 0.01, 0.95  # of the picture
-MAX_RIM = 0.7  # of the picture's outermost pixels; a garment that takes more was not found
-MAX_RAGGEDNESS = 20.0  # perimeter / sqrt(area): a square has 4, none of 499 photographs above 18
+MIN_SIDE = 8  # pixels; a smaller picture is mostly border
+BORDER = 0.02  # thickness of the border that the background model is fitted to
+PLAIN_SPREAD = 4.0  # a plain background is nearer to its model, in the median
+PLAIN_SHARE = 0.5  # a plain background's model fits more of the border
+FIT_ROUNDS = 4  # of fitting the model, then leaving out outliers
+MIN_DISTANCE = 3.0  # from the background; a smaller one may be noise
+NOISE_FACTOR = 3.5  # times the border's median distance; a smaller distance is noise
+LEVELS = 9  # thresholds to try
+MIN_LEVEL_PIXELS = 8  # fewer are not enough for a mean steepness
+# Holes' share of the outline's area. With more, the "holes" are the garment, in the background's
+# colour, and only its edge stands out.
+MAX_HOLES = 0.4
+BINS = 16  # of the colour histogram, on each of three axes
+ROUNDS = 3  # of learning the colours; six and ten rounds gave no better accuracy
+SPECK_RADIUS = 0.008  # on a plain background, thinner parts are noise
+BUSY_SPECK_RADIUS = 0.02  # the same on any other background
+LINE_RADIUS = 0.02  # half the thickness of lines such as joints between boards
+NEIGHBOURHOOD = 0.04  # a part that begins this near the main part belongs to it
+KEPT_AREA = 0.4  # of the main part's area; other parts, if larger together, are kept
+SIMILAR_AREA = 0.5  # of the largest part's area; a larger part is a second object, such as a shoe
+MIN_AREA, MAX_AREA = 0.01, 0.95  # the garment's share of the picture
+MAX_RIM = 0.7  # a garment that covers more of the outermost pixels is really the background
+MAX_RAGGEDNESS = 20.0  # perimeter / sqrt(area); a square has 4, and 499 photographs at most 18
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Cutout:
 
     Attributes:
         mask: bool [height, width], true on the garment.
-        plain: whether the background was plain, so that the outline is an edge and not a guess.
+        plain: whether the background is plain. If so, the outline follows an edge; if not, it is
+            guessed from the colours.
     """
 
     mask: Mask
@@ -61,21 +63,21 @@ class Cutout:
 
 
 def cut_out(rgb: NDArray[np.uint8]) -> Cutout | None:
-    """Find the garment in a photograph of some hundred pixels a side.
+    """Find the garment in a small photograph, a few hundred pixels wide.
 
     Args:
         rgb: uint8 [height, width, 3].
 
     Returns:
-        The cutout, or None when no garment stands out from the border.
+        the cutout, or None if no garment stands out from the background.
     """
     if min(rgb.shape[:2]) < MIN_SIDE:
         return None
     colours = rgb.astype(np.float32)
     background = _fit_border(colours)
-    mask = _beyond_edge(colours, background) if background.is_plain else _unlike_border(colours)
-    mask = _without_lines_from_border(mask)
-    mask = _main_parts(mask, SPECK_RADIUS if background.is_plain else SCRAP_RADIUS)
+    mask = _inside_edges(colours, background) if background.is_plain else _by_colours(colours)
+    mask = _without_border_lines(mask)
+    mask = _main_parts(mask, SPECK_RADIUS if background.is_plain else BUSY_SPECK_RADIUS)
     if not MIN_AREA < mask.mean() < MAX_AREA or mask[_rim(mask.shape, 1)].mean() > MAX_RIM:
         return None
     if not background.is_plain and _raggedness(mask) > MAX_RAGGEDNESS:
@@ -84,26 +86,26 @@ def cut_out(rgb: NDArray[np.uint8]) -> Cutout | None:
 
 
 def larger_of_two(mask: Mask) -> Mask | None:
-    """Return the largest part of a mask where a second one is nearly as large, as in a pair."""
+    """Return the largest part of a mask if a second part has a similar area, else None."""
     labels = _label(mask)
     areas = np.bincount(labels.ravel())
     areas[0] = 0
     if len(areas) < 3:
         return None
     second, largest = np.argsort(areas)[-2:]
-    return np.asarray(labels == largest) if areas[second] > SIMILAR * areas[largest] else None
+    return np.asarray(labels == largest) if areas[second] > SIMILAR_AREA * areas[largest] else None
 
 
 def eroded(mask: Mask, radius: int) -> Mask:
-    """Return where all pixels within a square of this radius are in the mask.
+    """Return the pixels whose whole square neighbourhood of this radius is in the mask.
 
-    Beyond the picture's edge the mask goes on as it is there.
+    Outside the picture, the mask continues as it is at the picture's edge.
     """
     return _eroded_down(_eroded_down(mask, radius).T, radius).T
 
 
 def _eroded_down(mask: Mask, radius: int) -> Mask:
-    """Erode columns: windows of 1, 2, 4, … rows, up to the whole, are joined from two smaller."""
+    """Erode along columns, by joining windows of 1, 2, 4, … rows until they have the full size."""
     window, whole = 1, 2 * radius + 1
     ends = np.repeat(mask[:1], radius, axis=0), np.repeat(mask[-1:], radius, axis=0)
     result = np.concatenate([ends[0], mask, ends[1]])
@@ -121,7 +123,7 @@ class _Background:
     Attributes:
         coefficients: float64 [6, 3], of 1, x, y, x², y², xy, with x and y from -1 to 1.
         spread: median distance of the border from the model.
-        share: of the border that fits.
+        share: share of the border that fits the model.
     """
 
     coefficients: NDArray[np.float64]
@@ -133,7 +135,7 @@ class _Background:
         return self.spread < PLAIN_SPREAD and self.share > PLAIN_SHARE
 
     def distance(self, colours: Floats) -> Floats:
-        """Return each pixel's largest difference in a colour from the model: [height, width]."""
+        """Return each pixel's distance, the largest of its colours': float32 [height, width]."""
         height, width, _ = colours.shape
         y, x = np.linspace(-1, 1, height)[:, None, None], np.linspace(-1, 1, width)[:, None]
         a = self.coefficients
@@ -144,18 +146,18 @@ class _Background:
 
 
 def _fit_border(colours: Floats) -> _Background:
-    """Fit the model to the border, leaving out what does not fit (a sleeve, a hem)."""
+    """Fit the model to the border without outliers, such as a sleeve or a hem at the border."""
     height, width, _ = colours.shape
     rim = _rim((height, width), max(2, round(BORDER * max(height, width))))
-    row, column = (index[::2] for index in np.nonzero(rim))  # every other pixel is enough
+    row, column = (index[::2] for index in np.nonzero(rim))  # half the pixels are enough
     y, x = np.linspace(-1, 1, height)[row], np.linspace(-1, 1, width)[column]
     samples = np.ascontiguousarray(colours[row, column].T)
     terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y])
     distance = _largest(np.abs(samples - np.median(samples, axis=1, keepdims=True)))
     fits = distance <= max(3 * np.median(distance), 6)
-    for _ in range(FITS):
+    for _ in range(FIT_ROUNDS):
         a = terms[:, fits]
-        # The slight ridge keeps the curve flat where part of the border is missing.
+        # A small ridge keeps the model flat where part of the border is left out.
         ridge = 1e-3 * a.shape[1] * np.diag([0, 1, 1, 1, 1, 1]) + 1e-9 * np.eye(6)
         coefficients = np.linalg.solve(a @ a.T + ridge, a @ samples[:, fits].T)
         distance = _largest(np.abs(samples - coefficients.T @ terms))
@@ -164,17 +166,17 @@ def _fit_border(colours: Floats) -> _Background:
     return _Background(coefficients, spread, float((distance <= max(4 * spread, 6)).mean()))
 
 
-def _beyond_edge(colours: Floats, background: _Background) -> Mask:
-    """Take what lies beyond the background, up to where edges begin to be steep.
+def _inside_edges(colours: Floats, background: _Background) -> Mask:
+    """Return the pixels that a plain background, followed from the border, does not reach.
 
-    Shadows and light fall off slowly, garments end at once. So the threshold is the least of nine
-    distances from the background at which the picture is half as steep as anywhere.
+    Light and shadows change slowly; a garment's edge is steep. The threshold is the lowest of nine
+    distances from the background at which the mean steepness is half of its maximum.
     """
     distance = background.distance(colours)
-    faintest = max(FAINTEST, NOISE * background.spread)
-    threshold, strongest = faintest, float(np.percentile(distance, 98)) / 2
-    if strongest > 1.2 * faintest:
-        levels = np.geomspace(faintest, strongest, LEVELS)
+    lowest = max(MIN_DISTANCE, NOISE_FACTOR * background.spread)
+    threshold, highest = lowest, float(np.percentile(distance, 98)) / 2
+    if highest > 1.2 * lowest:
+        levels = np.geomspace(lowest, highest, LEVELS)
         level = np.searchsorted(levels, distance.ravel())
         steepness = np.hypot(*np.gradient(distance)).ravel()
         counts = np.bincount(level, minlength=LEVELS + 1)[1:LEVELS]
@@ -183,16 +185,16 @@ def _beyond_edge(colours: Floats, background: _Background) -> Mask:
         threshold = float(levels[np.argmax(mean >= mean.max() / 2)])
     near = distance < threshold
     outside = _connected(_rim(near.shape, 1), near)
-    # Enclosed background, as in the handle of a bag; narrow gaps are folds.
-    holes = near & ~outside & (distance < max(faintest, 0.7 * threshold))
+    # Holes are enclosed background, as inside a bag's handle. Narrow gaps are folds: not holes.
+    holes = near & ~outside & (distance < max(lowest, 0.7 * threshold))
     holes = _connected(eroded(holes, 1), holes)
     return ~outside if holes.sum() > MAX_HOLES * (~outside).sum() else ~outside & ~holes
 
 
-def _unlike_border(colours: Floats) -> Mask:
-    """Learn the colours of border and garment in turn, as two histograms (a mixture by EM).
+def _by_colours(colours: Floats) -> Mask:
+    """Learn the colours of background and garment in turn, as two histograms (a mixture by EM).
 
-    The first guess is that colours rarer at the border than elsewhere are the garment's.
+    At first, the garment's colours are those that are rarer at the border than elsewhere.
     """
     height, width, _ = colours.shape
     red, green, blue = np.ascontiguousarray(np.moveaxis(colours, 2, 0))
@@ -222,7 +224,7 @@ def _unlike_border(colours: Floats) -> Mask:
     evidence = np.log((everywhere + 1e-6) / (edge + 1e-6 + 0.02 * everywhere)) - 1
     for _ in range(ROUNDS):
         scaled = (np.clip(evidence, -3, 3) * 42 + 128).astype(np.uint8)[bins].reshape(luma.shape)
-        box = ImageFilter.BoxBlur(2)  # neighbours mostly belong together
+        box = ImageFilter.BoxBlur(2)  # neighbouring pixels usually belong together
         smoothed = np.asarray(Image.fromarray(scaled).filter(box).filter(box), np.float32)
         garment = 1 / (1 + np.exp((128 - smoothed) / 7 - prior_odds))
         garment_counts = counted(garment)
@@ -233,8 +235,8 @@ def _unlike_border(colours: Floats) -> Mask:
     return np.asarray(garment > 0.5)
 
 
-def _without_lines_from_border(mask: Mask) -> Mask:
-    """Drop thin parts that begin at the border: joints between boards, cables, folds of a sheet."""
+def _without_border_lines(mask: Mask) -> Mask:
+    """Remove thin parts that touch the border: joints between boards, cables, folds of a sheet."""
     radius = max(1, round(LINE_RADIUS * max(mask.shape)))
     inside = eroded(mask, radius)
     thick = ~eroded(np.pad(~inside, radius, constant_values=True), radius)  # grown back
@@ -243,17 +245,20 @@ def _without_lines_from_border(mask: Mask) -> Mask:
 
 
 def _main_parts(mask: Mask, speck_radius: float) -> Mask:
-    """Keep the thickest part and what belongs to it; drop what else lies in the picture.
+    """Keep the main part and the parts that belong to it; remove all others.
 
-    Parts thinner than specks all over are dropped, unless most are: a strap that is connected to
-    something thicker stays. Of the others that the picture holds whole, those near the main part
-    are kept, and large ones: the rest of a garment that was cut up, the second shoe of a pair.
+    The main part is the thickest. Of the other parts:
+    - Parts that are thin everywhere are specks and are removed, unless they are most of the mask.
+      A strap stays: it is connected to something thicker.
+    - Parts that touch the border are removed.
+    - Parts near the main part are kept: they are pieces of the garment.
+    - All others are kept if they are large together, such as a second shoe.
     """
     labels = _label(mask)
     core = eroded(mask, max(1, round(speck_radius * max(mask.shape))))
     if core.sum() > 0.2 * mask.sum():
         labels = np.where(_chosen(labels, labels[core]), labels, 0)
-    inside, radius = labels[::2, ::2] > 0, 1  # half the resolution is enough
+    inside, radius = labels[::2, ::2] > 0, 1  # at half the resolution, for speed
     while (smaller := eroded(inside, radius)).any() and radius < max(inside.shape) / 2:
         inside, radius = smaller, 2 * radius
     y, x = np.nonzero(inside)
@@ -269,20 +274,20 @@ def _main_parts(mask: Mask, speck_radius: float) -> Mask:
         max(0, y.min() - margin) : y.max() + margin + 1,
         max(0, x.min() - margin) : x.max() + margin + 1,
     ]
-    beside = _chosen(rest, rest[near])
-    elsewhere = (rest > 0) & ~beside
-    much = elsewhere.sum() > SECOND * main.sum()
-    return np.asarray(main | beside | elsewhere if much else main | beside)
+    nearby = _chosen(rest, rest[near])
+    elsewhere = (rest > 0) & ~nearby
+    large = elsewhere.sum() > KEPT_AREA * main.sum()
+    return np.asarray(main | nearby | elsewhere if large else main | nearby)
 
 
 def _raggedness(mask: Mask) -> float:
-    """Return perimeter / sqrt(area): high where a pattern was taken for a garment."""
+    """Return perimeter / sqrt(area), which is high if the mask follows a pattern, not a garment."""
     perimeter = (mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum()
     return float(perimeter / np.sqrt(mask.sum()))
 
 
 def _largest(planes: NDArray[Any]) -> NDArray[Any]:
-    """Return the elementwise maximum of three arrays; `max` over an axis of three is slower."""
+    """Return the elementwise maximum of three arrays, faster than `max` over an axis."""
     return np.asarray(np.maximum(np.maximum(planes[0], planes[1]), planes[2]))
 
 
@@ -293,12 +298,12 @@ def _rim(shape: tuple[int, ...], thickness: int) -> Mask:
 
 
 def _label(mask: Mask) -> Labels:
-    """Return the number of the connected part that each pixel is in, from 1; 0 is outside."""
+    """Return each pixel's part number: connected parts count from 1; 0 is outside the mask."""
     return cc3d.connected_components(mask, connectivity=4)
 
 
 def _chosen(labels: Labels, chosen: Labels) -> Mask:
-    """Return where the labels are that occur among the chosen ones."""
+    """Return the pixels whose label is among the chosen ones."""
     is_chosen = np.bincount(chosen.ravel(), minlength=int(labels.max()) + 1) > 0
     is_chosen[0] = False
     return np.asarray(is_chosen[labels])

@@ -1,7 +1,7 @@
-"""Decodes pictures within limits, and reduces them to the size that the conversion works on.
+"""Decodes pictures within limits, and reduces them to the conversion's working size.
 
-Every access to what Pillow found in a file happens in this file, and every error of its parsers
-and decoders becomes one of ours here.
+Only this file reads Pillow's parsed files and pixels. It turns every error of Pillow into one of
+the service's errors.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from PIL import AvifImagePlugin, Image, PngImagePlugin, UnidentifiedImageError
 
 from service.errors import InvalidInput, PayloadTooLarge, ServiceError, UnsupportedMediaType
 
-STRIP_PIXELS = 2**17  # of a large picture, converted at a time: they fit the CPU's caches
-NEARLY = 1.02  # times the size asked for
-# Endings of names in lower case; HEIC too, to name the package that reads it.
+STRIP_PIXELS = 2**17  # converted at once; so many fit into the CPU's caches
+CLOSE_ENOUGH = 1.02  # times the size asked for
+# File names' endings, in lower case. HEIC is here so that its error can name the missing package.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".avif", ".heic", ".heif")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")  # not TIFF: damaged ones take long
-# An ISO media file's brands that mean HEIC (ISO/IEC 23008-12, annex B), at bytes 8 to 12.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")  # not TIFF: damaged files take long
+# Brands of an ISO media file, at bytes 8 to 12, that mean HEIC (ISO/IEC 23008-12, annex B).
 HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
-# The service's limits: whatever a phone or a shop makes is below them; decoding takes a quarter of
-# a second and 150 MB at most (measured: docs/operations.md). Checked before anything is decoded.
-MAX_SIDE = 8192
-# Pixels. JPEG is decoded at a fraction of its size if it comes row by row; if not, as progressive
-# ones, all its coefficients are in memory.
+# The service's limits, checked before decoding. Pictures from phones and shops are below them.
+# Decoding takes at most a quarter of a second and 150 MB (measured in docs/operations.md).
+MAX_SIDE = 8192  # pixels
+# Pixels of the whole picture. A JPEG whose data comes row by row is decoded at a fraction of its
+# size. For any other, such as a progressive JPEG, all coefficients must be in memory.
 MAX_PIXELS = {
     "JPEG": 8192 * 6144,
     "progressive JPEG": 4096 * 3072,
@@ -41,25 +41,26 @@ MAX_PIXELS = {
     "AVIF": 4096 * 3072,
     "HEIF": 4096 * 3072,
 }
-# Bytes, where these cost more than pixels do: more than photographs of that size have.
+# Bytes, for formats whose bytes cost more than their pixels. Photographs of that size have fewer.
 MAX_BYTES = {
     "lossy WEBP": 4_000_000,
     "AVIF": 2_500_000,
     "HEIF": 4_000_000,
     "progressive JPEG": 6_000_000,
 }
-MAX_SCANS = 50  # of a progressive JPEG: usual are 10, and as many in a thumbnail; each is a pass
-MAX_READS = 20_000  # of a file, by Pillow's parsers: some 50 ms for a file of nothing but markers
-# A PNG's pixel takes the time of three bytes, and of each that it has when unpacked: a screen of
-# 3840 x 2160 with colours and transparency.
+MAX_SCANS = 50  # passes over a progressive JPEG; usual are 10, and 10 for its thumbnail
+MAX_READS = 20_000  # of a file, by Pillow's parsers; they take about 50 ms
+# A PNG's pixel costs as much as three bytes, plus its own bytes when unpacked. The limit is a
+# screenshot of 3840 x 2160 pixels with transparency (four bytes a pixel).
 MAX_PNG_COST = 3840 * 2160 * 7
-MAX_EXIF_BYTES = 65_536  # as in JPEG
+MAX_EXIF_BYTES = 65_536  # JPEG's own limit
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# A PNG's first 33 bytes when it is 28 x 28, 8-bit grayscale, not interlaced (PNG, section 11.2.1).
+# The first 33 bytes of a 28 x 28 PNG in 8-bit grayscale, not interlaced (PNG, section 11.2.1).
 RAW_HEADER = PNG_SIGNATURE + bytes.fromhex("0000000d49484452 0000001c0000001c0800000000 57668048")
 PNG_END = bytes.fromhex("0000000049454e44ae426082")
-MAX_RAW_BYTES = 2048  # of a 28 x 28 PNG: 812 when not compressed at all, and chunk headers
-UPRIGHT = {  # what undoes each value of EXIF's Orientation (tag 0x0112)
+MAX_RAW_BYTES = 2048  # of a 28 x 28 PNG; it has about 880, even uncompressed
+ORIENTATION = 0x0112  # EXIF's tag
+UPRIGHT = {  # how to turn a picture upright, by its orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -73,26 +74,26 @@ DAMAGED = "The picture is damaged or cut short; send the whole file."
 
 
 def configure_pillow() -> None:
-    """Set what Pillow keeps for the whole process; whoever builds the application calls this.
+    """Set Pillow's options for the whole process; each entry point calls this once.
 
-    Pillow warns of damaged metadata, once for each tag: a client could flood the log. HEIC can be
-    read where the package pillow-heif is installed.
+    Pillow's warnings of damaged metadata are switched off: there is one for each tag, so a client
+    could flood the log. HEIC can be read if the package pillow-heif is installed.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    Image.MAX_IMAGE_PIXELS = None  # this file has limits of its own
+    Image.MAX_IMAGE_PIXELS = None  # this file has its own limits
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker uses one core
-    PngImagePlugin.MAX_TEXT_MEMORY = 2**22  # of compressed comments, which nothing here reads
+    PngImagePlugin.MAX_TEXT_MEMORY = 2**22  # bytes of compressed comments; nothing here reads them
     with suppress(ImportError):
         import_module("pillow_heif").register_heif_opener(thumbnails=False)
 
 
 def is_raw_28x28(data: bytes) -> bool:
-    """Return whether a file is a 28x28 8-bit grayscale PNG that holds nothing but its pixels.
+    """Return whether a file is a 28x28 8-bit grayscale PNG without metadata.
 
-    Such a file is decoded in microseconds, on the event loop. Every other file goes to the
-    picture thread: Pillow parses metadata as soon as it opens a file. The check takes less than a
-    microsecond and looks at bytes alone: the header, one chunk of pixels, the end.
+    Such a file takes microseconds to decode, so the event loop decodes it. All other files go to
+    the picture thread, because Pillow parses metadata when it opens a file. The check takes less
+    than a microsecond. It compares bytes only: the header, one chunk of pixels, the end.
     """
     return (
         data.startswith(RAW_HEADER)
@@ -103,22 +104,22 @@ def is_raw_28x28(data: bytes) -> bool:
 
 
 def open_picture(data: bytes, *, limited: bool = True) -> Image.Image:
-    """Read a picture's header, and check the limits; nothing is decoded.
+    """Read a picture's header and check the limits, without decoding it.
 
     Args:
-        data: the whole file; its content decides the format.
-        limited: whether the service's limits hold; memory is the only one otherwise.
+        data: the whole file; the format is read from its content.
+        limited: whether to apply the service's limits; without them, memory is the only limit.
 
     Raises:
         UnsupportedMediaType: the bytes are not a picture of a known format.
-        PayloadTooLarge: the header declares more than MAX_PIXELS, MAX_PNG_COST, MAX_SIDE, MAX_BYTES
-            or MAX_SCANS allow.
+        PayloadTooLarge: the picture exceeds MAX_PIXELS, MAX_PNG_COST, MAX_SIDE, MAX_BYTES or
+            MAX_SCANS.
         InvalidInput: the header is damaged.
     """
     formats = [*FORMATS, *({"HEIF"} & Image.OPEN.keys())]
-    with _our_errors(HEADER_DAMAGED):
+    with _service_errors(HEADER_DAMAGED):
         try:
-            file = _Bounded(data) if limited else io.BytesIO(data)
+            file = _LimitedFile(data) if limited else io.BytesIO(data)
             image = Image.open(file, formats=formats)
         except UnidentifiedImageError:
             raise UnsupportedMediaType(_unidentified(data, formats)) from None
@@ -135,36 +136,34 @@ def _check_limits(image: Image.Image, data: bytes) -> None:
     width, height = image.size
     if max(width, height) > MAX_SIDE or width * height > max_pixels:
         raise PayloadTooLarge(
-            f"The picture is {width} x {height} pixels; of this kind, send at most {MAX_SIDE} on a"
-            f" side and {max_pixels / 1e6:.1f} million in all."
+            f"The picture is {width} x {height} pixels; send at most {MAX_SIDE} on each side, and"
+            f" for {kind} at most {max_pixels / 1e6:.1f} million in all."
         )
     if len(data) > MAX_BYTES.get(kind, len(data)):
         raise PayloadTooLarge(
-            f"The picture has {len(data):,} bytes; of this kind ({kind}), send at most"
-            f" {MAX_BYTES[kind]:,}, or another format."
+            f"The picture has {len(data):,} bytes; for {kind}, send at most {MAX_BYTES[kind]:,}, or"
+            " use another format."
         )
     if kind == "progressive JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
-        raise PayloadTooLarge(
-            f"The JPEG has more than {MAX_SCANS} scans; save it again with fewer."
-        )
+        raise PayloadTooLarge(f"The JPEG has more than {MAX_SCANS} scans; save it with fewer.")
 
 
 def _unidentified(data: bytes, formats: list[str]) -> str:
     if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS and "HEIF" not in formats:
-        return "HEIC pictures need the package pillow-heif beside the service; or send JPEG."
-    return f"These bytes are not a picture that can be read; send {', '.join(formats)}."
+        return "HEIC is read only where the package pillow-heif is installed; or send JPEG."
+    return f"The file is not a picture in a known format; send {', '.join(formats)}."
 
 
 def raw_pixels(data: bytes) -> NDArray[np.uint8]:
-    """Decode a file of which `is_raw_28x28` holds: uint8 [28, 28].
+    """Decode a file that passes `is_raw_28x28`: uint8 [28, 28].
 
-    Its one chunk goes to Pillow's decoder as it is; opening the file, with all that a PNG may have,
-    takes four times as long (130 against 30 microseconds).
+    Its only chunk goes directly to Pillow's decoder. Opening the file as a PNG takes four times as
+    long (130 instead of 30 microseconds).
 
     Raises:
         InvalidInput: the pixels are damaged.
     """
-    with _our_errors(DAMAGED):
+    with _service_errors(DAMAGED):
         pixels = Image.frombytes("L", (28, 28), data[41 : -len(PNG_END) - 4], "zip", "L", 0)
         return np.frombuffer(pixels.tobytes(), np.uint8).reshape(28, 28)
 
@@ -175,58 +174,60 @@ def is_gray_28x28(image: Image.Image) -> bool:
 
 
 def gray_pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """Decode a grayscale picture as it is: uint8 [height, width].
+    """Decode a grayscale picture without changes: uint8 [height, width].
 
     Raises:
         InvalidInput: the picture is damaged.
     """
-    with _our_errors(DAMAGED):
+    with _service_errors(DAMAGED):
         return np.array(image)
 
 
 def reduced(image: Image.Image, side: int) -> Image.Image:
-    """Decode a picture, upright, with no edge longer than asked for.
+    """Decode a picture, turn it upright, and reduce it so that no edge is longer than `side`.
 
     Returns:
-        an RGBA picture where it may have transparency, else RGB.
+        an RGBA picture if it may have transparency, else RGB.
 
     Raises:
         InvalidInput: the picture is damaged.
     """
-    with _our_errors(DAMAGED):
-        return _upright(_at_most(image, side), image)
+    with _service_errors(DAMAGED):
+        return _upright(_decoded_small(image, side), image)
 
 
 def is_animated(image: Image.Image) -> bool:
-    """Return whether a decoded picture has further frames."""
+    """Return whether a decoded picture has more than one frame."""
     try:
         return image.format != "MPO" and bool(getattr(image, "is_animated", False))
-    except Exception:  # what follows a GIF's first frame is damaged, or in too many pieces
+    except Exception:  # the rest of a GIF is damaged, or in too many pieces
         return False
 
 
 @contextmanager
-def _our_errors(sentence: str) -> Iterator[None]:
-    """Turn what a damaged file makes Pillow raise, which may be anything, into our errors."""
+def _service_errors(sentence: str) -> Iterator[None]:
+    """Turn any exception that Pillow raises into one of the service's errors."""
     try:
         yield
     except ServiceError:
         raise
     except MemoryError:
-        raise PayloadTooLarge("The picture needs more memory than there is.") from None
+        raise PayloadTooLarge(
+            "The picture needs more memory than the server has; send a smaller one."
+        ) from None
     except Exception as exc:
         raise InvalidInput(sentence) from exc
 
 
-class _Bounded(io.BytesIO):
-    """A file that a parser may not read in too many pieces."""
+class _LimitedFile(io.BytesIO):
+    """A file that limits how often a parser may read from it."""
 
     reads = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.reads += 1
         if self.reads > MAX_READS:
-            raise InvalidInput("The picture's file is in too many pieces; save it again.")
+            raise InvalidInput("The picture's file has too many small parts; save it again.")
         return super().read(size)
 
 
@@ -236,15 +237,20 @@ def _kind(image: Image.Image, data: bytes) -> str:
         return "JPEG" if _is_in_rows(data) else "progressive JPEG"
     if image.format == "WEBP" and b"VP8 " in data:
         return "lossy WEBP"
-    if image.format == "BMP" and image.info["compression"] in (1, 2):  # decoded in Python, slowly
-        raise UnsupportedMediaType("This BMP is run-length encoded; save it without, or as PNG.")
+    if image.format == "BMP" and image.info["compression"] in (
+        1,
+        2,
+    ):  # Pillow decodes it in Python, slowly
+        raise UnsupportedMediaType(
+            "This BMP is run-length encoded; save it uncompressed, or as PNG."
+        )
     return str(image.format)
 
 
 def _is_in_rows(data: bytes) -> bool:
-    """Return whether a JPEG's first scan is Huffman-coded and has all components, block by block.
+    """Return whether a JPEG can be decoded row by row (ITU-T T.81, sections A.2 and B.2).
 
-    Only then can it be decoded row by row (ITU-T T.81, sections A.2 and B.2).
+    It can if it is sequential and Huffman-coded, and its first scan has all components.
     """
     at, components = 2, 0
     while at + 10 <= len(data) and data[at] == 0xFF:
@@ -267,18 +273,18 @@ def _max_pixels(image: Image.Image, kind: str, data: bytes) -> int:
 
 
 def _png_depth(data: bytes) -> int:
-    """Return a PNG's bits a sample: Pillow tells them only in its decoder's private arguments."""
-    if data[12:16] != b"IHDR":  # the first chunk must be; Pillow does not insist
+    """Return a PNG's bits per sample, which Pillow has only in a private attribute."""
+    if data[12:16] != b"IHDR":  # the first chunk must be IHDR; Pillow allows others
         raise InvalidInput(HEADER_DAMAGED)
     return data[24]
 
 
-def _at_most(image: Image.Image, side: int) -> Image.Image:
-    """Decode with no edge longer than asked for; JPEG at a fraction of its size.
+def _decoded_small(image: Image.Image, side: int) -> Image.Image:
+    """Decode a picture so that no edge is longer than `side`; a JPEG at a fraction of its size.
 
-    First means of whole blocks of pixels are taken, at the cost of a look at each, then of those
-    the means that the size needs. What must become RGBA before means can be taken, does so strip
-    by strip: all at once it would take twice the decoder's memory.
+    The picture is reduced in two steps: first by means of whole blocks of pixels, which is fast,
+    then to the exact size. A picture that must become RGBA is converted in strips: at once, it
+    would need twice the decoder's memory.
     """
     scale = min(1, side / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
@@ -293,7 +299,7 @@ def _at_most(image: Image.Image, side: int) -> Image.Image:
         rows = factor[1] * max(1, STRIP_PIXELS // (width * factor[1]))
         for top in range(0, height, rows):
             strip = _rgba(image.crop((0, top, width, min(top + rows, height))))
-            # Premultiplied: colours under transparency must not get into the means.
+            # RGBa has colours multiplied by opacity: transparent pixels do not change the means.
             blocks.paste(strip.convert("RGBa").reduce(factor), (0, top // factor[1]))
     box = (0, 0, width / factor[0], height / factor[1])
     return blocks.resize(size, Image.Resampling.BOX, box).convert(
@@ -302,23 +308,24 @@ def _at_most(image: Image.Image, side: int) -> Image.Image:
 
 
 def _draft_size(full: tuple[int, int], side: int) -> tuple[int, int]:
-    """Return the least size at which a JPEG is to be decoded: by 1, 2, 4 or 8 smaller.
+    """Return the smallest size to decode a JPEG at; the decoder divides by 1, 2, 4 or 8.
 
-    Where one of these nearly is the size asked for, it needs no second reduction. Else there must
-    be two pixels for one: the means of fewer cost accuracy.
+    If one of these sizes is close enough to the size asked for, there is no second reduction.
+    Otherwise ask for at least twice the size: means of fewer pixels cost accuracy.
     """
     for divisor in (8, 4, 2):
-        if side <= max(full) / divisor < NEARLY * side:
+        if side <= max(full) / divisor < CLOSE_ENOUGH * side:
             return full[0] // divisor, full[1] // divisor
     scale = min(1, side / max(full))
     return max(1, round(full[0] * scale)) * 2, max(1, round(full[1] * scale)) * 2
 
 
 def _without_canvases(image: Image.Image) -> Image.Image:
-    """Decode a WebP picture, and free libwebp's two canvases before its pixels are used.
+    """Decode a WebP picture, and free libwebp's two canvases before using the pixels.
 
-    Pillow holds them while it copies the pixels: 16 bytes a pixel, 184 MB for 12 million. This
-    takes 144 MB. The decoder is private; where Pillow has none, its own way is taken.
+    Pillow keeps the canvases while it copies the pixels. That takes 16 bytes a pixel, 184 MB for 12
+    million pixels; this takes 144 MB. The decoder is a private attribute; if it is missing, Pillow
+    decodes in its own way.
     """
     decoder: Any = getattr(image, "_decoder", None)
     if image.format != "WEBP" or not hasattr(decoder, "get_next"):
@@ -332,7 +339,7 @@ def _without_canvases(image: Image.Image) -> Image.Image:
 
 
 def _scale_transparency(image: Image.Image, depth: int) -> None:
-    """Scale a PNG's transparent colour as Pillow scales its pixels, which it forgets to do."""
+    """Scale a PNG's transparent colour like its pixels; Pillow scales only the pixels."""
     transparent = image.info.get("transparency")
     if isinstance(transparent, tuple) and depth == 16:
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
@@ -351,10 +358,10 @@ def _rgba(strip: Image.Image) -> Image.Image:
 
 
 def _upright(small: Image.Image, original: Image.Image) -> Image.Image:
-    """Turn the reduced picture as the original's EXIF wants it."""
+    """Turn the reduced picture upright, by the original's EXIF orientation."""
     try:
-        usual = len(original.info.get("exif", b"")) <= MAX_EXIF_BYTES
-        turn = UPRIGHT.get(original.getexif().get(0x0112, 1)) if usual else None
-    except Exception:  # the pixels can be read though the EXIF data is damaged
+        valid = len(original.info.get("exif", b"")) <= MAX_EXIF_BYTES
+        turn = UPRIGHT.get(original.getexif().get(ORIENTATION, 1)) if valid else None
+    except Exception:  # damaged EXIF data is ignored
         turn = None
     return small if turn is None else small.transpose(turn)

@@ -1,4 +1,4 @@
-"""Reads pictures that take long in a thread of their own: small requests go on meanwhile."""
+"""Reads pictures in a thread, so that slow ones do not delay other requests."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -8,13 +8,13 @@ from service.pictures.decoding import is_raw_28x28, raw_pixels
 
 
 class PictureThread:
-    """Reads one picture at a time; those that wait are bounded by the budget for bodies."""
+    """Reads one picture at a time. The budget for bodies limits how many can wait."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
 
     async def read(self, data: bytes, preprocessing: Preprocessing) -> ModelInput:
-        """Read a picture's file; when the request ends before its turn comes, it is never read.
+        """Read a picture's file; skip it if the request ends before its turn.
 
         Raises:
             ServiceError: as `service.pictures.conversion.read_picture` does.

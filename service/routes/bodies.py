@@ -1,4 +1,4 @@
-"""The four forms of body that `POST /predict` takes: bytes, JSON, a picture, a form with one."""
+"""Reads the four forms of body that `POST /predict` takes: bytes, JSON, picture, form."""
 
 import sys
 from collections.abc import Mapping
@@ -18,21 +18,21 @@ from service.pictures.conversion import ModelInput
 
 SIDE = 28
 SIZE = SIDE * SIDE
-MAX_DELIMITERS = 100  # of a form, which needs two; its parser is slow where they come
-# The most bytes of a body by its media type. Pictures, and forms with one, may have as many as any
-# body; of bytes there are some more than needed, so that the answer can say how many came.
+MAX_DELIMITERS = 100  # of a form, which needs two; its parser is slow at delimiters
+# Body limits by media type, in bytes. For pictures and forms, only the service's own limit counts.
+# Raw pixels need 784 bytes; with a limit of 1024, the error can say how many bytes came.
 MAX_BYTES = {
     b"application/octet-stream": 1024,
-    b"application/json": 2**18,  # ten times what 784 numbers take however they are laid out
+    b"application/json": 2**18,  # ten times the space for 784 numbers in any layout
     b"multipart/form-data": sys.maxsize,
 }
 
 
 def body_limit(headers: Mapping[bytes, bytes]) -> int:
-    """Return the most bytes that the body of a request with these header fields may have.
+    """Return the body limit of a request with these header fields, in bytes.
 
     Raises:
-        UnsupportedMediaType: no body of its type is taken.
+        UnsupportedMediaType: the service does not take this media type.
     """
     media_type = _media_type(headers.get(b"content-type", b""))
     if media_type.startswith(b"image/"):
@@ -41,21 +41,21 @@ def body_limit(headers: Mapping[bytes, bytes]) -> int:
         return MAX_BYTES[media_type]
     except KeyError:
         raise UnsupportedMediaType(
-            "Say what the body is in Content-Type: application/json, application/octet-stream,"
-            " image/png (or another picture format), or multipart/form-data."
+            "Set Content-Type to application/json, application/octet-stream, image/png (or another"
+            " picture format), or multipart/form-data."
         ) from None
 
 
 def read_body(content_type: bytes, body: bytes) -> ModelInput | bytes:
-    """Turn a body into pixels or, if it has a picture, into that picture's file.
+    """Return a body's pixels, or the file of a picture that is still to be read.
 
     Args:
         content_type: one that `body_limit` accepts.
         body: the whole body, without its content encoding.
 
     Raises:
-        BadRequest: it is malformed.
-        InvalidInput: it has something else than one image.
+        BadRequest: the body is malformed.
+        InvalidInput: the body is not one image.
     """
     media_type = _media_type(content_type)
     if media_type == b"application/octet-stream":
@@ -66,7 +66,7 @@ def read_body(content_type: bytes, body: bytes) -> ModelInput | bytes:
         return _from_form(content_type, body)
     else:
         return body
-    return ModelInput(pixels, "none")  # pixels are what the model takes: nothing to convert
+    return ModelInput(pixels, "none")  # the model takes pixels as they are
 
 
 @lru_cache(64)
@@ -76,12 +76,14 @@ def _media_type(content_type: bytes) -> bytes:
 
 def _from_bytes(body: bytes) -> NDArray[np.uint8]:
     if len(body) != SIZE:
-        raise InvalidInput(f"Send exactly {SIZE} bytes, one a pixel; there are {len(body)}.")
+        raise InvalidInput(
+            f"Send exactly {SIZE} bytes, one for each pixel; the body has {len(body)}."
+        )
     return np.frombuffer(body, np.uint8)
 
 
 def _from_json(body: bytes) -> NDArray[np.uint8]:
-    """Read 28 rows of 28 whole numbers, or 784 of them in a row."""
+    """Read 28 rows of 28 whole numbers, or a flat list of 784."""
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -92,11 +94,11 @@ def _from_json(body: bytes) -> NDArray[np.uint8]:
             raise ValueError
         try:
             flat = _flat(pixels, body)
-        except TypeError:  # clients made from a document may send 0 as 0.0
+        except TypeError:  # generated clients may send 0 as 0.0
             flat = _flat(_integers(pixels), body)
     except (TypeError, ValueError):
         raise InvalidInput(
-            'Send {"pixels": …}: 28 rows of 28 whole numbers from 0 to 255, or 784 of them.'
+            'Send {"pixels": …} with 28 rows of 28 whole numbers from 0 to 255, or a list of 784.'
         ) from None
     return np.frombuffer(flat, np.uint8)
 
@@ -104,17 +106,17 @@ def _from_json(body: bytes) -> NDArray[np.uint8]:
 def _flat(pixels: list[Any], body: bytes) -> bytes:
     """Return the pixels' bytes.
 
-    `bytes` checks in C that all are integers from 0 to 255; what it would let through besides
-    (true and false, a bare count, other iterables) is looked for here.
+    `bytes` checks in C that all values are integers from 0 to 255. It also accepts booleans, a
+    single count, and other iterables; these are checked here.
 
     Raises:
-        TypeError, ValueError: they are not 784 integers from 0 to 255.
+        TypeError, ValueError: the values are not 784 integers from 0 to 255.
     """
     if len(pixels) == SIDE and set(map(type, pixels)) == {list}:
         if set(map(len, pixels)) != {SIDE}:
             raise ValueError
         flat = b"".join(map(bytes, pixels))
-        # The letters first: finding one takes a fraction of looking at 784 types.
+        # Searching for letters of `true` and `false` is faster than checking 784 types.
         booleans = (b"t" in body or b"f" in body) and any(bool in map(type, r) for r in pixels)
     else:
         flat = bytes(pixels)
@@ -125,7 +127,7 @@ def _flat(pixels: list[Any], body: bytes) -> bytes:
 
 
 def _integers(values: list[Any]) -> list[Any]:
-    """Return numbers, or rows of them, with integers for whole floats; the rest as it is."""
+    """Return numbers, or rows of numbers, with whole floats turned into integers."""
     return [[*map(_integer, value)] if type(value) is list else _integer(value) for value in values]
 
 
@@ -135,16 +137,16 @@ def _integer(value: Any) -> Any:
 
 def _from_form(content_type: bytes, body: bytes) -> bytes:
     parts: list[File] = []
-    too_much = InvalidInput("Send one file in the form, in the field `image`, and nothing else.")
+    one_file = InvalidInput("Send one file in the form, in the field `image`, and no other field.")
 
     def keep(part: File | FormField) -> None:
         if parts or not isinstance(part, File) or part.field_name != b"image":
-            raise too_much
+            raise one_file
         parts.append(part)
 
     _, options = parse_options_header(content_type)
     if body.count(b"\r\n--" + options.get(b"boundary", b"")) > MAX_DELIMITERS:
-        raise too_much
+        raise one_file
 
     headers = {"Content-Type": content_type}
     in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
@@ -154,7 +156,7 @@ def _from_form(content_type: bytes, body: bytes) -> bytes:
         parser.finalize()
     except (FormParserError, ValueError):
         raise BadRequest(
-            "The form is damaged, or its boundary is not in Content-Type.", code="malformed_form"
+            "The form is damaged, or Content-Type lacks its boundary.", code="malformed_form"
         ) from None
     if not parts:
         raise InvalidInput("Send one file in the form, in the field `image`.")

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI writes of the routes, and what it cannot know of them."""
+"""Completes the OpenAPI document: errors, the API key, and names for request bodies."""
 
 from collections.abc import Collection
 from http import HTTPStatus
@@ -16,7 +16,7 @@ ERRORS: dict[int, dict[str, str]] = {
         "invalid_http": "The request is not valid HTTP.",
         "cors": "This origin may not call; see BNLENET_CORS_ORIGINS.",
         "malformed_json": "The body is not valid JSON.",
-        "malformed_form": "The form is damaged, or its boundary is not in Content-Type.",
+        "malformed_form": "The form is damaged, or Content-Type lacks its boundary.",
         "bad_content_encoding": "The body is not the gzip that Content-Encoding says.",
         "invalid_input": "The shape must be [n, 1, 28, 28], n from 1 to 256.",
     },
@@ -31,37 +31,42 @@ ERRORS: dict[int, dict[str, str]] = {
     411: {"length_required": "Send a body, with its Content-Length."},
     413: {"payload_too_large": "The body has more than 10,485,760 bytes."},
     415: {
-        "unsupported_media_type": "Say what the body is in Content-Type.",
+        "unsupported_media_type": "Set Content-Type to the body's type.",
         "unsupported_content_encoding": "Content-Encoding must be gzip, deflate or identity.",
     },
-    422: {"invalid_input": "Send exactly 784 bytes, one a pixel; there are 3."},
+    422: {"invalid_input": "Send exactly 784 bytes, one for each pixel; the body has 3."},
     431: {"headers_too_large": "The header fields are too large."},
     500: {"internal_error": "The server failed; if it goes on, report the request id."},
     501: {"unsupported_transfer_coding": "The only transfer coding taken is chunked."},
     503: {
         "overloaded": "The server is at its limit; try again in a second.",
-        "not_ready": "The server is about to stop; send requests elsewhere.",
+        "not_ready": "The server is stopping; send requests to another instance.",
     },
     504: {"deadline_exceeded": "The answer was not ready in time; try again later."},
     505: {"unsupported_http_version": "The server speaks HTTP/1.1."},
 }
-"""Status: code: an example of the sentence that comes with it."""
+"""An example message for each status and code."""
 
 CODES = sorted({code for codes in ERRORS.values() for code in codes})
 BEARER = {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
-VALIDATION = ("HTTPValidationError", "ValidationError")  # FastAPI's own, which no route answers
+VALIDATION = (
+    "HTTPValidationError",
+    "ValidationError",
+)  # FastAPI adds these; no route answers with them
 
 
 class Error(BaseModel):
-    """The one shape of every error."""
+    """Every error answer has this form."""
 
-    error: Annotated[str, Field(description="A sentence that says what is wrong or what to do.")]
+    error: Annotated[str, Field(description="A sentence for people: what is wrong, or what to do.")]
     code: Annotated[str, Field(json_schema_extra={"enum": CODES})]
-    request_id: Annotated[str, Field(description="That of the answer's header X-Request-ID.")]
+    request_id: Annotated[
+        str, Field(description="The same id as in the header field X-Request-ID.")
+    ]
 
 
 def documented(*statuses: int) -> dict[int | str, Json]:
-    """Return OpenAPI's description of these error answers."""
+    """Return the OpenAPI descriptions of these error answers."""
     return {
         status: {
             "description": HTTPStatus(status).phrase,
@@ -80,18 +85,18 @@ def documented(*statuses: int) -> dict[int | str, Json]:
 
 
 def operation_id(route: APIRoute) -> str:
-    """Return a route's id: the name of its function, which clients made from the document get."""
+    """Return a route's operation id, which names the function in generated clients."""
     versioned = "{model_version}" in route.path
     return f"{route.name}_of_version" if versioned else route.name
 
 
 class DocumentedAPI(FastAPI):
-    """FastAPI whose document has the key, named requests, and no answer that never comes.
+    """FastAPI with a complete document: the API key, named request bodies, only real answers.
 
     Args:
-        open_paths: those that need no key; one that ends in `*` stands for all it begins.
-        key_needed: whether the service has a key; without one, requests with any key are served.
-        options: FastAPI's own.
+        open_paths: paths that need no key; `*` at the end stands for any ending.
+        key_needed: whether requests need a key; if not, any key is accepted.
+        options: for FastAPI.
     """
 
     def __init__(self, open_paths: Collection[str], *, key_needed: bool, **options: Any) -> None:
@@ -105,7 +110,7 @@ class DocumentedAPI(FastAPI):
         self._security: list[Json] = [{"HTTPBearer": []}, *([] if key_needed else [{}])]
 
     def openapi(self) -> Json:
-        """Return the document, which FastAPI makes once; to complete it again changes nothing."""
+        """Return the document. FastAPI makes it once; completing it twice changes nothing."""
         document = super().openapi()
         schemas: Json = document["components"]["schemas"]
         for name in VALIDATION:
@@ -124,7 +129,7 @@ class DocumentedAPI(FastAPI):
 
 
 def _named(part: Any, schemas: Json) -> Any:
-    """Move objects with a title to the document's schemas, and leave references to them."""
+    """Move objects with a title to `schemas`, and replace them with references."""
     if isinstance(part, list):
         return [_named(item, schemas) for item in part]
     if not isinstance(part, dict):

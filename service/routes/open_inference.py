@@ -1,7 +1,7 @@
-"""The Open Inference Protocol, version 2, over HTTP: its routes.
+"""The routes of the Open Inference Protocol, version 2, over HTTP.
 
-As specified at github.com/kserve/open-inference-protocol, with those of Triton's extensions that
-the server's metadata lists (docs/protocol in github.com/triton-inference-server/server).
+The specification is at github.com/kserve/open-inference-protocol. The server's metadata lists the
+extensions; they are Triton's (docs/protocol in github.com/triton-inference-server/server).
 """
 
 import re
@@ -39,21 +39,21 @@ from service.routes.open_inference_schemas import (
 )
 from service.routes.tensors import MAX_BATCH_SIZE, MAX_JSON_BYTES, decode, encode
 from service.telemetry.metrics import Collect, Metrics
-from service.telemetry.metrics import statistics as tell_statistics
+from service.telemetry.metrics import statistics as statistics_of
 from service.telemetry.tallies import Stages
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
-PLATFORM = "onnxruntime_onnx"  # Triton's name for it
+PLATFORM = "onnxruntime_onnx"  # Triton's name for ONNX files
 INDEX_PATH = "/v2/repository/index"
-MAX_INDEX_BYTES = 2**10  # of a request for the index, whose one field is a boolean
+MAX_INDEX_BYTES = 2**10  # of a request for the index; its only field is a boolean
 MAX_BODY_BYTES = MAX_JSON_BYTES + 4 * IMAGE_SIZE * MAX_BATCH_SIZE  # JSON, then a batch of floats
-WORTH_COMPRESSING = 500  # bytes; less fits one packet anyway
+MIN_COMPRESSED_BYTES = 500  # a smaller answer fits into one packet anyway
 REFUSED = re.compile(rb"q=0(\.0*)?").fullmatch
 OCTETS = (b"content-type", b"application/octet-stream")
 
 
 def infer_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handler:
-    """Return the one implementation of the infer routes, for the gate and for the framework."""
+    """Return the handler of the infer routes, which the gate and FastAPI both call."""
     observe_decode, answered = metrics.decode.observe, metrics.answered
 
     async def handle(exchange: Exchange) -> Answer:
@@ -71,7 +71,7 @@ def infer_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handl
         if json_length is not None:
             length = (b"inference-header-content-length", b"%d" % json_length)
             answer = Answer(body, headers=[OCTETS, length])
-        if len(body) >= WORTH_COMPRESSING and b"accept-encoding" in headers:
+        if len(body) >= MIN_COMPRESSED_BYTES and b"accept-encoding" in headers:
             answer = _compress(answer, headers[b"accept-encoding"])
         stages.encode = perf_counter() - begin
         answered(stages)
@@ -81,7 +81,7 @@ def infer_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handl
 
 
 def index_handler(model: ModelInfo) -> Handler:
-    """Return the implementation of the repository's index, which reads a body like `infer`."""
+    """Return the handler of the repository index, which also reads a body."""
     index = orjson.dumps([IndexedModel(name=model.name, version=model.version).model_dump()])
 
     async def handle(exchange: Exchange) -> Answer:
@@ -92,7 +92,7 @@ def index_handler(model: ModelInfo) -> Handler:
             raise _bad_index() from None
         if ready is not None and type(ready) is not bool:
             raise _bad_index()
-        return Answer(index)  # the one model is ready, so the index of ready models is the same
+        return Answer(index)  # the only model is ready, so `ready` changes nothing
 
     return handle
 
@@ -102,9 +102,9 @@ def _bad_index() -> BadRequest:
 
 
 def _compress(answer: Answer, accepted: bytes) -> Answer:
-    """Compress with the best method that the field `Accept-Encoding` names, if any.
+    """Compress the answer with the best method in `Accept-Encoding`, if there is one.
 
-    This is for inference alone: one client undoes it there and nowhere else.
+    Only inference answers are compressed: Triton's client decompresses no others.
     """
     offers = dict(map(_offer, accepted.lower().split(b",")))
     for name, window in ((b"gzip", 31), (b"deflate", 15)):
@@ -133,7 +133,7 @@ def _config(name: str, kind: str, dims: list[int], form: str | None = None) -> T
 
 
 def _example(classifier: Classifier) -> dict[str, Any]:
-    """Return the real answer to the documentation's request."""
+    """Return the model's answer to the example request."""
     request = decode(orjson.dumps(EXAMPLE))
     body, _ = encode(classifier.info, request, classifier.probabilities(request.pixels))
     answer: dict[str, Any] = orjson.loads(body)
@@ -157,12 +157,12 @@ def open_inference_router(
     """Return the documented routes.
 
     Args:
-        classifier: the model.
+        classifier: the loaded model.
         handle_infer: as made by `infer_handler`.
         handle_index: as made by `index_handler`.
         collect: returns the totals of all workers.
-        admission: knows whether the server is about to stop.
-        other_paths: the other ways to the model, for the statistics.
+        admission: knows whether the server drains.
+        other_paths: other routes that run the model; the statistics count them too.
     """
     model = classifier.info
 
@@ -170,7 +170,7 @@ def open_inference_router(
         model_name: Annotated[str, Path(description=f"`{model.name}`", examples=[model.name])],
     ) -> None:
         if model_name != model.name:
-            raise NotFound(  # NVIDIA's examples look for "unknown model"
+            raise NotFound(  # NVIDIA's clients search for "unknown model"
                 f"Request for unknown model: the server has only `{model.name}`.",
                 code="unknown_model",
             )
@@ -188,12 +188,12 @@ def open_inference_router(
 
     def check_ready() -> None:
         if admission.draining:
-            raise NotReady("The server is about to stop; send requests elsewhere.")
+            raise NotReady("The server is stopping; send requests to another instance.")
 
     router = APIRouter(tags=["open inference protocol"])
 
     @router.get("/v2", summary="Server metadata")
-    @router.get("/v2/", include_in_schema=False)  # thus in the specification's OpenAPI file
+    @router.get("/v2/", include_in_schema=False)  # the specification's OpenAPI file has this path
     async def server_metadata() -> ServerMetadata:
         return ServerMetadata(name="bn-lenet-service", version=__version__, extensions=EXTENSIONS)
 
@@ -202,24 +202,26 @@ def open_inference_router(
         return ServerLive()
 
     @router.get(
-        "/v2/health/ready", summary="May requests come?", dependencies=[Depends(check_ready)]
+        "/v2/health/ready",
+        summary="Can the server take requests?",
+        dependencies=[Depends(check_ready)],
     )
     async def server_ready() -> ServerReady:
         return ServerReady()
 
     @router.post(INDEX_PATH, summary="List the models", openapi_extra=INDEX_REQUEST)
     async def repository_index(request: Request) -> list[IndexedModel]:
-        return _response(await handle_index(request.scope["exchange"]))  # type: ignore[return-value] # ready-made, but documented
+        return _response(await handle_index(request.scope["exchange"]))  # type: ignore[return-value] # the answer is rendered already; the type is for the document
 
     @router.get("/v2/models/stats", summary="Statistics of all models")
     async def statistics() -> AllStatistics:
-        counted = tell_statistics(await collect(), [*other_paths, *infer_paths(model)])
+        counted = statistics_of(await collect(), [*other_paths, *infer_paths(model)])
         named = {"name": model.name, "version": model.version, **counted}
         return AllStatistics.model_validate({"model_stats": [named]})
 
     def models_router(prefix: str, *checks: Any) -> APIRouter:
-        # The prefix is the router's own: what an including router adds is in no route's template,
-        # which logs and metrics tell.
+        # The prefix belongs to this router: a prefix added by `include_router` is missing from the
+        # route's template, which logs and metrics use.
         models = APIRouter(prefix=prefix, dependencies=checks)
         models.get("/stats", summary="Model statistics", name="model_statistics")(statistics)
 
@@ -259,9 +261,9 @@ def open_inference_router(
         async def infer(request: Request) -> Response:
             """Classify up to 256 images.
 
-            Tensors are JSON or, after the JSON, binary. The header field
-            `Inference-Header-Content-Length` then tells the length of the JSON; 0 says that the
-            body is one image of 784 bytes and nothing else.
+            Tensors are JSON, or binary data after the JSON. With binary data, the header field
+            `Inference-Header-Content-Length` is the length of the JSON. If it is 0, the body is one
+            image of 784 bytes without JSON.
             """
             return _response(await handle_infer(request.scope["exchange"]))
 

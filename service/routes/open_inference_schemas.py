@@ -1,7 +1,7 @@
-"""The Open Inference Protocol's messages, as the service documents them.
+"""The schemas of the Open Inference Protocol's messages.
 
-The answers are models, which FastAPI also writes. The requests are plain JSON Schema: they are
-read by `service/routes/tensors.py`, which is faster than a model and refuses more exactly.
+Answers are pydantic models; FastAPI renders some of them. Requests are plain JSON Schema:
+`service/routes/tensors.py` reads them, faster than a model and with more exact errors.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from service.routes.tensors import MAX_BATCH_SIZE
 
 
 class ServerMetadata(BaseModel):
-    """The server, and the extensions that it supports in full."""
+    """The server and its extensions."""
 
     name: str
     version: str
@@ -40,7 +40,7 @@ class ModelReady(BaseModel):
 
 
 class TensorMetadata(BaseModel):
-    """A tensor of the model; -1 stands for the batch."""
+    """A tensor of the model; the batch dimension is -1."""
 
     name: str
     datatype: str
@@ -48,7 +48,7 @@ class TensorMetadata(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """What the model takes and gives."""
+    """The model's inputs and outputs."""
 
     name: str
     versions: list[str]
@@ -58,14 +58,14 @@ class ModelMetadata(BaseModel):
     properties: Annotated[
         dict[str, str],
         Field(
-            description="`provider`: the execution provider that it really has; `revision`: begins"
-            " the model file's SHA-256."
+            description="`provider`: the execution provider that runs it; `revision`: the first"
+            " digits of the model file's SHA-256."
         ),
     ]
 
 
 class TensorConfig(BaseModel):
-    """A tensor in Triton's words: its shape without the batch."""
+    """A tensor in Triton's terms: its shape without the batch dimension."""
 
     name: str
     data_type: str
@@ -74,7 +74,7 @@ class TensorConfig(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """The model's configuration in Triton's words."""
+    """The model's configuration in Triton's terms."""
 
     name: str
     platform: str
@@ -85,23 +85,23 @@ class ModelConfig(BaseModel):
 
 
 class Duration(BaseModel):
-    """How often something happened, and how long it took in all."""
+    """A count of events, and their total time."""
 
     count: int = 0
     ns: int = 0
 
 
 class InferenceStatistics(BaseModel):
-    """Where the time went."""
+    """The time of all requests, by stage."""
 
-    success: Annotated[Duration, Field(description="Answered requests, arrival to answer.")]
+    success: Annotated[Duration, Field(description="Answered requests, from arrival to answer.")]
     fail: Annotated[Duration, Field(description="Refused or failed requests.")]
-    queue: Annotated[Duration, Field(description="Waiting for the model.")]
-    compute_input: Annotated[Duration, Field(description="From complete bodies to pixels.")]
+    queue: Annotated[Duration, Field(description="Time waiting for the model.")]
+    compute_input: Annotated[Duration, Field(description="From complete body to pixels.")]
     compute_infer: Annotated[
-        Duration, Field(description="Runs of the model, once for each request in them.")
+        Duration, Field(description="The model's runs; a run counts once for each of its requests.")
     ]
-    compute_output: Annotated[Duration, Field(description="From probabilities to answers.")]
+    compute_output: Annotated[Duration, Field(description="From probabilities to answer.")]
     cache_hit: Duration = Duration()
     cache_miss: Duration = Duration()
 
@@ -116,19 +116,21 @@ class BatchStatistics(BaseModel):
 
 
 class ModelStatistics(BaseModel):
-    """What the model has done since the start, by `POST /predict` and by this protocol."""
+    """The model's work since the start, for `POST /predict` and for this protocol."""
 
     name: str
     version: str
     last_inference: Annotated[int, Field(description="Milliseconds since 1970.")]
     inference_count: Annotated[int, Field(description="Images classified.")]
-    execution_count: Annotated[int, Field(description="Runs of the model, each of a batch.")]
+    execution_count: Annotated[
+        int, Field(description="Runs of the model; a run classifies a batch.")
+    ]
     inference_stats: InferenceStatistics
     batch_stats: list[BatchStatistics] = []
 
 
 class AllStatistics(BaseModel):
-    """The statistics of all models, of which there is one."""
+    """The statistics of all models; the service has one."""
 
     model_stats: list[ModelStatistics]
 
@@ -150,7 +152,8 @@ class InferenceOutput(BaseModel):
     shape: list[int]
     parameters: dict[str, Any] | None = None
     data: Annotated[
-        list[float] | list[str] | None, Field(description="Row by row, unless sent as binary.")
+        list[float] | list[str] | None,
+        Field(description="Row by row; absent if sent as binary data."),
     ] = None
 
 
@@ -168,7 +171,7 @@ def _object(title: str, required: list[str], **properties: Any) -> dict[str, Any
 
 
 def _parameters(title: str, **properties: Any) -> dict[str, Any]:
-    description = "Those not named here are ignored."
+    description = "Other parameters are ignored."
     return {**_object(title, [], **properties), "description": description}
 
 
@@ -181,11 +184,11 @@ PIXELS: dict[str, Any] = {
     "items": {
         "anyOf": [
             {"type": "number", "minimum": 0, "maximum": 255, "multipleOf": 1},
-            {"type": "array", "items": {}, "description": "Nested by the shape."},
+            {"type": "array", "items": {}, "description": "Nested like the shape."},
         ]
     },
-    "description": "Whole numbers from 0 to 255 in either datatype, 0 being the background;"
-    " nested or flat, row by row. Absent when binary.",
+    "description": "Whole numbers from 0 to 255 in both datatypes; 0 is the background. Nested or"
+    " flat, row by row. Absent if sent as binary data.",
 }
 INPUT_SCHEMA = _object(
     "InferenceInput",
@@ -208,7 +211,7 @@ INPUT_SCHEMA = _object(
         binary_data_size={
             "type": "integer",
             "minimum": 0,
-            "description": "How many bytes after the JSON are this tensor's; they replace `data`.",
+            "description": "The tensor's bytes, which follow the JSON in place of `data`.",
         },
     ),
 )
@@ -247,8 +250,8 @@ JSON_LENGTH: dict[str, Any] = {
     "in": "header",
     "required": False,
     "schema": {"type": "integer", "minimum": 0, "maximum": 10**9 - 1},
-    "description": "The bytes of JSON that begin the body; binary tensors follow. 0: the body is"
-    " one image of 784 bytes and nothing else.",
+    "description": "The length of the JSON at the start of the body, in bytes; binary tensors"
+    " follow. 0: the body is one image of 784 bytes without JSON.",
 }
 INFER_REQUEST = {
     "parameters": [JSON_LENGTH],
@@ -272,10 +275,10 @@ INDEX_REQUEST = {
 
 
 def infer_answer(example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """Return OpenAPI's description of an answer to an inference request.
+    """Return the OpenAPI description of an answer to an inference request.
 
     Args:
-        example: the real answer to `EXAMPLE`.
+        example: the model's answer to `EXAMPLE`.
     """
     length = {k: JSON_LENGTH[k] for k in ("schema", "description")}
     return {
@@ -285,7 +288,7 @@ def infer_answer(example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
                 "application/octet-stream": BINARY,
             },
             "headers": {
-                JSON_LENGTH["name"]: {**length, "description": "Where tensors are binary."}
+                JSON_LENGTH["name"]: {**length, "description": "Only with binary tensors."}
             },
         }
     }

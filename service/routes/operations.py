@@ -19,7 +19,7 @@ class Live(BaseModel):
 
 
 class ReadyModel(BaseModel):
-    """The model that passed its self-test, and the execution provider that it really has."""
+    """The model that passed its self-test, and the execution provider that runs it."""
 
     name: str
     version: str
@@ -41,10 +41,10 @@ def operations_router(
     """Return the routes.
 
     Args:
-        model: what is served; it was loaded and tested before the application was made.
-        metrics: of this process.
+        model: the loaded model; it has passed its self-test.
+        metrics: this process's metrics.
         collect: returns the totals of all workers.
-        admission: knows whether the server is about to stop, and how many requests are inside.
+        admission: knows whether the server drains, and how many requests are in flight.
     """
     router = APIRouter(tags=["operations"])
     ready = Ready(
@@ -61,16 +61,16 @@ def operations_router(
     async def livez() -> Live:
         return Live()
 
-    @router.get("/readyz", summary="May traffic come?")
+    @router.get("/readyz", summary="Can the service take requests?")
     async def readyz() -> Ready:
-        """Say ready when the model is loaded, agreed with its self-test, and no stop is near."""
+        """Return ready, or 503 while the server stops. The model has passed its self-test."""
         if admission.draining:
-            raise NotReady("The server is about to stop; send requests elsewhere.")
+            raise NotReady("The server is stopping; send requests to another instance.")
         return ready
 
     @router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
     async def prometheus(request: Request) -> Response:
-        """Tell the sums of all workers, as OpenMetrics where `Accept` names it."""
+        """Return the sums of all workers, as OpenMetrics if `Accept` asks for it."""
         metrics.in_flight.set(admission.in_flight)
         text, content_type = metrics.render(await collect(), request.headers.get("accept", ""))
         return Response(text, headers={"Content-Type": content_type})

@@ -1,6 +1,6 @@
-"""The pages at `/`, `/inside` and `/docs`, bound to this server by a strict policy.
+"""The pages at `/`, `/inside` and `/docs`. A strict policy lets them load from this server only.
 
-`/inside` runs the network in the browser, unfolded, with the weights of the committed run.
+`/inside` runs the unfolded network in the browser, with the committed run's weights.
 """
 
 import hashlib
@@ -28,17 +28,17 @@ MODELS = Path(__file__).parents[2] / "models"
 COMMITTED = MODELS / "bn_lenet.onnx"
 CHECKPOINT = MODELS / "run" / "checkpoint.safetensors"
 RUN = "run.safetensors"
-NO_RUN = "The model that is served is not the export of the run kept here; nothing to look into."
+NO_RUN = "The served model is not the export of the run in models/run; there is nothing to show."
 
 
 def page_router(model: ModelInfo) -> APIRouter:
-    """Return the routes; reads the folder `web`, and the run that the served model comes from.
+    """Return the routes. This reads the folder `web`, and the weights of the served model's run.
 
-    Browsers keep the files but ask each time whether they still hold, so that page, script and
-    service are always of one version.
+    Browsers cache the files, but ask each time whether they are current. So page, scripts and
+    service always have the same version.
 
     Args:
-        model: what is served.
+        model: the served model.
     """
     files = {file.name: file.read_bytes() for file in WEB.iterdir() if file.suffix in MEDIA_TYPES}
     run = _run(model)
@@ -49,7 +49,7 @@ def page_router(model: ModelInfo) -> APIRouter:
 
     def answer(request: Request, name: str) -> Response:
         if name not in answers:
-            raise NotFound(NO_RUN if name == RUN else "The page has no such file.")
+            raise NotFound(NO_RUN if name == RUN else "The page has no file of this name.")
         body, headers = answers[name]
         if headers["ETag"] in request.headers.get("if-none-match", ""):
             return Response(None, 304, headers)
@@ -75,10 +75,9 @@ def page_router(model: ModelInfo) -> APIRouter:
 
 
 def _run(model: ModelInfo) -> bytes | None:
-    """Return the committed run's weights in safetensors' format, if its export is what is served.
+    """Return the committed run's weights as safetensors, if the served model is its export.
 
-    The metadata that the format has room for tell what the export used beside the weights: which
-    statistics, and the temperature.
+    The file's metadata name what else the export used: which statistics, and the temperature.
     """
     try:
         revision = hashlib.sha256(COMMITTED.read_bytes()).hexdigest()
@@ -99,7 +98,7 @@ def _run(model: ModelInfo) -> bytes | None:
         "classes": json.dumps(model.classes),
     }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns what follows
+    text += b" " * (-len(text) % 8)  # the format aligns the weights to 8 bytes
     return len(text).to_bytes(8, "little") + text + checkpoint[8 + length :]
 
 

@@ -23,11 +23,11 @@ PREPROCESSING = frozenset(get_args(Preprocessing))
 RING = [
     [255 * (36 <= (2 * row - 27) ** 2 + (2 * column - 27) ** 2 <= 400) for column in range(SIDE)]
     for row in range(SIDE)
-]  # the documentation's image: a ring, from a formula
+]  # the example image in the documentation: a ring
 
 
 def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handler:
-    """Return the one implementation of `POST /predict`, for the gate and for the framework."""
+    """Return the handler of `POST /predict`, which the gate and FastAPI both call."""
     observe_decode, answered = metrics.decode.observe, metrics.answered
     render = Renderer(model)
     pictures = PictureThread()
@@ -37,7 +37,7 @@ def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Han
         body = await exchange.body()
         begin = perf_counter()
         image = read_body(exchange.headers.get(b"content-type", b""), body)
-        del body  # a form's file may wait for its turn without the form
+        del body  # free the form while its picture waits for the thread
         if isinstance(image, bytes):
             image = await pictures.read(image, preprocessing)
         stages = Stages()
@@ -54,7 +54,7 @@ def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Han
 
 
 def example(classifier: Classifier) -> dict[str, Any]:
-    """Return the real answer to the documentation's image."""
+    """Return the model's answer to the example image."""
     image = ModelInput(np.array(RING, np.uint8), "none")
     probabilities = classifier.probabilities(image.images)
     answer = Prediction.of(classifier.info, probabilities, image, top_k=3)
@@ -66,7 +66,7 @@ def predict_router(handler: Handler, example: dict[str, Any]) -> APIRouter:
 
     Args:
         handler: as made by `predict_handler`.
-        example: the answer to the documentation's image.
+        example: the answer to the example image.
     """
     router = APIRouter(tags=["prediction"])
 
@@ -78,7 +78,7 @@ def predict_router(handler: Handler, example: dict[str, Any]) -> APIRouter:
         responses={200: {"content": {"application/json": {"example": example}}}},
     )
     async def predict(request: Request) -> Response:
-        """Take one image, as pixels or as a picture, and tell which garment it shows."""
+        """Classify one garment, sent as pixels or as a picture."""
         answer = await handler(request.scope["exchange"])
         return Response(answer.body, answer.status, media_type="application/json")
 
@@ -97,7 +97,7 @@ def _parameters(exchange: Exchange) -> tuple[int, Preprocessing, bool]:
         raise InvalidInput("The parameter preprocessing must be auto, none or dataset.")
     echo = query.get("echo")
     if echo not in (None, "pixels"):
-        raise InvalidInput("The parameter echo must be pixels, or be left out.")
+        raise InvalidInput("The parameter echo must be pixels; or leave it out.")
     return int(top_k), cast(Preprocessing, preprocessing), echo is not None
 
 
@@ -111,15 +111,15 @@ PARAMETERS = [
     {
         "name": "preprocessing",
         "in": "query",
-        "description": "For pictures: `dataset` converts them as the data set was made, `none`"
-        " takes only 28x28 8-bit grayscale, `auto` takes 28x28 without colours as it is and"
-        " converts the rest.",
+        "description": "For pictures. `none` takes only 28x28 8-bit grayscale; `dataset` converts"
+        " every picture as the data set was made; `auto` takes a 28x28 picture without colours as"
+        " it is, and converts all others.",
         "schema": {"type": "string", "enum": sorted(PREPROCESSING), "default": "auto"},
     },
     {
         "name": "echo",
         "in": "query",
-        "description": "`pixels` also returns what the model saw.",
+        "description": "`pixels` adds the pixels that the model saw to the answer.",
         "schema": {"type": "string", "enum": ["pixels"]},
     },
 ]

@@ -15,7 +15,7 @@ ClassId = Annotated[int, Field(ge=0, le=9, description="The class's number in th
 
 
 class ClassProbability(BaseModel):
-    """One class and how probable it is."""
+    """A class and its probability."""
 
     class_id: ClassId
     label: str
@@ -31,7 +31,7 @@ class Model(BaseModel):
 
 
 class Prediction(BaseModel):
-    """What the image shows: the most probable class, and a list of the `top_k` most probable."""
+    """The most probable class, and the list of the `top_k` most probable classes."""
 
     class_id: ClassId
     label: str
@@ -55,7 +55,8 @@ class Prediction(BaseModel):
         ),
     ] = None
     pixels: Annotated[
-        list[list[int]] | None, Field(description="What the model saw, with `echo=pixels`.")
+        list[list[int]] | None,
+        Field(description="The pixels that the model saw; only with `echo=pixels`."),
     ] = None
     model: Model
 
@@ -84,7 +85,7 @@ class Prediction(BaseModel):
             confidence=classes[0].probability,
             predictions=classes[:top_k],
             preprocessing=image.preprocessing,
-            notes=[*image.notes_at(probabilities)] or None,
+            notes=[*image.notes_for(probabilities)] or None,
             model=Model(name=model.name, version=model.version, revision=model.revision),
         )
 
@@ -125,7 +126,7 @@ class Renderer:
         preprocessing = image.preprocessing.encode()
         parts = (self._first[first], numbers[first], listed, preprocessing, self._end)
         answer = b'%b%b,"predictions":[%b}],"preprocessing":"%b%b' % parts
-        if notes := image.notes_at(probabilities):
+        if notes := image.notes_for(probabilities):
             answer += b',"notes":' + orjson.dumps(notes)
         if echo:
             answer += b',"pixels":' + orjson.dumps(image.pixels.reshape(28, 28).tolist())

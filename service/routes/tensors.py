@@ -1,7 +1,7 @@
-"""The Open Inference Protocol's messages: bytes to pixels, probabilities to bytes. Knows no HTTP.
+"""Reads and writes the Open Inference Protocol's messages: bytes to pixels, probabilities to bytes.
 
-Everything the protocol says to ignore is ignored, and null stands for an absent field, as some
-clients send it. What could only be answered wrongly is refused.
+Fields that the protocol says to ignore are ignored. Some clients send null for an absent field;
+both mean the same. A request that the model could only answer wrongly is refused.
 """
 
 from array import array
@@ -21,12 +21,14 @@ Kind = TypeVar("Kind")
 MAX_BATCH_SIZE = 256
 IMAGE_SHAPE = INPUT[2]
 CLASS_IDS = range(CLASSES)
-MAX_JSON_BYTES = 2**22  # the largest batch with 20 bytes for a number and its white space
-MAX_JSON_BRACKETS = 2**14  # twice those of the largest batch; each takes as long as 40 numbers
+MAX_JSON_BYTES = 2**22  # the largest batch, with 20 bytes for a number and its white space
+MAX_JSON_BRACKETS = (
+    2**14
+)  # twice as many as the largest batch has; a bracket takes as long as 40 numbers
 FP32 = np.dtype("<f4")
 NOT_PIXELS = (
-    "Pixels must be whole numbers from 0 to 255 in either datatype, as in the data set (not scaled"
-    " to 0..1)."
+    "Pixels must be whole numbers from 0 to 255 in both datatypes, as in the data set; do not"
+    " scale them to 0..1."
 )
 KINDS: dict[type, str] = {
     dict: "an object",
@@ -38,13 +40,13 @@ KINDS: dict[type, str] = {
 
 
 class InferenceRequest(NamedTuple):
-    """What is to be classified, and how it is to be answered.
+    """The images to classify, and the form of the answer.
 
     Attributes:
         pixels: uint8 [n, 1, 28, 28], n from 1 to 256.
-        id: to be echoed, if there is one.
-        binary: the output follows the JSON as bytes.
-        classification: answer this many classes for each image; 0: answer the probabilities.
+        id: the request's id, for the answer; None for none.
+        binary: answer with binary data after the JSON.
+        classification: answer with so many classes for each image; 0: with the probabilities.
     """
 
     pixels: NDArray[np.uint8]
@@ -57,26 +59,26 @@ def decode(body: bytes, json_length: bytes | None = None) -> InferenceRequest:
     """Read an inference request.
 
     Args:
-        body: JSON, with or without binary tensors after it; or one image's bytes alone.
-        json_length: the header field `Inference-Header-Content-Length`, 0 for the bytes alone.
+        body: JSON, with or without binary data after it; or only the bytes of one image.
+        json_length: the header field `Inference-Header-Content-Length`; 0 for only bytes.
 
     Raises:
-        BadRequest: the request is damaged, or not for this model.
-        PayloadTooLarge: the JSON is longer than any sound request.
+        BadRequest: the request is malformed, or does not fit the model.
+        PayloadTooLarge: the JSON is longer than MAX_JSON_BYTES.
     """
     text, tail = body, b""
     if json_length is not None:
-        # Nine digits are more than any body has, and few enough for `int`.
+        # No body's length has more than nine digits; `int` is slow for very many.
         if not (json_length.isdigit() and len(json_length) < 10 and int(json_length) <= len(body)):
             raise _invalid(
-                "Inference-Header-Content-Length must be the length of the JSON that begins the"
-                " body, or 0."
+                "Inference-Header-Content-Length must be the length of the JSON at the start of"
+                " the body, or 0."
             )
         text, tail = body[: int(json_length)], body[int(json_length) :]
         if not text:
             if len(tail) != IMAGE_SIZE:
                 raise _invalid(
-                    f"A body that is one raw tensor must be {IMAGE_SIZE} bytes, one a pixel."
+                    f"A body without JSON must have {IMAGE_SIZE} bytes, one for each pixel."
                 )
             image = np.frombuffer(tail, np.uint8).reshape(1, *IMAGE_SHAPE)
             return InferenceRequest(image, binary=True)
@@ -91,7 +93,7 @@ def decode(body: bytes, json_length: bytes | None = None) -> InferenceRequest:
         binary = binary if own is None else own
         classification = _optional(wanted, "classification", int) or 0
         if classification < 0:
-            raise _invalid("The parameter `classification` must be the number of classes wanted.")
+            raise _invalid("The parameter `classification` must be a number of classes, or 0.")
     inputs = _optional(document, "inputs", list) or []
     pixels = _pixels(inputs, _only(inputs, "input", INPUT[0]), text, tail)
     return InferenceRequest(pixels, _optional(document, "id", str), binary, classification)
@@ -103,24 +105,24 @@ def encode(
     """Write the answer to a request.
 
     Args:
-        model: what answers.
-        request: what was asked.
+        model: the model that answers.
+        request: the request.
         probabilities: float32 [n, 10].
 
     Returns:
-        the body; and the length of the JSON that begins it, if binary data follows.
+        the body; and the length of its JSON if binary data follows, else None.
     """
     shape, datatype = probabilities.shape, "FP32"
     values: list[Any] = []
     if request.classification:
-        # Sorting is stable, so of equally probable classes the lower id comes first.
+        # Sorting is stable: of equally probable classes, the lower id comes first.
         for row in probabilities.tolist():
             order = sorted(CLASS_IDS, key=row.__getitem__, reverse=True)
             best = order[: request.classification]
             values += [f"{row[i]}:{i}:{model.classes[i]}" for i in best]
         shape, datatype = (len(probabilities), len(best)), "BYTES"
     elif not request.binary:
-        # Python floats: their JSON reads back as the very float32 bits, whatever the width.
+        # Python floats: JSON then carries the exact float32 values.
         values = probabilities.ravel().tolist()
     output: Json = {"name": OUTPUT[0], "datatype": datatype, "shape": shape}
     answer: Json = {"model_name": model.name, "model_version": model.version, "outputs": [output]}
@@ -154,9 +156,9 @@ def _document(text: bytes) -> Json:
 
 
 def _only(tensors: list[Any], what: str, name: str) -> Json:
-    """Check that the list names the model's one tensor, once; return its parameters."""
+    """Check that the list has the model's only tensor, once; return its parameters."""
     if len(tensors) != 1 or type(tensors[0]) is not dict or tensors[0].get("name") != name:
-        raise _invalid(f"The model has one {what}, `{name}`; name it once, and no other.")
+        raise _invalid(f"The model has one {what}, `{name}`; send it once, and no others.")
     parameters = _optional(tensors[0], "parameters", dict) or {}
     if "shared_memory_region" in parameters:
         raise _invalid("Shared memory is not supported; send tensors in the body.")
@@ -167,7 +169,7 @@ def _pixels(inputs: list[Json], parameters: Json, text: bytes, tail: bytes) -> N
     tensor = inputs[0]
     shape = _optional(tensor, "shape", list) or []
     if (
-        set(map(type, shape)) != {int}  # true and 1.0 are equal to 1
+        set(map(type, shape)) != {int}  # True == 1.0 == 1
         or shape[1:] != IMAGE_SHAPE
         or not 1 <= shape[0] <= MAX_BATCH_SIZE
     ):
@@ -179,27 +181,31 @@ def _pixels(inputs: list[Json], parameters: Json, text: bytes, tail: bytes) -> N
     data = _optional(tensor, "data", list)
     size = _optional(parameters, "binary_data_size", int)
     if (data is None) == (size is None):
-        raise _invalid("Send the values as `data`, or after the JSON and their `binary_data_size`.")
+        raise _invalid(
+            "Send the values as `data`; or as binary data after the JSON, with `binary_data_size`."
+        )
     if len(tail) != (size or 0):
         raise _invalid(
-            f"After the JSON come {len(tail)} bytes; its `binary_data_size` says {size or 0}."
+            f"After the JSON come {len(tail)} bytes, but `binary_data_size` is {size or 0}."
         )
     if data is None:
         if size != count * (1 if datatype == "UINT8" else FP32.itemsize):
-            raise _invalid(f"{size} bytes are not the {count} values that the shape says.")
+            raise _invalid(
+                f"The shape needs {count} values of {datatype}; {size} bytes do not match it."
+            )
         if datatype == "UINT8":
             return np.frombuffer(tail, np.uint8).reshape(shape)
         return _whole(np.frombuffer(tail, FP32)).reshape(shape)
     flat = _flatten(data)
     if len(flat) != count:
-        raise _invalid(f"There are {len(flat)} values, but the shape says {count}.")
-    # Searching the text first takes a fraction of looking at every type.
+        raise _invalid(f"The shape needs {count} values; `data` has {len(flat)}.")
+    # Searching the text first is faster than checking every type.
     if (b"true" in text or b"false" in text) and bool in map(type, flat):
         raise _invalid("The values must be numbers, not true and false.")
     if datatype == "UINT8":
         try:
-            return np.frombuffer(bytes(flat), np.uint8).reshape(shape)  # checks all, in C
-        except TypeError:  # clients made from the protocol's own file send 0 as 0.0
+            return np.frombuffer(bytes(flat), np.uint8).reshape(shape)  # checks every value, in C
+        except TypeError:  # clients generated from the protocol send 0 as 0.0
             pass
         except ValueError:
             raise _invalid(NOT_PIXELS) from None
@@ -211,16 +217,16 @@ def _pixels(inputs: list[Json], parameters: Json, text: bytes, tail: bytes) -> N
 
 
 def _flatten(data: list[Any]) -> list[Any]:
-    """Undo any regular nesting, row by row."""
+    """Return regularly nested data as one flat list, row by row."""
     while data and type(data[0]) is list:
         if set(map(type, data)) != {list} or len(set(map(len, data))) != 1:
-            raise _invalid("`data` must be flat, or nested with rows of equal length.")
+            raise _invalid("`data` must be flat, or nested in rows of equal length.")
         data = list(chain.from_iterable(data))
     return data
 
 
 def _whole(values: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    """Convert numbers that are pixels; a NaN fails every comparison."""
+    """Convert numbers to pixels, or refuse them; NaN fails every comparison."""
     if values.min() >= 0 and values.max() <= 255:
         pixels = values.astype(np.uint8)
         if (pixels == values).all():
@@ -229,7 +235,7 @@ def _whole(values: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
 
 
 def _optional(holder: Json, name: str, kind: type[Kind]) -> Kind | None:
-    """Return a field of the right JSON type, or None if it is absent or null."""
+    """Return a field, or None if it is absent or null; refuse a wrong JSON type."""
     value = holder.get(name)
     if value is not None and type(value) is not kind:
         raise _invalid(f"`{name}` must be {KINDS[kind]}.")

@@ -113,7 +113,7 @@ def test_a_folder_is_measured_and_drawn(folder: Path) -> None:
     outcome = CliRunner().invoke(photos.main, arguments, catch_exceptions=False)
     last = json.loads(outcome.stdout.splitlines()[-1])
     assert last["refused"] == 1
-    assert "refused: 1: These bytes are not a picture" in outcome.stdout
+    assert "refused: 1: The file is not a picture" in outcome.stdout
     assert last["rows"]["Trouser"][1] == 4
     assert last["rows"]["Trouser"][0] == 3
     assert last["rows"]["pairs of shoes"][1] == 1

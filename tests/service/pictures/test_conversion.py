@@ -407,9 +407,9 @@ def test_the_model_is_unsure_where_a_picture_and_its_mirror_image_disagree(
     probabilities = np.zeros((2, 10), np.float32)
     probabilities[:, 3] = picture, mirror
     probabilities[:, 4] = 0.3, 1 - mirror
-    assert converted.notes_at(probabilities) == ((GUESSED,) if sure else (GUESSED, UNSURE))
+    assert converted.notes_for(probabilities) == ((GUESSED,) if sure else (GUESSED, UNSURE))
     as_it_came = ModelInput(np.zeros((28, 28), np.uint8), "none")
-    assert as_it_came.notes_at(np.full((1, 10), 0.1, np.float32)) == ()
+    assert as_it_came.notes_for(np.full((1, 10), 0.1, np.float32)) == ()
 
 
 def test_the_model_sees_the_mirror_image_of_a_converted_picture_alone() -> None:
