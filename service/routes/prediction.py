@@ -47,6 +47,7 @@ class Prediction(BaseModel):
             " converted as the data set was made."
         ),
     ]
+    model: Model
     notes: Annotated[
         list[str] | None,
         Field(
@@ -58,7 +59,6 @@ class Prediction(BaseModel):
         list[list[int]] | None,
         Field(description="The pixels that the model saw; only with `echo=pixels`."),
     ] = None
-    model: Model
 
     @classmethod
     def of(
@@ -85,8 +85,8 @@ class Prediction(BaseModel):
             confidence=classes[0].probability,
             predictions=classes[:top_k],
             preprocessing=image.preprocessing,
-            notes=[*image.notes_for(probabilities)] or None,
             model=Model(name=model.name, version=model.version, revision=model.revision),
+            notes=[*image.notes_for(probabilities)] or None,
         )
 
 

@@ -146,7 +146,7 @@ def test_drawing_is_followed_live(inside: Page, client: httpx.Client) -> None:
     assert pixels.any(axis=1).all() or pixels.any(axis=0).all()  # 28 pixels on the longer edge
 
 
-def test_company_changes_the_answer_of_batch_statistics_alone(
+def test_other_pictures_change_the_answer_of_batch_statistics_alone(
     inside: Page, images: NDArray[np.uint8]
 ) -> None:
     fixed, alone = answers(inside, "fixed"), answers(inside, "batch")
@@ -161,14 +161,14 @@ def test_company_changes_the_answer_of_batch_statistics_alone(
     assert third[0] == third[1]
     assert answers(inside, "batch") == pytest.approx(alone)  # of a batch of one: always the same
     fixed = answers(inside, "fixed")
-    inside.get_by_role("list", name="Company").get_by_role("button", name="Bag").click()
+    inside.get_by_role("list", name="Other pictures").get_by_role("button", name="Bag").click()
     with_bag = answers(inside, "batch")
     assert with_bag != pytest.approx(alone, abs=1e-3)
     inside.get_by_role("button", name="Add your picture").click()
     inside.get_by_role("button", name="All ten").click()
     expect(inside.locator("#count")).to_have_text("11 others")
     assert answers(inside, "batch") != pytest.approx(with_bag, abs=1e-3)
-    inside.get_by_role("button", name="Your picture; take it out").click()
+    inside.get_by_role("button", name="Your picture; remove it").click()
     expect(inside.locator("#count")).to_have_text("10 others")
     inside.get_by_role("button", name="None").click()
     assert answers(inside, "batch") == pytest.approx(alone)
@@ -192,7 +192,7 @@ def test_switch_shows_what_the_norms_do(inside: Page) -> None:
     assert shown("sigmoid1") == fixed["sigmoid1"]
     expect(inside.locator("#norm1 figcaption")).to_have_text("The norm is gone")
     expect(inside.locator("#norm1 .maps")).to_be_hidden()
-    expect(inside.locator("#comment")).to_contain_text("The same answer")
+    expect(inside.locator("#comment")).to_contain_text("The answer is the same")
 
 
 def test_another_model_is_not_shown_as_this_one(

@@ -271,7 +271,7 @@ class TestPicture:
     def test_of_28_x_28_is_taken_as_it_came(self, page: Page) -> None:
         gray = (np.outer(np.arange(28), np.arange(28)) % 256).astype(np.uint8)
         choose(page, png(Image.fromarray(gray)))
-        expect(page.locator("#preprocessing")).to_contain_text("Taken as it came")
+        expect(page.locator("#preprocessing")).to_contain_text("Used unchanged")
 
     def test_of_an_example_is_named_rightly(self, page: Page) -> None:
         """All ten of them, one for each class."""
@@ -653,7 +653,7 @@ class TestErrors:
             choose(page, trousers)
             field = page.get_by_label("API key")
             expect(field).to_be_focused()
-            expect(page.get_by_role("alert")).to_have_text("The service wants an API key.")
+            expect(page.get_by_role("alert")).to_have_text("The service needs an API key.")
             page.get_by_role("button", name="Clear").click()
             expect(field).to_be_hidden()
             choose(page, trousers)
@@ -825,7 +825,7 @@ class TestAnswer:
         losses, answers = occluded(client, pixels)
         worst = max(losses, key=losses.__getitem__)
         label, share = answers[worst]
-        expect(page.locator("#reason")).to_contain_text(f"Without the part in the frame: {label}, ")
+        expect(page.locator("#reason")).to_contain_text(f"Without the framed part: {label}, ")
         expect(page.locator("#reason")).to_contain_text(percent(share))
         frame = gray(page, "heat")[[y + 5 for y in range(worst[1] * 10, worst[1] * 10 + 50)], :]
         assert (frame[:, worst[0] * 10] == 255).all()  # the white line on the left of it

@@ -71,13 +71,13 @@ def test_options_of_serve_are_not_ignored_before_another_command() -> None:
 
 
 class TestStart:
-    @pytest.fixture(scope="class", params=[[], ["serve"]])
-    def log(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    @pytest.fixture(scope="class")
+    def log(self, tmp_path_factory: pytest.TempPathFactory) -> str:
         """Start two workers with options, where the environment is wrong; return what they log."""
         path = tmp_path_factory.mktemp("start") / "log"
         options = ("--host", "127.0.0.1", "--port", "0", "--workers", "2")
         wrong = {"host": "nowhere.invalid", "port": "tcp://10.0.0.1:80", "workers": 1, "prot": 1}
-        with serving(path, *request.param, *options, **wrong) as (address, _):
+        with serving(path, *options, **wrong) as (address, _):
             page = httpx.get(f"{address}/")
             for _ in range(600):
                 if path.read_text().count("a worker is ready") == 2:
@@ -99,7 +99,10 @@ class TestStart:
 
 
 def test_requests_are_logged_with_what_helps_to_find_them(tmp_path: Path) -> None:
-    with serving(tmp_path / "log", log_level="debug") as (address, process):
+    with serving(tmp_path / "log", "serve", "--port", "0", port="x", log_level="debug") as (
+        address,
+        process,
+    ):
         for path in ("/livez", "/readyz", "/metrics", "/no/such%20path", "/v2/models/other/ready"):
             httpx.get(address + path)
         process.terminate()
@@ -109,7 +112,7 @@ def test_requests_are_logged_with_what_helps_to_find_them(tmp_path: Path) -> Non
     assert levels == ["debug"] * 3 + ["info"] * 2
     for part in ("status=404", 'path="/no/such path"', "code=not_found", "client=127.0.0.1"):
         assert part in lines[3]
-    assert "code=not_found" in lines[4]
+    assert "code=unknown_model" in lines[4]
 
 
 def test_classify_warns_of_a_misspelt_variable_too() -> None:

@@ -1,4 +1,4 @@
-// Takes a picture in any of its ways, asks POST /predict, and shows what it answers.
+// Takes a picture, sends it to POST /predict, and shows the answer.
 
 import { EXAMPLES, exampleButtons, rasterise } from "./examples.js";
 import { bindTools, makePaper } from "./paper.js";
@@ -9,35 +9,35 @@ const stage = $("stage");
 const untouched = ["preprocessing", "command", "latency"].map((id) => [$(id), $(id).textContent]);
 
 let key = ""; // in memory only
-let source = null; // gives the picture to send: {name, type, blob, saved}
-let turn = new AbortController(); // ends when another picture takes its place
+let source = null; // returns the picture to send: {name, type, blob, saved}
+let turn = new AbortController(); // aborted when another picture replaces this one
 let shown = null; // the signal of the turn whose answer is on the page
 let current = null; // that answer
 let asking = false;
-let wanted = false;
+let changed = false; // the picture has changed since the last request
 let camera = null; // the stream, while the viewfinder is open
-let pause = 1000; // milliseconds until the next look whether the service is back
-let looking; // the timer of that look
+let pause = 1000; // milliseconds until the page checks again whether the service is back
+let checking; // the timer of that check
 
-const PATIENCE = 400; // milliseconds until the former answer gives way to the word that one is awaited
+const PATIENCE = 400; // milliseconds that the old answer stays before "Looking …" replaces it
 const LONGEST_PAUSE = 8000;
-const LARGEST = 1024; // pixels on the longer side of what is sent; the service looks at fewer
+const MAX_SIDE = 1024; // pixels; larger pictures are scaled down, because the service uses fewer
 const SENT_AS_THEY_ARE = /^image\/(png|jpeg|webp|gif|bmp|avif|unknown)$/; // some browsers read HEIC
 const UNREADABLE = "The file cannot be read; choose another.";
-const UNREACHABLE = "The service cannot be reached. As soon as it is back, you get your answer.";
+const UNREACHABLE = "The service cannot be reached. The page tries again by itself.";
 
-// Asking: one request at a time. What is drawn meanwhile is sent together when it is answered.
+// Requests: one at a time. Strokes drawn meanwhile are sent together in the next one.
 
 async function ask() {
-  wanted = true;
+  changed = true;
   if (asking) return;
   asking = true;
   $("output").ariaBusy = "true";
-  clearTimeout(looking);
-  while (wanted && source) {
-    wanted = false;
+  clearTimeout(checking);
+  while (changed && source) {
+    changed = false;
     const { signal } = turn;
-    const patience = setTimeout(() => { if (shown !== signal) forget("Looking …"); }, PATIENCE);
+    const patience = setTimeout(() => { if (shown !== signal) clearAnswer("Looking …"); }, PATIENCE);
     const reply = await source().then((picture) => post(picture, signal), () => failure(UNREADABLE, 422));
     clearTimeout(patience);
     if (signal.aborted) continue;
@@ -51,7 +51,7 @@ async function ask() {
 
 const failure = (error, status = 0) => ({ status, answer: { error } });
 
-// Header fields are sent in Latin-1, the letters whose bytes are the key's UTF-8.
+// fetch sends header fields in Latin-1: these characters become the key's UTF-8 bytes.
 const authorization = () => key
   ? { Authorization: `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}` } : {};
 
@@ -66,18 +66,18 @@ async function post(picture, signal) {
     const complete = response.ok ? answer.predictions && answer.pixels : answer.error;
     if (!complete) throw new TypeError("not this service's answer");
     return { status: response.status, answer, picture, milliseconds: performance.now() - begin };
-  } catch { // a proxy in between may answer anything
+  } catch { // a proxy may have answered
     if (!response) return failure(UNREACHABLE);
-    return failure(`What answered is not the service: ${response.status} ${response.statusText}.`);
+    return failure(`The server that answered is not the service: ${response.status} ${response.statusText}.`);
   }
 }
 
-function lookForService() {
-  clearTimeout(looking);
-  looking = setTimeout(async () => {
+function waitForService() {
+  clearTimeout(checking);
+  checking = setTimeout(async () => {
     const back = await fetch("readyz").then((response) => response.ok, () => false);
     if (back) ask();
-    else lookForService();
+    else waitForService();
   }, pause);
   pause = Math.min(2 * pause, LONGEST_PAUSE);
 }
@@ -86,7 +86,7 @@ function lookForService() {
 
 const percent = (p) => `${(100 * p).toFixed(1)} %`;
 const megabytes = (_, number) => `${+(number.replaceAll(",", "") / 2 ** 20).toFixed(1)} MB`;
-const human = (sentence) => sentence // the service says "body" of what people know as their file
+const forPeople = (sentence) => sentence // people know the body as their file
   .replace("The body", "The file").replace(/(\d+(?:,\d{3}){2,}|\d{7,}) bytes/g, megabytes);
 
 function show({ answer, picture, milliseconds }) {
@@ -106,8 +106,8 @@ function show({ answer, picture, milliseconds }) {
   $("seen").parentElement.classList.add("full");
   $("preprocessing").textContent = (picture.scaled ? "Scaled down in your browser. " : "")
     + (answer.preprocessing === "none"
-      ? "Taken as it came: 28\u00a0×\u00a028 pixels, in grey."
-      : "Converted the way the data set was made: 28\u00a0×\u00a028 pixels, in grey, light on dark.");
+      ? "Used unchanged: 28\u00a0×\u00a028 grey pixels."
+      : "Converted as the data set was made: 28\u00a0×\u00a028 grey pixels, light on dark.");
   $("notes").replaceChildren(...notes.map((note) => {
     const item = document.createElement("li");
     item.textContent = note;
@@ -117,8 +117,8 @@ function show({ answer, picture, milliseconds }) {
   $("why").disabled = false;
   const bytes = btoa(String.fromCharCode(...answer.pixels.flat()));
   for (const link of document.querySelectorAll("a.inside")) link.href = `inside#${bytes}`;
-  if (answer.model.revision !== $("revision").textContent) tellModel();
-  tellCommand(picture);
+  if (answer.model.revision !== $("revision").textContent) showModel();
+  showCommand(picture);
   speak(`${$("label").textContent}, ${percent(answer.confidence)}`);
 }
 
@@ -130,18 +130,18 @@ function fillBar(rank, label, probability) {
 }
 
 function refuse(status, sentence) {
-  const aboutKey = key ? "The service does not accept this key." : "The service wants an API key.";
-  $("error").textContent = status === 401 ? aboutKey : human(sentence);
+  const aboutKey = key ? "The service does not accept this key." : "The service needs an API key.";
+  $("error").textContent = status === 401 ? aboutKey : forPeople(sentence);
   $("key-form").hidden = status !== 401;
   if (status === 401) $("key").focus();
-  if (status !== 200) forget("No answer");
-  const passing = status === 0 || status >= 500 || status === 408 || status === 429;
-  $("retry").hidden = !passing;
-  clearTimeout(looking);
-  if (passing) lookForService();
+  if (status !== 200) clearAnswer("No answer");
+  const temporary = status === 0 || status >= 500 || status === 408 || status === 429;
+  $("retry").hidden = !temporary;
+  clearTimeout(checking);
+  if (temporary) waitForService();
 }
 
-function forget(instead) {
+function clearAnswer(instead) {
   current = null;
   $("label").textContent = instead;
   $("output").classList.remove("unsure");
@@ -160,12 +160,12 @@ function forget(instead) {
 }
 
 let speaking;
-function speak(text) { // not at every stroke
+function speak(text) { // once for several strokes
   clearTimeout(speaking);
   speaking = setTimeout(() => { $("spoken").textContent = text; }, 500);
 }
 
-async function tellModel() {
+async function showModel() {
   const { model } = await fetch("readyz").then((response) => response.json()).catch(() => ({}));
   if (!model) return;
   $("model").textContent = `${model.name} ${model.version}`;
@@ -198,17 +198,17 @@ $("why").addEventListener("click", async () => {
   if (current !== answer || $("why").ariaPressed !== "true") return undefined;
   if (!sentence) hideReason();
   else $("heat").hidden = false;
-  $("reason").textContent = sentence || "The service gave no answer to that; try again.";
+  $("reason").textContent = sentence || "The service did not answer; try again.";
   return undefined;
 });
 
-// The command line for what was sent.
+// The command that sends the same picture.
 
 const code = (c) => `'$'\\x${c.charCodeAt().toString(16).padStart(2, "0")}''`;
 const quoted = (word) => /^[\w@%+=:,./-]+$/.test(word) ? word
-  : `'${word.replaceAll("'", "'\\''").replace(/[\0-\x1f\x7f]/g, code)}'`; // no terminal gets those raw
+  : `'${word.replaceAll("'", "'\\''").replace(/[\0-\x1f\x7f]/g, code)}'`; // control characters are escaped
 
-function tellCommand({ name, type, blob, saved }) {
+function showCommand({ name, type, blob, saved }) {
   const lines = [
     `curl ${quoted(new URL("predict", location.href).href)}`,
     `-H ${quoted(`Content-Type: ${type}`)}`,
@@ -226,7 +226,7 @@ function tellCommand({ name, type, blob, saved }) {
 $("copy").addEventListener("click", async () => {
   try {
     await navigator.clipboard.writeText($("command").textContent);
-  } catch { // only secure addresses have a clipboard
+  } catch { // browsers have a clipboard only at secure addresses
     getSelection().selectAllChildren($("command"));
     document.execCommand("copy");
   }
@@ -234,7 +234,7 @@ $("copy").addEventListener("click", async () => {
   setTimeout(() => { $("copied").textContent = ""; }, 2000);
 });
 
-// A picture: an example, chosen, dropped, pasted or taken.
+// A picture is an example, or one that is chosen, dropped, pasted or taken.
 
 function begin(shows, next) {
   turn.abort();
@@ -250,11 +250,11 @@ function begin(shows, next) {
 const encode = (canvas, type) => new Promise((done) => { canvas.toBlob(done, type, 0.92); });
 
 async function prepare(file, type, saved) {
-  await file.slice(0, 1).arrayBuffer(); // fails for a folder, and for what was moved away
+  await file.slice(0, 1).arrayBuffer(); // fails for a folder, and for a file that was moved
   const picture = { name: file.name, type, blob: file, saved };
-  const bitmap = await createImageBitmap(file).catch(() => null); // upright, if it is a picture
-  if (!bitmap) return picture; // the service says what is wrong, or knows the format better
-  const scale = LARGEST / Math.max(bitmap.width, bitmap.height);
+  const bitmap = await createImageBitmap(file).catch(() => null); // turns it upright; null for other files
+  if (!bitmap) return picture; // the service knows more formats, or says what is wrong
+  const scale = MAX_SIDE / Math.max(bitmap.width, bitmap.height);
   if (scale < 1 || !SENT_AS_THEY_ARE.test(type)) {
     const canvas = document.createElement("canvas");
     canvas.width = Math.max(1, Math.round(Math.min(1, scale) * bitmap.width));
@@ -262,7 +262,7 @@ async function prepare(file, type, saved) {
     const context = canvas.getContext("2d");
     context.imageSmoothingQuality = "high";
     context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-    const kind = type === "image/jpeg" ? "jpeg" : "png"; // others may be transparent
+    const kind = type === "image/jpeg" ? "jpeg" : "png"; // other formats may have transparency
     picture.name = `${file.name.replace(/\.[^.]*$/, "")}-small.${kind}`;
     picture.type = `image/${kind}`;
     picture.blob = await encode(canvas, picture.type);
@@ -275,7 +275,7 @@ async function prepare(file, type, saved) {
 
 function take(file, saved = true) {
   if (!file) return;
-  // The service goes by the content; this only says that it is to be read as a picture.
+  // The service finds the format in the content. The type says only: read it as a picture.
   const type = file.type.startsWith("image/") ? file.type : "image/unknown";
   let prepared;
   begin("picture", () => (prepared ??= prepare(file, type, saved)));
@@ -289,7 +289,7 @@ function showPicture(url, name) {
   $("picture").alt = $("file-name").textContent = name;
 }
 
-$("picture").addEventListener("error", () => { // not a broken image's icon
+$("picture").addEventListener("error", () => { // show the name, not a broken image
   if (stage.dataset.shows === "picture") stage.dataset.shows = "name";
 });
 
@@ -305,7 +305,7 @@ exampleButtons($("examples"), (example, button) => {
 for (const input of [$("file"), $("camera")]) {
   input.addEventListener("change", () => {
     take(input.files[0], input === $("file"));
-    input.value = ""; // the same file may be chosen again
+    input.value = ""; // so that the same file can be chosen again
   });
 }
 addEventListener("paste", (event) => take(event.clipboardData.files[0], false));
@@ -313,13 +313,13 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
   addEventListener(kind, (event) => {
     event.preventDefault();
     const left = kind === "drop" || (kind === "dragleave" && !event.relatedTarget);
-    stage.classList.toggle("over", !left); // going from one element to the next is not leaving
+    stage.classList.toggle("over", !left); // moving to another element is not leaving
     if (kind === "drop") take(event.dataTransfer.files[0]);
   });
 }
 
-// The camera. A phone's own application is better than a viewfinder here; other devices have none,
-// and pages at insecure addresses get no viewfinder.
+// The camera. Phones open their own camera application, which is better than a viewfinder here.
+// Browsers offer the viewfinder only to pages at secure addresses.
 
 const ownCamera = () => matchMedia("(pointer: coarse)").matches || !navigator.mediaDevices;
 
@@ -328,7 +328,7 @@ $("camera").addEventListener("click", async (event) => {
   event.preventDefault();
   if (camera) return shoot();
   begin("nothing", null);
-  forget("Smile");
+  clearAnswer("Hold it up");
   refuse(200, "");
   const { signal } = turn;
   try {
@@ -341,7 +341,7 @@ $("camera").addEventListener("click", async (event) => {
     $("camera").labels[0].firstChild.data = "Take it";
     await $("viewfinder").play();
   } catch {
-    if (!signal.aborted) refuse(422, "The camera cannot be used: there is none, or it is not allowed here.");
+    if (!signal.aborted) refuse(422, "The camera cannot be used: there is none, or the page may not use it.");
   }
   return undefined;
 });
@@ -361,7 +361,7 @@ function closeCamera() {
   $("camera").labels[0].firstChild.data = "Camera";
 }
 
-// A drawing: black on white, whatever the scheme shows.
+// A drawing is sent black on white, also in the dark scheme.
 
 const drawing = async () => ({
   name: "drawing.png",
@@ -380,7 +380,7 @@ function clear() {
   begin("nothing", null);
   paper.clear();
   refuse(200, "");
-  forget("Show me one");
+  clearAnswer("Show me a garment");
 }
 
 const paper = makePaper($("paper"), drawn);
@@ -393,4 +393,4 @@ $("key-form").addEventListener("submit", (event) => {
 });
 
 clear();
-tellModel();
+showModel();

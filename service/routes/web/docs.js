@@ -1,7 +1,7 @@
-// Renders openapi.json: for each route what it takes, what it answers, and a line to copy for curl.
+// Renders openapi.json: each route's parameters, body and answer, and a curl command to copy.
 
 const $ = (id) => document.getElementById(id);
-let api; // as the service gives it
+let api; // the document
 
 function element(name, properties, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -9,14 +9,14 @@ function element(name, properties, ...children) {
   return made;
 }
 
-/** Returns text with what stands between backticks as code. */
+/** Returns text as nodes, with code between backticks. */
 const marked = (text) => text.split("`").map((part, i) =>
   (i % 2 ? element("code", { textContent: part }) : part));
 
 const resolve = (schema) => schema?.$ref
   ? schema.$ref.slice(2).split("/").reduce((place, key) => place[key], api) : schema ?? {};
 
-/** Describes a JSON schema in a few words, objects over several lines. */
+/** Describes a JSON schema in a few words; objects take several lines. */
 function describe(given, indent = "") {
   const schema = resolve(given);
   if (schema.anyOf) return schema.anyOf.map((each) => describe(each, indent)).join(" | ");
@@ -43,14 +43,14 @@ function describe(given, indent = "") {
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-/** Returns curl's line for an operation, with a body of the type if it takes one. */
+/** Returns the curl command for an operation, with a body of this type if it takes one. */
 function curl(method, path, operation, type) {
   const filled = path.replace(/{(\w+)}/g, (_, name) => {
     const { schema, example } = operation.parameters.find((each) => each.name === name);
     return encodeURIComponent(example ?? schema.examples?.[0] ?? name);
   });
   const lines = [`curl ${quoted(new URL(`.${filled}`, location.href).href)}`];
-  const keyed = operation.security?.every((each) => Object.keys(each).length); // else it goes without
+  const keyed = operation.security?.every((each) => Object.keys(each).length); // without a key otherwise
   if (keyed) lines.push('-H "Authorization: Bearer $BNLENET_API_KEY"');
   if (!type) {
     if (method === "post") lines.push("-X POST");
@@ -65,7 +65,7 @@ function curl(method, path, operation, type) {
   if (type === "application/json") lines.push(`-d ${quoted(JSON.stringify(example ?? {}))}`);
   else if (type.startsWith("image/")) lines.push(`--data-binary @picture.${type.slice(6)}`);
   else {
-    // With 0 the body is one image and nothing else; without, JSON would have to come first.
+    // With 0, the body is one image. Without the header field, JSON would have to come first.
     const header = "Inference-Header-Content-Length";
     if (operation.parameters?.some(({ name }) => name === header)) lines.push(`-H '${header}: 0'`);
     lines.push("--data-binary @pixels.bin");
@@ -76,7 +76,7 @@ function curl(method, path, operation, type) {
 async function copy(code) {
   try {
     await navigator.clipboard.writeText(code.textContent);
-  } catch { // only secure addresses have a clipboard
+  } catch { // browsers have a clipboard only at secure addresses
     getSelection().selectAllChildren(code);
     document.execCommand("copy");
   }
@@ -86,7 +86,7 @@ async function copy(code) {
 function section(method, path, operation) {
   const code = element("code");
   const types = Object.keys(operation.requestBody?.content ?? {})
-    .sort((a, b) => (b === "image/png") - (a === "image/png")); // the shortest line first
+    .sort((a, b) => (b === "image/png") - (a === "image/png")); // the shortest command first
   const select = element("select", { ariaLabel: "Type of the body" }, ...types.map((type) => new Option(type)));
   const body = element("pre", { className: "schema", tabIndex: 0 });
   const choose = () => {
@@ -137,8 +137,8 @@ async function load() {
     const response = await fetch("openapi.json");
     api = await response.json();
     const { info, paths } = api;
-    $("about").textContent = `${info.description} Version ${info.version}. A file of 784 bytes, pixels.bin, is one`
-      + " image, row by row; 0 is the background.";
+    $("about").textContent = `${info.description} Version ${info.version}. The file pixels.bin in the commands is one`
+      + " image of 784 bytes, row by row; 0 is the background.";
     const groups = new Map();
     for (const [path, operations] of Object.entries(paths)) {
       for (const [method, operation] of Object.entries(operations)) {

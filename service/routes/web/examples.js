@@ -1,4 +1,4 @@
-// The ten examples: garments drawn for this page, one for each class, in the order of the classes.
+// The ten examples: one drawn garment for each class, in the order of the classes.
 
 export const EXAMPLES = [
   ["t-shirt", "T-shirt/top"],
@@ -13,7 +13,7 @@ export const EXAMPLES = [
   ["ankle-boot", "Ankle boot"],
 ].map(([name, label]) => ({ name, label, url: `static/${name}.svg` }));
 
-/** Returns a canvas with an example's image on it, the ground transparent or of a colour. */
+/** Returns a canvas with an example's image, on a colour or on a transparent ground. */
 export async function rasterise(image, side, ground) {
   await image.decode();
   const canvas = Object.assign(document.createElement("canvas"), { width: side, height: side });
@@ -26,7 +26,7 @@ export async function rasterise(image, side, ground) {
   return canvas;
 }
 
-/** Fills a list with a button for each example; `chosen` gets the example, and the button with its image. */
+/** Fills a list with a button for each example; a click calls `chosen(example, button)`. */
 export function exampleButtons(list, chosen) {
   for (const example of EXAMPLES) {
     const item = document.createElement("li");

@@ -1,4 +1,4 @@
-// Draws the network stage by stage while somebody draws, with one of three kinds of norm.
+// Shows the network stage by stage, live while the visitor draws, with one of three kinds of norm.
 
 import { exampleButtons, EXAMPLES, rasterise } from "./examples.js";
 import { fold, parse, run } from "./network.js";
@@ -7,32 +7,32 @@ import { bindTools, makePaper } from "./paper.js";
 const $ = (id) => document.getElementById(id);
 const SIDE = 28;
 const STAGES = [
-  ["First convolution", "Six filters of 5 × 5 look for edges.", ["conv1", "norm1", "sigmoid1", "pool1"]],
-  ["Second convolution", "Sixteen filters look at those six maps.", ["conv2", "norm2", "sigmoid2", "pool2"]],
-  ["First linear layer", "120 units, each of which sees everything.", ["linear1", "norm3", "sigmoid3"]],
+  ["First convolution", "Six filters of 5 × 5 find edges.", ["conv1", "norm1", "sigmoid1", "pool1"]],
+  ["Second convolution", "Sixteen filters read the six maps.", ["conv2", "norm2", "sigmoid2", "pool2"]],
+  ["First linear layer", "120 units; each reads all maps.", ["linear1", "norm3", "sigmoid3"]],
   ["Second linear layer", "84 units.", ["linear2", "norm4", "sigmoid4"]],
 ];
 const CAPTIONS = {
   conv: "Before the norm", linear: "Before the norm", norm: "After the norm",
   sigmoid: "After the sigmoid", pool: "Means of 2 × 2",
 };
-const LIMITS = { conv: 1.5, linear: 1.5, norm: 6, sigmoid: 1, pool: 1 }; // where colours are deepest
+const LIMITS = { conv: 1.5, linear: 1.5, norm: 6, sigmoid: 1, pool: 1 }; // values with the deepest colours
 const AXES = { conv: [-8, 8], linear: [-8, 8], norm: [-8, 8], sigmoid: [0, 1], pool: [0, 1] };
 const BINS = 48;
 
 let networks; // {fixed, batch, folded}
 let pixels = new Uint8Array(SIDE ** 2); // the picture
-let examples = []; // the pixels of each
-let kept = []; // drawings that keep company
+let examples = []; // their pixels
+let kept = []; // pictures that the visitor added to the batch
 let due = false;
 
 const kind = (name) => name.replace(/\d/, "");
 const percent = (p) => `${(100 * p).toFixed(1)}\u00a0%`;
 const signed = (value) => value.toFixed(2).replace("-", "−");
 const mode = () => document.querySelector("[name=statistics]:checked").value;
-const pressed = () => [...$("company").querySelectorAll("button[aria-pressed]")];
+const pressed = () => [...$("others").querySelectorAll("button[aria-pressed]")];
 
-/** Converts black on white as the data set was made: 28 pixels on the longer edge, centred, light on dark. */
+/** Converts a drawing like the data set: 28 pixels on the longer edge, centred, light on dark. */
 function shrink(canvas) {
   const side = canvas.width;
   const { data } = canvas.getContext("2d").getImageData(0, 0, side, side);
@@ -109,7 +109,7 @@ const triple = (hex) => (hex.length === 4 ? [1, 2, 3].map((i) => 17 * parseInt(h
 
 function paintStage(name, stage, ground) {
   const { figure, caption, maps, spread, numbers, whiskers } = figures[name];
-  caption.textContent = mode() === "folded" && /conv|linear/.test(name) ? "The norm is in here" : CAPTIONS[kind(name)];
+  caption.textContent = mode() === "folded" && /conv|linear/.test(name) ? "The norm is folded in here" : CAPTIONS[kind(name)];
   figure.classList.toggle("gone", !stage);
   if (!stage) {
     caption.textContent = "The norm is gone";
@@ -148,7 +148,7 @@ function paintSpread(canvas, values, [from, to]) {
   if (from < 0) context.fillRect(canvas.width / 2, 0, 1, canvas.height); // zero
   context.fillStyle = colour("--rest");
   counts.forEach((count, i) => {
-    const height = Math.sqrt(count / most) * canvas.height; // the rare ones show, too
+    const height = Math.sqrt(count / most) * canvas.height; // the square root keeps rare values visible
     context.fillRect(2 * i, canvas.height - height, 2, height);
   });
 }
@@ -175,7 +175,7 @@ function paintWhiskers(canvas, { fixed, ofBatch }) {
 
 // The answer.
 
-function tell(results, size) {
+function showAnswers(results, size) {
   const answers = Object.entries(results).map(([name, stages]) => [name, stages.probabilities.batch[0]]);
   for (const [name, probabilities] of answers) {
     probabilities.forEach((p, i) => {
@@ -195,11 +195,11 @@ function tell(results, size) {
   $("verdict").textContent = best({ fixed, batch, folded }[mode()]);
   const difference = Math.max(...folded.map((p, i) => Math.abs(p - fixed[i])));
   $("comment").textContent = {
-    fixed: "Each norm uses the mean and variance that fitting left behind. Whoever else is in the batch, this picture’s answer stays.",
+    fixed: "Each norm uses the mean and variance from training. The answer does not depend on the other pictures.",
     batch: size === 1
-      ? "A batch of one: in a linear layer each unit’s mean is its own value, so nothing of the picture passes the third norm. Every picture gets this answer. Add company!"
-      : `Each norm uses the mean and variance of these ${size} pictures. Other company, another answer; with the fixed ones it is ${best(fixed)}.`,
-    folded: `Each norm was a scale and a shift; they are in the weights of the layer before it now. The same answer: it differs by ${difference.toExponential(0)} at most.`,
+      ? "A batch of one: in a linear layer, each unit’s mean is its own value, so the third norm removes everything. Every picture gets this answer. Add other pictures!"
+      : `Each norm uses the mean and variance of these ${size} pictures. Other pictures change the answer; with fixed statistics it is ${best(fixed)}.`,
+    folded: `Each norm is a scale and a shift; they are now part of the weights of the layer before. The answer is the same, within ${difference.toExponential(0)}.`,
   }[mode()];
 }
 
@@ -216,7 +216,7 @@ function paint() {
   for (const name of Object.keys(figures)) paintStage(name, results[mode()][name], ground);
   paintPixels($("given"), pixels);
   $("count").textContent = batch.length === 1 ? "no others" : `${batch.length - 1} other${batch.length === 2 ? "" : "s"}`;
-  tell(results, batch.length);
+  showAnswers(results, batch.length);
 }
 
 function changed() {
@@ -224,7 +224,7 @@ function changed() {
   due = true;
 }
 
-// What is looked at, and its company.
+// The picture, and the others in its batch.
 
 function look(values) {
   pixels = values;
@@ -243,7 +243,7 @@ function keep() {
   const mine = pixels.slice();
   const thumb = element("canvas", { width: SIDE, height: SIDE });
   paintPixels(thumb, mine);
-  const button = element("button", { type: "button", title: "Take it out", ariaLabel: "Your picture; take it out" }, thumb);
+  const button = element("button", { type: "button", title: "Remove", ariaLabel: "Your picture; remove it" }, thumb);
   const item = element("li", {}, button);
   button.addEventListener("click", () => {
     kept = kept.filter((each) => each !== mine);
@@ -251,16 +251,16 @@ function keep() {
     changed();
   });
   kept = [...kept, mine];
-  $("company").append(item);
+  $("others").append(item);
   changed();
 }
 
-function invite(value) {
+function pressAll(value) {
   for (const button of pressed()) button.ariaPressed = value;
   changed();
 }
 
-function fromAddress() { // 784 bytes in Base64, as the other page links here
+function fromAddress() { // 784 bytes in Base64; the first page links here with them
   try {
     const bytes = Uint8Array.from(atob(location.hash.slice(1)), (c) => c.charCodeAt());
     return bytes.length === SIDE ** 2 ? bytes : null;
@@ -300,17 +300,17 @@ $("clear").addEventListener("click", () => {
   drawn();
 });
 exampleButtons($("examples"), (example) => look(examples[EXAMPLES.indexOf(example)]));
-exampleButtons($("company"), (_, button) => {
+exampleButtons($("others"), (_, button) => {
   button.ariaPressed = String(button.ariaPressed !== "true");
   changed();
 });
-for (const button of $("company").querySelectorAll("button")) button.ariaPressed = "false";
+for (const button of $("others").querySelectorAll("button")) button.ariaPressed = "false";
 $("statistics").addEventListener("change", changed);
-$("all").addEventListener("click", () => invite("true"));
+$("all").addEventListener("click", () => pressAll("true"));
 $("none").addEventListener("click", () => {
   kept = [];
-  for (const button of $("company").querySelectorAll("button:not([aria-pressed])")) button.parentElement.remove();
-  invite("false");
+  for (const button of $("others").querySelectorAll("button:not([aria-pressed])")) button.parentElement.remove();
+  pressAll("false");
 });
 $("keep").addEventListener("click", keep);
 $("retry").addEventListener("click", load);

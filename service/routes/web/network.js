@@ -1,10 +1,10 @@
-// The chapter's network, LeNet with batch norm, run in plain JavaScript with the weights of a run.
+// Runs the chapter's network, LeNet with batch norm, in plain JavaScript with the weights of a run.
 
-const EPSILON = 1e-5; // as training/batch_norm.py has it
+const EPSILON = 1e-5; // as in training/batch_norm.py
 const NORMS = ["norm1", "norm2", "norm3", "norm4"];
 const LAYER_BEFORE = { norm1: "conv1", norm2: "conv2", norm3: "linear1", norm4: "linear2" };
 
-/** Reads a safetensors file: eight bytes with the header's length, JSON, then raw floats. */
+/** Reads a safetensors file: the header's length in eight bytes, the header as JSON, raw floats. */
 export function parse(buffer) {
   const view = new DataView(buffer);
   const start = 8 + Number(view.getBigUint64(0, true));
@@ -15,7 +15,7 @@ export function parse(buffer) {
     tensors[name] = Float64Array.from({ length: (to - from) / 4 }, (_, i) =>
       view.getFloat32(start + from + 4 * i, true));
   }
-  for (const norm of NORMS) { // those that the export used
+  for (const norm of NORMS) { // the statistics that the export used
     const moving = about.statistics === "moving";
     tensors[`${norm}.mean`] = tensors[moving ? `${norm}.running_mean` : `${about.statistics}.${norm}.mean`];
     tensors[`${norm}.variance`] = tensors[moving ? `${norm}.running_var` : `${about.statistics}.${norm}.variance`];
@@ -23,7 +23,7 @@ export function parse(buffer) {
   return { tensors, revision: about.revision, temperature: Number(about.temperature), classes: JSON.parse(about.classes) };
 }
 
-/** Returns the network without its norms: each is in the weights and the bias of the layer before it. */
+/** Returns the network with each norm folded into the weights and bias of the layer before it. */
 export function fold({ tensors, ...rest }) {
   const folded = { ...tensors };
   for (const norm of NORMS) {
@@ -43,18 +43,18 @@ export function fold({ tensors, ...rest }) {
  *
  * @param network of `parse` or `fold`
  * @param images of 784 pixels from 0 to 255
- * @param own whether the norms take the batch's own statistics, as in training
- * @returns by stage its values for each image; of norms the statistics too
+ * @param own whether the norms use the batch's statistics, as in training
+ * @returns for each stage, the values of every image; for norms, both statistics too
  */
 export function run({ tensors, temperature, folded }, images, own = false) {
   const stages = {};
-  const each = (name, channels, step) => {
+  const apply = (name, channels, step) => {
     batch = batch.map(step);
     stages[name] = { channels, batch };
   };
   const layer = (name, step) => {
     const weight = tensors[`${name}.weight`], bias = tensors[`${name}.bias`];
-    each(name, bias.length, (values) => step(values, weight, bias));
+    apply(name, bias.length, (values) => step(values, weight, bias));
   };
   const normThenSigmoid = (number) => {
     const name = `norm${number}`, channels = tensors[`${name}.bias`].length;
@@ -63,13 +63,13 @@ export function run({ tensors, temperature, folded }, images, own = false) {
       const ofBatch = statistics(batch, channels);
       const { mean, variance } = own ? ofBatch : fixed;
       const gamma = tensors[`${name}.weight`], beta = tensors[`${name}.bias`];
-      each(name, channels, (values) => values.map((value, i) => {
+      apply(name, channels, (values) => values.map((value, i) => {
         const c = Math.floor(i / (values.length / channels));
         return gamma[c] * (value - mean[c]) / Math.sqrt(variance[c] + EPSILON) + beta[c];
       }));
       Object.assign(stages[name], { fixed, ofBatch });
     }
-    each(`sigmoid${number}`, channels, (values) => values.map((value) => 1 / (1 + Math.exp(-value))));
+    apply(`sigmoid${number}`, channels, (values) => values.map((value) => 1 / (1 + Math.exp(-value))));
   };
   let batch = images.map((pixels) => Float64Array.from(pixels, (value) => value / 255));
   stages.input = { channels: 1, batch };
@@ -77,14 +77,14 @@ export function run({ tensors, temperature, folded }, images, own = false) {
     layer(`conv${number}`, convolve);
     normThenSigmoid(number);
     const { channels } = stages[`sigmoid${number}`];
-    each(`pool${number}`, channels, (values) => pool(values, channels));
+    apply(`pool${number}`, channels, (values) => pool(values, channels));
   }
   layer("linear1", multiply);
   normThenSigmoid(3);
   layer("linear2", multiply);
   normThenSigmoid(4);
   layer("linear3", multiply);
-  each("probabilities", 10, (logits) => softmax(logits.map((value) => value / temperature)));
+  apply("probabilities", 10, (logits) => softmax(logits.map((value) => value / temperature)));
   return stages;
 }
 
@@ -123,8 +123,8 @@ function multiply(values, weight, bias) {
 }
 
 function softmax(logits) {
-  const most = Math.max(...logits);
-  const powers = logits.map((value) => Math.exp(value - most));
+  const largest = Math.max(...logits);
+  const powers = logits.map((value) => Math.exp(value - largest));
   const sum = powers.reduce((a, b) => a + b, 0);
   return powers.map((power) => power / sum);
 }

@@ -1,5 +1,5 @@
-// Paper to draw on with a mouse, a pen or a finger, black on white. What a stroke encloses is filled,
-// lighter than the lines, so that a collar or a seam drawn on it still shows.
+// The drawing area: black on white, for a mouse, a pen or a finger. The area inside a closed stroke is
+// filled with a lighter colour than the lines, so that a collar or a seam on it stays visible.
 
 export const TOOLS = {
   fine: { width: 14, color: "#000" },
@@ -7,39 +7,39 @@ export const TOOLS = {
   eraser: { width: 36, color: "#fff" },
 };
 const FILLING = "#464646";
-const CELL = 4; // pixels; whether a place is enclosed is found out on cells of this size
-const REACH = 2; // cells; gaps of twice as many count as closed
-const NEAR = 60; // pixels; a long line that ends so near its beginning is closed
+const CELL = 4; // pixels; enclosed areas are found on a grid with cells of this size
+const HALF_GAP = 2; // cells; gaps up to twice this width count as closed
+const NEAR = 60; // pixels; a long stroke that ends this near its beginning is closed
 
-/** Makes a square canvas such paper; `changed` is called after every change by hand. */
+/** Turns a square canvas into a drawing area; calls `changed` after every stroke and its parts. */
 export function makePaper(canvas, changed) {
   const side = canvas.width / CELL;
-  const wide = side + 2 * (REACH + 1); // a rim around all, so that the outside is in one piece
+  const wide = side + 2 * (HALF_GAP + 1); // with a rim, so that the outside is one connected area
   const pen = canvas.getContext("2d", { willReadFrequently: true });
   const small = Object.assign(document.createElement("canvas"), { width: side, height: side })
     .getContext("2d", { willReadFrequently: true });
   let strokes = [];
-  let stroke = null; // the one being drawn
-  let before; // what was enclosed when it began
+  let stroke = null; // the current stroke
+  let before; // the enclosed cells when it began
   pen.lineCap = pen.lineJoin = "round";
 
-  function line({ tool, points }, from = 0) { // piece by piece, as it is drawn
+  function line({ tool, points }, from = 0) { // in pieces, as it is drawn
     pen.strokeStyle = tool.color;
     pen.lineWidth = tool.width;
     for (let i = from; i < points.length; i += 1) {
       const [x, y] = points[i];
       pen.beginPath();
       pen.moveTo(...points[Math.max(0, i - 1)]);
-      pen.lineTo(x, y + 0.01); // a line of no length would leave no dot
+      pen.lineTo(x, y + 0.01); // so that a click leaves a dot
       pen.stroke();
     }
   }
 
   function fill({ cells }) {
     pen.fillStyle = FILLING;
-    pen.globalCompositeOperation = "darken"; // the lines stay as they are
+    pen.globalCompositeOperation = "darken"; // lines stay black
     for (const i of cells) {
-      const x = (i % wide) - REACH - 1, y = Math.floor(i / wide) - REACH - 1;
+      const x = (i % wide) - HALF_GAP - 1, y = Math.floor(i / wide) - HALF_GAP - 1;
       pen.fillRect((x - 1) * CELL, (y - 1) * CELL, 3 * CELL, 3 * CELL); // up to the middle of the line
     }
     pen.globalCompositeOperation = "source-over";
@@ -54,21 +54,21 @@ export function makePaper(canvas, changed) {
     }
   }
 
-  /** Tells for each cell whether no way leads there from outside, once small gaps are closed. */
+  /** Returns for each cell whether it is enclosed by lines, with small gaps closed. */
   function enclosed() {
     small.drawImage(canvas, 0, 0, side, side);
     const { data } = small.getImageData(0, 0, side, side);
     const ink = new Uint8Array(wide * wide);
     for (let i = 0; i < side * side; i += 1) {
-      const at = (Math.floor(i / side) + REACH + 1) * wide + (i % side) + REACH + 1;
+      const at = (Math.floor(i / side) + HALF_GAP + 1) * wide + (i % side) + HALF_GAP + 1;
       ink[at] = data[4 * i] < 200;
     }
-    const grow = (cells) => { // by one in all eight directions
+    const grow = (cells) => { // by one cell in all eight directions
       const rows = cells.map((c, i) => c | cells[i - 1] | cells[i + 1]);
       return rows.map((c, i) => c | rows[i - wide] | rows[i + wide]);
     };
     let walls = ink;
-    for (let i = 0; i < REACH; i += 1) walls = grow(walls);
+    for (let i = 0; i < HALF_GAP; i += 1) walls = grow(walls);
     const outside = new Uint8Array(wide * wide);
     const open = [0];
     while (open.length) {
@@ -77,8 +77,8 @@ export function makePaper(canvas, changed) {
       outside[at] = 1;
       open.push(at - 1, at + 1, at - wide, at + wide);
     }
-    let inside = walls.map((c, i) => !c && !outside[i]); // a gap that leads nowhere is no inside
-    for (let i = 0; i <= REACH; i += 1) inside = grow(inside); // and one more for the corners
+    let inside = walls.map((c, i) => !c && !outside[i]); // narrow gaps between lines are not inside
+    for (let i = 0; i <= HALF_GAP; i += 1) inside = grow(inside); // one more for the corners
     return inside.map((c, i) => c && !ink[i]);
   }
 
@@ -99,7 +99,7 @@ export function makePaper(canvas, changed) {
         points.push(points[0]);
         line(stroke, points.length - 1);
       }
-      // Not what was enclosed before: someone may have rubbed a hole there.
+      // Fill only newly enclosed cells: the eraser may have made holes in the others.
       enclosed().forEach((now, i) => { if (now && !before[i]) stroke.cells.push(i); });
       fill(stroke);
     }
@@ -108,7 +108,7 @@ export function makePaper(canvas, changed) {
   }
 
   canvas.addEventListener("pointerdown", (event) => {
-    if (event.button || !event.isPrimary) return; // a second finger is no second pen
+    if (event.button || !event.isPrimary) return; // ignore a second finger
     canvas.setPointerCapture(event.pointerId);
     before = enclosed();
     stroke = { tool: TOOLS[paper.tool], points: [], cells: [] };
@@ -118,7 +118,7 @@ export function makePaper(canvas, changed) {
   });
   canvas.addEventListener("pointermove", (event) => {
     if (!stroke || !canvas.hasPointerCapture(event.pointerId)) return;
-    const between = event.getCoalescedEvents?.() ?? []; // only secure addresses have it
+    const between = event.getCoalescedEvents?.() ?? []; // browsers have it only at secure addresses
     for (const each of between.length ? between : [event]) move(each);
     changed();
   });
@@ -143,20 +143,20 @@ export function makePaper(canvas, changed) {
   return paper;
 }
 
-/** Makes the tools work: radio buttons named `tool`, a button that takes the last stroke back. */
+/** Connects the tools: radio buttons named `tool`, and a button that undoes the last stroke. */
 export function bindTools(form, undo, paper, changed) {
   form.addEventListener("change", (event) => { paper.tool = event.target.value; });
-  const takeBack = () => {
+  const undoStroke = () => {
     if (paper.empty) return;
     paper.undo();
     changed();
   };
-  undo.addEventListener("click", takeBack);
+  undo.addEventListener("click", undoStroke);
   addEventListener("keydown", (event) => {
     const typing = event.target.matches?.("input:not([type=radio])");
     if ((event.ctrlKey || event.metaKey) && !event.shiftKey && event.key === "z" && !typing) {
       event.preventDefault();
-      takeBack();
+      undoStroke();
     }
   });
 }

@@ -1,20 +1,20 @@
-// Why the model answered so: what it answers when a part of the picture is covered. All the covered
-// pictures go in one request of the Open Inference Protocol, as binary tensors.
+// Why the model gave its answer: an occlusion map, made by covering parts of the picture in turn. All
+// covered pictures go into one request of the Open Inference Protocol, as a binary tensor.
 
 const SIDE = 28;
-const PATCH = 6; // pixels on a side of what is covered
-const STEPS = 10; // places for it in each direction
+const PATCH = 6; // pixels; the side of the covered square
+const STEPS = 10; // positions of the square in each direction
 const PLACES = Array.from({ length: STEPS ** 2 }, (_, i) =>
   [i % STEPS, Math.floor(i / STEPS)].map((step) => Math.round(step * (SIDE - PATCH) / (STEPS - 1))));
 const SUPPORTS = [255, 120, 40], OPPOSES = [70, 140, 255];
-const LEAST = 0.05; // log-odds; less is nothing to show
+const MIN_LOSS = 0.05; // log-odds; a smaller loss is not shown
 
 /**
- * Draws where an answer comes from, and returns a sentence about it.
+ * Draws which parts the answer depends on, and returns a sentence about it.
  *
  * @param answer of POST /predict, with its pixels
- * @param headers that the service wants
- * @param canvas to draw on, square, over the pixels
+ * @param headers that the service needs
+ * @param canvas square, over the pixels
  */
 export async function explain(answer, headers, canvas) {
   const pixels = answer.pixels.flat();
@@ -23,21 +23,21 @@ export async function explain(answer, headers, canvas) {
     return x >= 0 && x < PATCH && y >= 0 && y < PATCH ? 0 : value;
   }))];
   const [whole, ...covered] = await probabilities(answer.model.name, images, headers);
-  const odds = (row) => { // of the answer against all others, in logarithms
+  const odds = (row) => { // log-odds of the answer's class against all others
     const others = row.reduce((sum, p, i) => (i === answer.class_id ? sum : sum + p), 0);
     return Math.log(row[answer.class_id] + 1e-12) - Math.log(others + 1e-12);
   };
   const losses = covered.map((row) => odds(whole) - odds(row));
   draw(canvas, losses);
   const worst = losses.indexOf(Math.max(...losses));
-  if (losses[worst] < LEAST) return "No single part matters: the answer stays whichever is covered.";
+  if (losses[worst] < MIN_LOSS) return "No single part matters: the answer stays the same without any one of them.";
   frame(canvas, PLACES[worst]);
   const row = covered[worst];
   const then = row.indexOf(Math.max(...row));
   const label = answer.predictions.find((each) => each.class_id === then)?.label ?? "another";
   const stays = then === answer.class_id ? `still ${label}` : label;
-  return "The answer rests on what is orange; what is blue speaks against it. Without the part in the"
-    + ` frame: ${stays}, ${(100 * row[then]).toFixed(1)} %.`;
+  return "Orange parts support the answer; blue parts speak against it. Without the framed part:"
+    + ` ${stays}, ${(100 * row[then]).toFixed(1)} %.`;
 }
 
 async function probabilities(model, images, headers) {
@@ -72,10 +72,10 @@ function draw(canvas, losses) {
     }
   });
   const means = sums.map((sum, i) => sum / counts[i]);
-  const most = Math.max(LEAST, ...means.map(Math.abs));
+  const largest = Math.max(MIN_LOSS, ...means.map(Math.abs));
   const heat = new ImageData(SIDE, SIDE);
   means.forEach((mean, i) => {
-    heat.data.set([...(mean > 0 ? SUPPORTS : OPPOSES), 220 * Math.abs(mean) / most], 4 * i);
+    heat.data.set([...(mean > 0 ? SUPPORTS : OPPOSES), 220 * Math.abs(mean) / largest], 4 * i);
   });
   const small = Object.assign(document.createElement("canvas"), { width: SIDE, height: SIDE });
   small.getContext("2d").putImageData(heat, 0, 0);

@@ -71,7 +71,7 @@ def test_28_by_28_grayscale_is_taken_as_it_is(fashion_mnist: FashionMNIST, forma
     ids=["29 x 28", "colour", "16 bits"],
 )
 def test_without_preprocessing_anything_else_is_refused(image: Image.Image) -> None:
-    with pytest.raises(InvalidInput, match="send 28 x 28, 8-bit grayscale"):
+    with pytest.raises(InvalidInput, match="send 28 x 28 in 8-bit grayscale"):
         read_picture(encode(image), "none")
 
 

@@ -218,7 +218,7 @@ def test_json_carries_every_float32_exactly(
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=10, max_size=10), st.integers(1, 10))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=20)
 def test_the_record_and_the_json_say_the_same(
     classifier: Classifier, values: list[float], top_k: int
 ) -> None:
