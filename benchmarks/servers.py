@@ -83,7 +83,7 @@ def through_framework() -> None:
     app = create_app(settings, Classifier.load(settings.model_path, settings.device))
 
     async def handler(exchange: Exchange) -> Answer:
-        return await framework.ask(app.application, exchange)
+        return await framework.call(app.application, exchange)
 
     for key, hot_path in app.hot_paths.items():
         app.hot_paths[key] = hot_path._replace(handler=handler)

@@ -1,11 +1,18 @@
-"""The application: FastAPI with its routes and errors, behind the gate."""
+"""Builds the application: FastAPI with all routes and errors, behind the gate."""
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from service import __version__
-from service.errors import BadRequest, InvalidInput, MethodNotAllowed, NotFound, ServiceError
+from service.errors import (
+    INTERNAL_ERROR,
+    BadRequest,
+    InvalidInput,
+    MethodNotAllowed,
+    NotFound,
+    ServiceError,
+)
 from service.http.admission import Admission
 from service.http.channel import Channel
 from service.http.exchange import error_answer
@@ -26,15 +33,15 @@ OPEN_PATHS = frozenset(
 
 
 def create_app(settings: Settings, classifier: Classifier, channel: Channel | None = None) -> Gate:
-    """Put the application together.
+    """Build the application; all routes and hot paths are registered here.
 
     Args:
-        settings: limits, key, origins.
+        settings: limits, API key, origins.
         classifier: the loaded model.
-        channel: leads to the supervisor, where there is one.
+        channel: connects a worker to its supervisor; None in a single process.
 
     Returns:
-        the gate; the FastAPI application is its attribute `application`.
+        the gate; its attribute `application` is FastAPI.
     """
     configure_pillow()
     model = classifier.info
@@ -50,7 +57,7 @@ def create_app(settings: Settings, classifier: Classifier, channel: Channel | No
         version=__version__,
         description="Classifies 28x28 images of garments: LeNet with batch normalisation,"
         " folded, and run by ONNX Runtime.",
-        docs_url=None,  # page.py has it
+        docs_url=None,  # page.py serves /docs
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -99,7 +106,7 @@ def create_app(settings: Settings, classifier: Classifier, channel: Channel | No
 
 
 async def _answer_error(request: Request, exc: Exception) -> Response:
-    """Give the framework's own errors, and those raised in its routes, the one shape."""
+    """Answer FastAPI's own errors, and those raised in its routes, in the shape of all errors."""
     match exc:
         case ServiceError():
             error = exc
@@ -107,18 +114,18 @@ async def _answer_error(request: Request, exc: Exception) -> Response:
             problem = exc.errors()[0]
             error = InvalidInput(f"The parameter {problem['loc'][-1]}: {problem['msg']}.")
         case HTTPException(status_code=404):
-            error = NotFound("There is nothing at this path; see /docs for what there is.")
+            error = NotFound("This path does not exist; see /docs for those that do.")
         case HTTPException(status_code=405, headers=headers):
             allowed = set((headers or {})["Allow"].split(", "))
-            allowed |= {"HEAD"} if "GET" in allowed else set()  # see service/http/framework.py
+            allowed |= {"HEAD"} if "GET" in allowed else set()  # service/http/framework.py adds it
             error = MethodNotAllowed(
-                "This path is for other methods; see the Allow header.",
+                "This path does not take this method; see the Allow header.",
                 headers={"Allow": ", ".join(sorted(allowed))},
             )
         case HTTPException():
-            error = BadRequest("The request cannot be served; see /docs for what can.")
-        case _:  # logged and counted by the gate, to which the framework raises it again
-            error = ServiceError("The server failed; if it goes on, report the request id.")
+            error = BadRequest("The request cannot be read; see /docs for the format.")
+        case _:  # FastAPI raises it again, and the gate answers, logs and counts it
+            error = ServiceError(INTERNAL_ERROR)
     if error.status != ServiceError.status:
         request.app.state.rejected(error.code)
     exchange = request.scope["exchange"]

@@ -1,21 +1,23 @@
-"""Every way a request can fail: one small tree, each class with its status and its code.
+"""The errors that a request can end with: one small tree, each class with its status and code.
 
-Nothing here knows a framework; `service.http.gate` turns these into answers.
+This module knows no framework; `service.http.exchange.error_answer` turns an error into an answer.
 """
 
-# ruff: noqa: N818 - the classes carry the names that HTTP gives these answers
+# ruff: noqa: N818 - the classes have HTTP's names for these errors
 
 from collections.abc import Mapping
 from typing import ClassVar
 
+INTERNAL_ERROR = "The server failed. If it fails again, report the request id."
+
 
 class ServiceError(Exception):
-    """A request that gets an error as its answer.
+    """An error that becomes the answer to a request.
 
     Args:
-        message: one sentence for the client, which says what to do and gives away no internals.
-        code: a more exact snake_case name than the class's own.
-        headers: header fields that the answer must carry.
+        message: one sentence for the client: what to do, and no internals.
+        code: a snake_case name that is more exact than the class's own.
+        headers: header fields that the answer must have.
     """
 
     status: ClassVar[int] = 500
@@ -31,7 +33,7 @@ class ServiceError(Exception):
 
 
 class BadRequest(ServiceError):
-    """The request cannot be read: not the JSON, gzip, form or query it says it is."""
+    """The request is malformed: its JSON, form, query, encoding or HTTP itself."""
 
     status = 400
     code = "bad_request"
@@ -45,14 +47,14 @@ class Unauthorized(ServiceError):
 
 
 class NotFound(ServiceError):
-    """There is nothing at this path, or no such model."""
+    """The path has no route, or the model does not exist."""
 
     status = 404
     code = "not_found"
 
 
 class MethodNotAllowed(ServiceError):
-    """The path exists, for other methods."""
+    """The path exists, but not for this method."""
 
     status = 405
     code = "method_not_allowed"
@@ -66,70 +68,70 @@ class SlowRequest(ServiceError):
 
 
 class LengthRequired(ServiceError):
-    """A body is needed and the request announces none."""
+    """The route needs a body, and the request announces none."""
 
     status = 411
     code = "length_required"
 
 
 class PayloadTooLarge(ServiceError):
-    """The body, or what is packed in it, exceeds the limit."""
+    """The body is over its limit, as sent or when decompressed."""
 
     status = 413
     code = "payload_too_large"
 
 
 class UnsupportedMediaType(ServiceError):
-    """A content type, content encoding or image format that is not served."""
+    """The content type, content encoding or image format is not supported."""
 
     status = 415
     code = "unsupported_media_type"
 
 
 class InvalidInput(ServiceError):
-    """Readable, but not an image that the model takes, or a parameter out of its range."""
+    """The request is well-formed, but its image or a parameter has a wrong value."""
 
     status = 422
     code = "invalid_input"
 
 
 class HeadersTooLarge(ServiceError):
-    """The request's header fields exceed the limit."""
+    """The header fields of the request are over their limit."""
 
     status = 431
     code = "headers_too_large"
 
 
 class UnsupportedTransferCoding(ServiceError):
-    """The body is encoded for its transfer, in another way than chunked."""
+    """The body has a transfer coding other than chunked."""
 
     status = 501
     code = "unsupported_transfer_coding"
 
 
 class Overloaded(ServiceError):
-    """As many requests are inside as are allowed: come back soon."""
+    """Too many requests are in flight, or too many bytes are held; the client may try again."""
 
     status = 503
     code = "overloaded"
 
 
 class NotReady(ServiceError):
-    """The server is starting or draining and should get no new traffic."""
+    """The server is draining, or its supervisor does not answer; send requests elsewhere."""
 
     status = 503
     code = "not_ready"
 
 
 class DeadlineExceeded(ServiceError):
-    """The answer would come later than the deadline for the whole request."""
+    """The answer was not ready before the deadline of the request."""
 
     status = 504
     code = "deadline_exceeded"
 
 
 class UnsupportedVersion(ServiceError):
-    """The request is in another version of HTTP."""
+    """The request has an HTTP version other than 1.1 and 1.0."""
 
     status = 505
     code = "unsupported_http_version"

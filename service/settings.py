@@ -1,4 +1,4 @@
-"""What the environment decides: the variables `BNLENET_*`, checked at start-up."""
+"""The settings: environment variables `BNLENET_*`, checked at start-up."""
 
 import os
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.model.artefact import NAME_FORM, fits_a_path
+from service.model.artefact import NAME_FORM, is_path_segment
 
 PREFIX = "BNLENET_"
 
 
 class SettingsError(Exception):
-    """A setting has a wrong value; the message is one sentence that names it."""
+    """A setting has a wrong value; the message is one sentence with its name."""
 
 
 class Settings(BaseSettings):
-    """The service's settings; each field's description is its row in the README's table."""
+    """The service's settings; a field's description is its row in the settings table."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, env_ignore_empty=True)
 
@@ -85,30 +85,29 @@ class Settings(BaseSettings):
 
     @field_validator("model_name")
     @classmethod
-    def _fits_a_path(cls, name: str | None) -> str | None:
-        if name is not None and not fits_a_path(name):
-            raise ValueError(f"{name!r} is not a name of up to {NAME_FORM}")
+    def _check_model_name(cls, name: str | None) -> str | None:
+        if name is not None and not is_path_segment(name):
+            raise ValueError(f"{name!r} is not a valid name; use up to {NAME_FORM}")
         return name
 
     @field_validator("api_key")
     @classmethod
-    def _can_be_sent(cls, key: SecretStr | None) -> SecretStr | None:
+    def _check_api_key(cls, key: SecretStr | None) -> SecretStr | None:
         text = "" if key is None else key.get_secret_value()
         if text != text.strip() or not text.isprintable():
             raise ValueError(
-                "it has control characters, or begins or ends with white space,"
-                " which no request can carry"
+                "it has control characters or outer white space, which no request can send"
             )
         return key
 
     @field_validator("cors_origins", mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
+    def _split_origins(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) else value
 
     @field_validator("cors_origins")
     @classmethod
-    def _origins_only(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         origins = tuple(origin.strip().rstrip("/") for origin in origins)
         for origin in origins:
             scheme, separator, host = origin.partition("://")
@@ -120,7 +119,7 @@ class Settings(BaseSettings):
 
     @field_validator("log_level", "log_format", "device", mode="before")
     @classmethod
-    def _lower(cls, value: Any) -> Any:
+    def _lower_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
 
     @classmethod
@@ -135,7 +134,8 @@ class Settings(BaseSettings):
         except ValidationError as exc:
             first = exc.errors(include_url=False, include_context=False)[0]
             name = f"{PREFIX}{str(first['loc'][0]).upper()}"
-            raise SettingsError(f"{name} is set wrongly: {first['msg']}.") from None
+            reason = first["msg"].removeprefix("Value error, ")  # pydantic's, before our own
+            raise SettingsError(f"{name} is set wrongly: {reason}.") from None
 
     @classmethod
     def unknown_variables(cls) -> Iterator[str]:

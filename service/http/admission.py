@@ -1,4 +1,4 @@
-"""Which requests may be inside, for how long, and with how many bytes."""
+"""How many requests may be in flight, how long each may take, and which one is evicted."""
 
 import asyncio
 from time import perf_counter
@@ -8,39 +8,40 @@ from service.errors import Overloaded, ServiceError, SlowRequest
 from service.http.budget import BodyBudget
 from service.http.exchange import Exchange
 
-SLOW_AFTER_SECONDS = 2.0
-SWEEP_SECONDS = 0.1
+SLOW_AFTER_SECONDS = 2.0  # a request that arrives for longer may be evicted to free memory
+SWEEP_SECONDS = 0.1  # between two checks of all deadlines
 
 
 class Sender(Protocol):
-    """What admission needs of a connection whose request has begun to arrive: an end to it."""
+    """What admission needs of a connection whose request is still arriving."""
 
     def evict(self, error: ServiceError) -> None:
-        """Refuse the request; give back what it holds."""
+        """Refuse the request, and free its memory."""
 
 
 class Gauge(Protocol):
-    """What admission needs of the metrics: a place for the number of requests in flight."""
+    """What admission needs of the metrics."""
 
     def set(self, value: float) -> None:
-        """Set the number."""
+        """Set the number of requests in flight."""
 
 
 class Admission:
-    """Counts requests, ends those past their deadline, and makes room by ending the slowest.
+    """Limits the requests in flight, enforces deadlines, and evicts slow senders.
 
-    A request is in flight when all of it has arrived and it has no answer yet. Those that still
-    arrive take no place; the budget bounds their bytes, and the deadline their time.
+    A hot path's request is in flight from its last byte until its answer. While it arrives, it is
+    not: the budget limits its bytes, and the read deadline its time.
 
     Args:
-        max_in_flight: how many requests may be in flight.
+        max_in_flight: the most requests in flight.
         timeout: the seconds that a request may take, its arrival included.
         max_body_bytes: the most bytes of one body.
-        gauge: shows how many requests are in flight.
+        gauge: shows the number of requests in flight.
 
     Attributes:
-        in_flight: how many requests are.
-        draining: the server is about to stop, and wants no new traffic.
+        in_flight: the number of requests in flight.
+        draining: the server is about to stop. `/readyz` says so, and every answer closes its
+            connection.
         timeout: as given.
         budget: counts the bytes held for clients.
     """
@@ -54,45 +55,45 @@ class Admission:
         self.budget = BodyBudget(max_body_bytes, self._evict_slowest)
         self._max_in_flight = max_in_flight
         self._gauge = gauge
-        self._senders: dict[Sender, float] = {}  # and since when, the longest first
-        self._working: set[Exchange] = set()
+        self._senders: dict[Sender, float] = {}  # with the time they began, the oldest first
+        self._exchanges: set[Exchange] = set()  # in flight
         self._sweep_timer: asyncio.TimerHandle | None = None
 
-    def enter(self, exchange: Exchange) -> None:
-        """Count a whole request as in flight, until it leaves.
+    def admit(self, exchange: Exchange) -> None:
+        """Count a complete request as in flight; call `finish` when it has its answer.
 
         Raises:
-            Overloaded: too many are; this one is not counted.
+            Overloaded: too many are in flight; this one is not counted.
         """
         if self.in_flight >= self._max_in_flight:
             raise Overloaded(
                 "The server is at its limit; try again in a second.", headers={"Retry-After": "1"}
             )
         self.in_flight += 1
-        self._working.add(exchange)
+        self._exchanges.add(exchange)
         if self._sweep_timer is None:
-            self._sweep_later()
+            self._schedule_sweep()
 
-    def leave(self, exchange: Exchange) -> None:
-        """Count a request as in flight no longer."""
+    def finish(self, exchange: Exchange) -> None:
+        """Stop counting a request as in flight."""
         self.in_flight -= 1
-        self._working.discard(exchange)
+        self._exchanges.discard(exchange)
 
-    def receive(self, sender: Sender) -> None:
-        """Give a request that has begun to arrive its deadline, unless it has one."""
+    def start_read_deadline(self, sender: Sender) -> None:
+        """Set the deadline for a request that has begun to arrive, unless it has one."""
         self._senders.setdefault(sender, perf_counter())
         if self._sweep_timer is None:
-            self._sweep_later()
+            self._schedule_sweep()
 
-    def received(self, sender: Sender) -> None:
-        """Take the deadline back: the request is whole, or refused, or its client left."""
+    def stop_read_deadline(self, sender: Sender) -> None:
+        """Remove the deadline, if there is one: the request is complete, refused or abandoned."""
         self._senders.pop(sender, None)
 
     def _evict_slowest(self) -> bool:
-        return self._evict_first(SLOW_AFTER_SECONDS)
+        return self._evict_oldest(SLOW_AFTER_SECONDS)
 
-    def _evict_first(self, seconds: float) -> bool:
-        """Send the first sender away if it has taken this long; return whether it had."""
+    def _evict_oldest(self, seconds: float) -> bool:
+        """Evict the oldest sender if it is at least this old; return whether it was."""
         for sender, since in self._senders.items():
             if perf_counter() - since < seconds:
                 break
@@ -103,17 +104,17 @@ class Admission:
 
     def _sweep(self) -> None:
         """End requests past their deadline. One timer for all costs less than one for each."""
-        while self._evict_first(self.timeout):
+        while self._evict_oldest(self.timeout):
             pass
         now = perf_counter()
-        for exchange in self._working:
+        for exchange in self._exchanges:
             if now - exchange.started >= self.timeout:
                 exchange.cancel()
         self._gauge.set(self.in_flight)
         self._sweep_timer = None
-        if self._working or self._senders:
-            self._sweep_later()
+        if self._exchanges or self._senders:
+            self._schedule_sweep()
 
-    def _sweep_later(self) -> None:
+    def _schedule_sweep(self) -> None:
         loop = asyncio.get_running_loop()
         self._sweep_timer = loop.call_later(SWEEP_SECONDS, self._sweep)

@@ -1,4 +1,4 @@
-"""Who may call: whoever sends the API key, where one is set."""
+"""The API key, which every request but those for open paths must send, if one is set."""
 
 import hmac
 from collections.abc import Iterable, Mapping
@@ -10,8 +10,8 @@ class ApiKey:
     """Checks the key of requests (RFC 6750).
 
     Args:
-        key: None lets everybody in.
-        open_paths: paths that need no key; one that ends in `*` stands for all that begin so.
+        key: the API key; None accepts every request.
+        open_paths: paths that need no key; one that ends in `*` is a prefix.
     """
 
     def __init__(self, key: str | None, open_paths: Iterable[str]) -> None:
@@ -20,7 +20,7 @@ class ApiKey:
         self._open_prefixes = tuple(path[:-1] for path in open_paths if path[-1] == "*")
 
     def check(self, path: str, headers: Mapping[bytes, bytes]) -> None:
-        """Check a request.
+        """Check the key of one request.
 
         Raises:
             Unauthorized: the key is missing or wrong.

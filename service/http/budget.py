@@ -1,4 +1,4 @@
-"""How many bytes are held in memory for clients, over all connections."""
+"""The memory that clients may fill: one count of bytes for all connections."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,32 +9,32 @@ BODIES_IN_MEMORY = 4  # of the largest size
 
 
 class BodyBudget:
-    """Counts what is held for clients: bodies as sent and unpacked, and what waits on connections.
+    """Counts the bytes held for clients: bodies, compressed and plain, and what connections queue.
 
     Args:
-        max_bytes: of one body.
-        evict_slowest: sends away the client that has been sending its request for longest, if that
-            is long; returns whether there was one.
+        max_bytes: the most bytes of one body.
+        evict_slowest: refuses the request that has been arriving for longest, if that is long;
+            returns whether there was one.
 
     Attributes:
         max_bytes: as given.
         bytes_left: how many more bytes may be held.
-        unpacking: held by the one body that is being unpacked in a thread.
+        decompressing: locked while a thread decompresses a body, so that one at a time does.
     """
 
-    __slots__ = ("_evict_slowest", "bytes_left", "max_bytes", "unpacking")
+    __slots__ = ("_evict_slowest", "bytes_left", "decompressing", "max_bytes")
 
     def __init__(self, max_bytes: int, evict_slowest: Callable[[], bool]) -> None:
         self.max_bytes = max_bytes
         self.bytes_left = BODIES_IN_MEMORY * max_bytes
-        self.unpacking = asyncio.Lock()
+        self.decompressing = asyncio.Lock()
         self._evict_slowest = evict_slowest
 
     def take(self, count: int) -> None:
-        """Count bytes as held, whether or not there is room; the caller gives them back.
+        """Count bytes as held. The caller gives them back, even after `Overloaded`.
 
         Raises:
-            Overloaded: there is no room.
+            Overloaded: the budget is full, and no slow request is left to evict.
         """
         self.bytes_left -= count
         while self.bytes_left < 0 < count:
@@ -45,5 +45,5 @@ class BodyBudget:
                 )
 
     def give_back(self, count: int) -> None:
-        """Count bytes as held no longer."""
+        """Stop counting bytes as held."""
         self.bytes_left += count

@@ -1,9 +1,11 @@
-"""What a supervisor and a worker say to each other over a pair of sockets.
+"""The messages between the supervisor and a worker, and the worker's end of their socket pair.
 
-The supervisor first sends the model file's bytes, with their length before them. Then both send
-lines. A worker sends a number and its totals: 0 is a routine report, which also shows that it is
-alive; another number answers the supervisor's question of that number; `ASK` asks for the totals
-of all workers. The supervisor sends the number of a question, or those totals.
+The supervisor first sends the model file: its length, then its bytes. After that both send lines.
+
+- worker: `NUMBER TOTALS`. The number is `REPORT` in a routine report, which also shows that the
+  worker is alive; the supervisor's number in an answer; or `ASK` in a request for the sum of all
+  workers' totals.
+- supervisor: `NUMBER` asks the worker for its totals; `TOTALS`, a JSON array, answers `ASK`.
 """
 
 import asyncio
@@ -16,35 +18,35 @@ from collections.abc import Callable
 from service.errors import NotReady
 from service.telemetry.tallies import Totals
 
-ROUTINE, ASK = 0, -1
-REPORT_SECONDS = 0.2  # a worker that is killed takes so many seconds of counts with it
-ANSWER_SECONDS = 3.0  # longer than the supervisor waits for the workers
+REPORT, ASK = 0, -1
+REPORT_SECONDS = 0.2  # between two reports: what a killed worker counted since the last is lost
+ANSWER_SECONDS = 3.0  # longer than the supervisor itself waits for the workers
 MAX_LINE_BYTES = 2**20
 LENGTH = struct.Struct("!Q")
 
 
 class SupervisorError(Exception):
-    """Workers cannot be run; the message is one sentence that says why."""
+    """A worker cannot run without its supervisor; the message says what to do."""
 
 
-def with_length(data: bytes) -> bytes:
-    """Return the first message: the length of data, then data."""
+def model_message(data: bytes) -> bytes:
+    """Return the supervisor's first message: the model file's length, then its bytes."""
     return LENGTH.pack(len(data)) + data
 
 
 class Channel:
-    """A worker's end.
+    """A worker's connection to the supervisor.
 
     Args:
-        line: its inherited socket.
+        end: the worker's socket of the pair.
     """
 
-    def __init__(self, line: socket.socket) -> None:
-        self._socket = line
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
         self._answers: deque[asyncio.Future[Totals]] = deque()
 
     def receive_model(self) -> bytes:
-        """Wait for the model file's bytes; to be called once, before anything else.
+        """Wait for the model file, and return its bytes. Call this once, before all else.
 
         Raises:
             SupervisorError: the supervisor has ended.
@@ -60,29 +62,32 @@ class Channel:
         raise SupervisorError("The supervisor has ended: start the service again.")
 
     def report(self, totals: Callable[[], Totals]) -> None:
-        """Set what to report: a function that returns what this worker has counted."""
+        """Set the function that returns this worker's totals; call this before `open`."""
         self._totals = totals
 
     async def open(self) -> None:
-        """Begin to report."""
+        """Start to send reports and to answer the supervisor."""
         self._socket.setblocking(False)
         self._reader, self._writer = await asyncio.open_unix_connection(
             sock=self._socket, limit=MAX_LINE_BYTES
         )
-        self._send(ROUTINE)  # at once: until the first report, it counts as still starting
-        self._tasks = [asyncio.create_task(self._report_on()), asyncio.create_task(self._listen())]
+        self._send(REPORT)  # the first one makes the worker ready
+        self._tasks = [
+            asyncio.create_task(self._report_regularly()),
+            asyncio.create_task(self._listen()),
+        ]
 
     async def close(self) -> None:
-        """Report for the last time."""
+        """Send the last report, and close the socket."""
         for task in self._tasks:
             task.cancel()
-        self._send(ROUTINE)
+        self._send(REPORT)
         self._writer.close()
         with contextlib.suppress(OSError):  # the supervisor has ended
             await self._writer.wait_closed()
 
     async def totals(self) -> Totals:
-        """Return what all workers have counted.
+        """Return the sum of all workers' totals.
 
         Raises:
             NotReady: the supervisor does not answer.
@@ -95,11 +100,12 @@ class Channel:
         except TimeoutError:
             raise NotReady("The supervisor does not answer; try again later.") from None
 
-    async def _report_on(self) -> None:
+    async def _report_regularly(self) -> None:
         while True:
             await asyncio.sleep(REPORT_SECONDS)
-            if not self._writer.transport.get_write_buffer_size():  # else the supervisor hangs
-                self._send(ROUTINE)
+            # While the supervisor hangs, reports would pile up in the buffer.
+            if not self._writer.transport.get_write_buffer_size():
+                self._send(REPORT)
 
     async def _listen(self) -> None:
         with contextlib.suppress(ConnectionError):  # the supervisor has ended

@@ -1,10 +1,17 @@
-"""HTTP/1.1 on one connection: httptools parses, the gate answers, uvicorn runs the server.
+"""One HTTP/1.1 connection: httptools parses its requests, and the gate answers them.
 
-uvicorn takes a class like this for its setting `http`. Ours replaces uvicorn's own because that
-one takes heads of any size and any number of pipelined requests (one connection took 1.4 GB in
-seven seconds), starts a timer for each answer, and sends an answer in two writes. All that
-is used of uvicorn stands in this file: the arguments of `__init__`, `shutdown`, and the attributes
-of `ServerState` named in `NEEDED`. All bytes that wait here for anything are held in the budget.
+uvicorn takes a class like this as its setting `http`. Ours replaces uvicorn's own, which
+
+- reads heads of any size and queues any number of pipelined requests: one connection took 1.4 GB
+  in seven seconds;
+- starts a timer for each answer;
+- sends an answer in two writes.
+
+Only this file depends on uvicorn's internals: the arguments of `__init__`, the method `shutdown`,
+and the attributes of `ServerState` in `SERVER_STATE`.
+
+The way of a request: `data_received`, `_advance`, `_parse`, the `on_...` methods, `_answer_next`,
+`_answer` (in a task), `_send`. All bytes that wait here are counted in the budget for bodies.
 """
 
 import asyncio
@@ -38,39 +45,39 @@ from service.errors import (
     UnsupportedVersion,
 )
 from service.http.admission import Admission
-from service.http.exchange import Answer, Exchange, Headers
+from service.http.exchange import CLIENT_CLOSED_REQUEST, Answer, Exchange, Headers
 
-KEEP_ALIVE_SECONDS = (
-    75  # longer than load balancers keep idle connections, so that they close first
-)
-HEAD_SECONDS = 10.0
-LOOK_EVERY_SECONDS = 5.0
-LINGER_SECONDS = 1.0
-FIRST_REQUEST_SECONDS = 3.0  # for a connection that was accepted as the server stops
-PROBE_AFTER_SECONDS = 0.25
+KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep idle connections: they close first
+FIRST_HEAD_SECONDS = 10.0  # for the first head of a connection
+IDLE_CHECK_SECONDS = 5.0  # between two checks whether the connection is idle or stalled
+LINGER_SECONDS = 1.0  # after the last answer, while the client may still be sending
+SHUTDOWN_GRACE_SECONDS = 3.0  # for the first request of a connection accepted during shutdown
+PROBE_SECONDS = 0.25  # between two probes of a half-closed connection
 MAX_HEAD_BYTES = 32_768
-FIELD_BYTES = 32  # that a header field counts beyond its own, as in RFC 9113, section 6.5.2
-FIELD_MEMORY = 128  # bytes that a field takes, however short it is
-PARSED_AT_ONCE = 2048  # bytes: some 75 of the smallest requests, and most requests whole
-QUEUED_BYTES = 2048  # that a request takes which waits for the one before it
+FIELD_OVERHEAD_BYTES = 32  # counted for each header field, as in RFC 9113, section 6.5.2
+FIELD_MEMORY_BYTES = 128  # what a header field takes in memory, however short it is
+PARSE_CHUNK_BYTES = 2048  # holds some 75 of the smallest requests, and most requests whole
+QUEUED_REQUEST_BYTES = 2048  # what a pipelined request takes in memory while it waits
 MAX_CONNECTIONS = 8192  # of some 4 KB each
-UNSENT_BYTES = 4096  # that a client may leave unread before its next request has to wait
+MAX_UNSENT_BYTES = 4096  # above this, the next answer waits until the client has read
 
 CLOSE = (b"connection", b"close")
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-line = b"%b: %b\r\n".__mod__  # of a header field
-STATUS_LINE = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
-WITHOUT_BODY = (204, 304)
-NOTHING = memoryview(b"")
-# RFC 9112, section 3.2, and RFC 3986, section 3.2.2; an empty one is allowed.
+STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
+WITHOUT_LENGTH = (204, 304)  # statuses whose answers have no body
+EMPTY = memoryview(b"")
+# RFC 9112, section 3.2, and RFC 3986, section 3.2.2; an empty host is allowed.
 HOST = re.compile(rb" *([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)? *")
-is_host = lru_cache(64)(HOST.fullmatch)  # most clients send the same
-NEEDED = {"connections", "default_headers", "total_requests"}
+SERVER_STATE = {"connections", "default_headers", "total_requests"}
 
-if not vars(ServerState()).keys() >= NEEDED:
+format_field = b"%b: %b\r\n".__mod__
+is_host = lru_cache(64)(HOST.fullmatch)  # most clients send the same host
+
+if not vars(ServerState()).keys() >= SERVER_STATE:
     raise ImportError(
-        f"uvicorn {uvicorn.__version__} is not one that this service knows (its ServerState lacks"
-        f" one of {', '.join(sorted(NEEDED))}): install a version within pyproject.toml's bounds."
+        f"This service does not work with uvicorn {uvicorn.__version__} (its ServerState lacks"
+        f" one of {', '.join(sorted(SERVER_STATE))}): install a version within pyproject.toml's"
+        " bounds."
     )
 
 
@@ -79,39 +86,40 @@ class Gate(Protocol):
 
     @property
     def admission(self) -> Admission:
-        """Limits what is inside."""
+        """Limits requests in flight, their time and their memory."""
 
-    def open(self, exchange: Exchange) -> None:
-        """Decide by its head what becomes of a request."""
+    def dispatch(self, exchange: Exchange) -> None:
+        """Choose the handler from the request's head, or refuse the request."""
 
-    def enter(self, exchange: Exchange) -> None:
-        """Let a request in that has all that its answer needs; else give it its refusal."""
+    def admit(self, exchange: Exchange) -> None:
+        """Count the request as in flight, or refuse it."""
 
     async def answer(self, exchange: Exchange) -> Answer:
-        """Return the answer to a request that was let in."""
+        """Return the answer to an admitted request."""
 
     def refuse(self, error: ServiceError, exchange: Exchange) -> Answer:
-        """Return the answer to a request that is refused."""
+        """Return the error as an answer, and count it."""
 
-    def refuse_unread(self, error: ServiceError, headers: Mapping[bytes, bytes]) -> Exchange:
-        """Return an exchange, answered, for what cannot be read as a request."""
+    def refuse_head(self, error: ServiceError, headers: Mapping[bytes, bytes]) -> Exchange:
+        """Return an answered exchange for a request whose head is incomplete or invalid."""
 
-    def fields(self, exchange: Exchange) -> Headers:
-        """Return the header fields that every answer carries."""
+    def common_headers(self, exchange: Exchange) -> Headers:
+        """Return the header fields that every answer has."""
 
     def record(self, exchange: Exchange, status: int, client: str | None = None) -> None:
-        """Count an answer that was sent, or that its client did not wait for."""
+        """Count and log a request that is finished: answered, or given up by its client."""
 
 
 class Connection(asyncio.Protocol):
-    """Reads requests from a connection and sends their answers, in order and one at a time.
+    """Reads the requests of one connection and answers them in order, one at a time.
 
-    While one is being answered, no more is parsed than came in the same piece; while anything
-    waits to be parsed, no more is read. Else reading goes on, to notice a client that leaves.
+    Nothing is parsed while a request is being answered; requests that arrived in the same chunk
+    wait in a queue. While unparsed bytes wait, the socket is not read. Otherwise reading goes on,
+    so that the server notices when a client leaves.
 
     Args:
         config: its application is a `Gate`.
-        server_state: where uvicorn keeps count of connections and requests.
+        server_state: uvicorn's count of connections and requests.
         app_state: unused.
         _loop: the event loop.
     """
@@ -127,155 +135,166 @@ class Connection(asyncio.Protocol):
         self._admission = self._gate.admission
         self._state = server_state
         self._loop = _loop or asyncio.get_running_loop()
-        self._parser: Any = _parser(self)  # until nothing more is parsed
-        self._fields: dict[bytes, bytes] = {}
-        self._queue: deque[Exchange] = deque()  # not answered yet
-        self._incoming: Exchange | None = None  # its body is still coming
-        self._unparsed = NOTHING
-        self._loose_bytes = 0  # of an unfinished head, or of what goes with a body's pieces
-        self._held = 0  # bytes in the budget
-        self._unsent = 0
-        self._body_left = 0
-        self._begun = False  # a request has, and is not whole
-        self._waits = False  # something does, for more to come or for the first of the queue
-        self._busy = False  # with the first of the queue
-        self._writable = True
-        self._last = False  # nothing more is parsed
+        self._parser: Any = _new_parser(self)  # None when the connection is closing
+        self._headers: dict[bytes, bytes] = {}  # of the head that is being parsed
+        self._queue: deque[Exchange] = deque()  # requests without an answer, in order
+        self._incoming: Exchange | None = None  # the request whose body is arriving
+        self._unparsed = EMPTY
+        self._unfinished_bytes = 0  # parsed, of an incomplete head, chunk size or trailer
+        self._held_bytes = 0  # counted in the budget
+        self._unsent_bytes = 0  # at the last idle check
+        self._body_bytes_left = 0
+        self._receiving = False  # a request has begun to arrive and is incomplete
+        self._backlog = False  # a request is incomplete, or something waits for its turn
+        self._answering = False  # a task works on the first request of the queue
+        self._writable = True  # the client reads its answers
+        self._parsing_ended = False  # after an error: no more requests are accepted
         self._closing = False
-        self._half_closed = False
-        self._used = False
-        self._offered = False
-        self._awaits_continue = False
-        self._head_seconds = self._patience = min(HEAD_SECONDS, self._admission.timeout)
+        self._half_closed = False  # the client has closed its sending side
+        self._may_close = False  # when idle: it has had an answer, or time for a first request
+        self._upgrade_offered = False  # in the head just parsed
+        self._expects_continue = False  # the client waits before it sends the body
+        self._idle_timeout = min(FIRST_HEAD_SECONDS, self._admission.timeout)
+        self._check_seconds = min(IDLE_CHECK_SECONDS, self._idle_timeout)
 
-    # What the event loop calls
+    # Called by the event loop
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # a socket's
-        """Begin to wait for a first request."""
+        """Wait for the first request. If there are too many connections, close an idle one."""
         self._transport = transport
         peer = transport.get_extra_info("peername")
         self._client = peer[0] if isinstance(peer, tuple) else None
-        transport.set_write_buffer_limits(UNSENT_BYTES, 0)
+        transport.set_write_buffer_limits(MAX_UNSENT_BYTES, 0)
         others = cast(set[Connection], self._state.connections)  # uvicorn names its own classes
         if len(others) >= MAX_CONNECTIONS:
             next((other for other in others if other.is_idle()), self)._close()
         others.add(self)
-        self._waiting_since = self._loop.time()
-        self._look_later()
+        self._idle_since = self._loop.time()
+        self._schedule_idle_check()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        """Let go of everything; the work that is being done for the client ends."""
+        """Cancel the client's request, and free all that the connection holds."""
         self._closing = True
-        self._watch.cancel()
+        self._idle_timer.cancel()
         self._state.connections.discard(self)
-        self._let_go()
+        self._release_all()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, unless a request is being answered."""
+        """Parse the bytes, unless a request is being answered."""
         if self._closing:
-            return  # a moment to read, so that the answer is not lost to a reset
+            return  # only read, so that no reset overtakes the last answer
         self._unparsed = memoryview(b"".join((self._unparsed, data)) if self._unparsed else data)
-        self._go_on()
+        self._advance()
 
     def eof_received(self) -> bool:
-        """Answer the whole requests of a client that closed its sending side; drop a half one."""
+        """Answer the complete requests of a client that closed its sending side; drop the last."""
         incoming, self._incoming = self._incoming, None
-        if incoming is not None and len(self._queue) > self._busy and self._queue[-1] is incoming:
-            self._drop(self._queue.pop())
+        waiting = len(self._queue) > self._answering
+        if incoming is not None and waiting and self._queue[-1] is incoming:
+            self._abandon(self._queue.pop())
         if self._closing or not (self._queue or self._unparsed):
-            return False  # closes
+            return False  # asyncio closes the connection
         self._half_closed = True
-        self._loop.call_later(PROBE_AFTER_SECONDS, self._probe)
+        self._loop.call_later(PROBE_SECONDS, self._probe)
         return True
 
     def pause_writing(self) -> None:
-        """Answer no more until the client has read."""
+        """Send no more answers until the client has read those before."""
         self._writable = False
-        self._waits = True
-        self._count_held()
+        self._backlog = True
+        self._update_held_bytes()
 
     def resume_writing(self) -> None:
-        """Go on."""
+        """Answer and parse again."""
         self._writable = True
-        self._go_on()
+        self._advance()
 
     def is_idle(self) -> bool:
-        """Return whether nothing is going on that a client waits for."""
-        return not (self._queue or self._begun or self._unparsed or self._closing)
+        """Return whether no request is arriving, waiting or being answered."""
+        return not (self._queue or self._receiving or self._unparsed or self._closing)
 
-    # What uvicorn calls
+    # Called by uvicorn
 
     def shutdown(self) -> None:
-        """Close when nothing is going on. A new connection gets a moment for its request."""
-        if self.is_idle() and self._used:
+        """Close the connection if it is idle. A new one first gets time to send a request."""
+        if not self.is_idle():
+            return
+        if self._may_close:
             self._close()
-        elif self.is_idle():
-            self._used = True
-            self._loop.call_later(FIRST_REQUEST_SECONDS, self.shutdown)
+        else:
+            self._may_close = True
+            self._loop.call_later(SHUTDOWN_GRACE_SECONDS, self.shutdown)
 
-    # What admission calls
+    # Called by admission
 
     def evict(self, error: ServiceError) -> None:
-        """Refuse the request that is coming in; give back what it holds."""
+        """Refuse the request that is arriving, and free its memory."""
         if not self._closing:
-            self._end_with(error)
-            self._answer_ready()
+            self._refuse_last(error)
+            self._answer_next()
 
-    # What the parser calls
+    # Called by the parser
 
     def on_message_begin(self) -> None:
-        """Begin a head."""
-        self._begun = True
+        """Start a new head."""
+        self._receiving = True
         self._url = b""
-        self._fields = {}
+        self._headers = {}
         self._head_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        """Take a piece of the request's target."""
+        """Add a piece of the request target."""
         self._url += url
         self._head_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header field; those after a body change nothing."""
-        self._head_bytes += len(name) + len(value) + FIELD_BYTES
+        """Add a header field. Trailer fields, which follow a chunked body, are ignored."""
+        self._head_bytes += len(name) + len(value) + FIELD_OVERHEAD_BYTES
         if self._incoming is None and self._head_bytes <= MAX_HEAD_BYTES:
-            name, fields = name.lower(), self._fields
-            fields[name] = value if name not in fields else b"%b, %b" % (fields[name], value)
+            name, headers = name.lower(), self._headers
+            headers[name] = value if name not in headers else b"%b, %b" % (headers[name], value)
 
     def on_headers_complete(self) -> None:
-        """Open the request."""
-        self._loose_bytes = 0
+        """Check the head, dispatch the request, and put it into the queue."""
+        self._unfinished_bytes = 0
         parser = self._parser
-        if self._last or self._closing:
+        if self._parsing_ended or self._closing:
             return
-        if parser.should_upgrade() and parser.get_method() != b"CONNECT":
-            self._offered = True
+        if parser.should_upgrade():
+            if parser.get_method() == b"CONNECT":
+                self._refuse_last(
+                    BadRequest(
+                        "Send requests with another method than CONNECT.", code="invalid_http"
+                    )
+                )
+            else:
+                self._upgrade_offered = True
             return
-        fields, version = self._fields, parser.get_http_version()
+        headers, version = self._headers, parser.get_http_version()
         try:
             if self._head_bytes > MAX_HEAD_BYTES:
-                raise _too_large()
-            _check(version, fields)
-            method, (path, query) = parser.get_method().decode("ascii"), _target(self._url)
+                raise _head_too_large()
+            _check_head(version, headers)
+            method, (path, query) = parser.get_method().decode("ascii"), _split_target(self._url)
         except ServiceError as error:
-            self._end_with(error)
+            self._refuse_last(error)
             return
-        exchange = Exchange(method, path, query, fields, self._admission.budget)
+        exchange = Exchange(method, path, query, headers, self._admission.budget)
         exchange.keep_alive = version == "1.1" and parser.should_keep_alive()
-        self._gate.open(exchange)
+        self._gate.dispatch(exchange)
         self._queue.append(exchange)
         self._incoming = exchange
-        self._body_left = int(fields.get(b"content-length", 0))
-        self._awaits_continue = (
-            b"expect" in fields
-            and fields[b"expect"].lower() == b"100-continue"
-            and version == "1.1"  # a client of 1.0 knows no interim answers
+        self._body_bytes_left = int(headers.get(b"content-length", 0))
+        self._expects_continue = (
+            b"expect" in headers
+            and headers[b"expect"].lower() == b"100-continue"
+            and version == "1.1"  # HTTP/1.0 has no interim answers
         )
 
     def on_body(self, piece: bytes) -> None:
-        """Take a piece of the body, or drop it when the answer does not need it."""
-        self._loose_bytes = 0
-        self._body_left -= len(piece)
+        """Add a piece of the body; drop it if the answer does not need the body."""
+        self._unfinished_bytes = 0
+        self._body_bytes_left -= len(piece)
         exchange = self._incoming
         if exchange is None or exchange.handler is None or exchange.answer is not None:
             return
@@ -286,165 +305,176 @@ class Connection(asyncio.Protocol):
             exchange.release()
 
     def on_message_complete(self) -> None:
-        """Close the request: it is whole."""
-        self._loose_bytes = 0
-        if self._offered or self._incoming is None:
+        """Mark the request as complete."""
+        self._unfinished_bytes = 0
+        if self._upgrade_offered or self._incoming is None:
             return
-        self._begun = False
-        if self._waits:
-            self._admission.received(self)  # the deadline of the next begins with it
+        self._receiving = False
+        if self._backlog:
+            self._admission.stop_read_deadline(self)  # the next request gets its own
         self._incoming.complete = True
         self._incoming = None
-        self._body_left = 0
+        self._body_bytes_left = 0
 
-    # What we call
+    # Our own steps
 
-    def _go_on(self) -> None:
-        """Answer and parse for as long as nothing has to be waited for."""
-        self._answer_ready()
-        while self._unparsed and not (self._busy or self._last or self._closing) and self._writable:
-            rest, step = self._unparsed, max(PARSED_AT_ONCE, self._body_left)
-            self._unparsed = rest[step:] if len(rest) > step else NOTHING
-            self._parse(rest[:step])
-            self._answer_ready()
-        if self._begun or self._unparsed or self._waits or len(self._queue) > 1:
-            self._wait()
+    def _advance(self) -> None:
+        """Answer and parse in turn, until nothing is left or a task or the client has to act."""
+        self._answer_next()
+        while (
+            self._unparsed
+            and self._writable
+            and not (self._answering or self._parsing_ended or self._closing)
+        ):
+            data, end = self._unparsed, max(PARSE_CHUNK_BYTES, self._body_bytes_left)
+            self._unparsed = data[end:] if len(data) > end else EMPTY
+            self._parse(data[:end])
+            self._answer_next()
+        if self._receiving or self._unparsed or self._backlog or len(self._queue) > 1:
+            self._apply_backpressure()
 
-    def _wait(self) -> None:
-        """Read no more while something waits to be parsed; time and hold what is not whole."""
-        self._waits = self._begun or bool(self._unparsed) or len(self._queue) > 1
+    def _apply_backpressure(self) -> None:
+        """Set reading, the read deadline and the budget to what is waiting now.
+
+        `_advance` skips this for a client that sends one complete request at a time.
+        """
+        self._backlog = self._receiving or bool(self._unparsed) or len(self._queue) > 1
         if self._closing:
             return
         if self._unparsed:
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
-        if self._begun:
-            self._admission.receive(self)
+        if self._receiving:
+            self._admission.start_read_deadline(self)
         else:
-            self._admission.received(self)
-        self._count_held()
+            self._admission.stop_read_deadline(self)
+        self._update_held_bytes()
 
     def _parse(self, piece: memoryview) -> None:
-        self._loose_bytes += len(piece)
+        self._unfinished_bytes += len(piece)
         try:
-            try:
-                self._parser.feed_data(piece)
-            except HttpParserUpgrade as offer:
-                if not self._last:  # as it is after `CONNECT`, which offers nothing
-                    rest = piece[offer.args[0] :]
-                    self._parse(memoryview(b"".join((self._without_offer(), rest))))
+            self._parser.feed_data(piece)
+        except HttpParserUpgrade as upgrade:
+            if not self._parsing_ended:  # it has ended if the request is refused, as CONNECT is
+                rest = piece[upgrade.args[0] :]
+                self._parse(memoryview(b"".join((self._restart_without_upgrade(), rest))))
         except HttpParserCallbackError:
-            raise  # a bug of ours
+            raise  # a bug in our `on_...` methods
         except HttpParserError as exc:
             if "HTTP version" in str(exc) or "PRI" in str(exc):
-                self._end_with(UnsupportedVersion("Send the request as HTTP/1.1."))
+                self._refuse_last(UnsupportedVersion("Send the request as HTTP/1.1."))
             else:
-                self._end_with(BadRequest("The request is not valid HTTP.", code="invalid_http"))
-        if self._loose_bytes > MAX_HEAD_BYTES:
-            self._end_with(_too_large())
+                self._refuse_last(BadRequest("The request is not valid HTTP.", code="invalid_http"))
+        if self._unfinished_bytes > MAX_HEAD_BYTES:
+            self._refuse_last(_head_too_large())
 
-    def _without_offer(self) -> bytes:
-        """Return the head just parsed without its offer of another protocol, for a new parser.
+    def _restart_without_upgrade(self) -> bytes:
+        """Start a new parser; return the head just parsed without its `Upgrade` field.
 
-        Java's client sends its first request so, and we may ignore it (RFC 9110, section 7.8). But
-        the parser takes all that comes after such a head, its body too, for the other protocol.
+        Java's client offers HTTP/2 in its first request. A server may ignore the offer (RFC 9110,
+        section 7.8), but httptools cannot: it takes the body for data of the new protocol.
         """
         version = self._parser.get_http_version().encode()
         head = [self._parser.get_method(), b" ", self._url, b" HTTP/", version, b"\r\n"]
-        for name, value in self._fields.items():
+        for name, value in self._headers.items():
             if name != b"upgrade":
                 head += [name, b": ", value, b"\r\n"]
-        self._parser = _parser(self)
-        self._offered = False
+        self._parser = _new_parser(self)
+        self._upgrade_offered = False
         return b"".join([*head, b"\r\n"])
 
-    def _end_with(self, error: ServiceError) -> None:
-        """Answer the request that is coming in with an error, as the last; parse no more."""
-        if self._last:
+    def _refuse_last(self, error: ServiceError) -> None:
+        """Refuse the request that is arriving, and parse no more."""
+        if self._parsing_ended:
             return
-        self._last = True
-        self._unparsed = NOTHING
+        self._parsing_ended = True
+        self._unparsed = EMPTY
         exchange = self._incoming
         if exchange is None:
-            self._queue.append(self._gate.refuse_unread(error, self._fields))
+            self._queue.append(self._gate.refuse_head(error, self._headers))
         elif exchange.answer is None and self._queue and self._queue[-1] is exchange:
             exchange.answer = self._gate.refuse(error, exchange)
             exchange.keep_alive = False
             exchange.release()
         elif not self._queue:
-            self._close()  # it has its answer
+            self._close()  # the request was answered before its body was complete
 
-    def _answer_ready(self) -> None:
-        """Answer the first of the queue for as long as it can be."""
-        while self._queue and self._writable and not (self._busy or self._closing):
+    def _answer_next(self) -> None:
+        """Send the answers that are ready, in order; start the next request that needs a task."""
+        while self._queue and self._writable and not (self._answering or self._closing):
             exchange = self._queue[0]
             if exchange.answer is None:
                 if exchange.handler is not None and not exchange.complete:
-                    if self._awaits_continue:
-                        self._awaits_continue = False
+                    if self._expects_continue:
+                        self._expects_continue = False
                         self._transport.write(CONTINUE)
                     return
-                self._gate.enter(exchange)
+                self._gate.admit(exchange)
             if exchange.answer is None:
-                self._busy = True
-                self._task = self._loop.create_task(self._work(exchange))
+                self._answering = True
+                self._task = self._loop.create_task(self._answer(exchange))
             else:
                 self._send(exchange, exchange.answer)
 
-    async def _work(self, exchange: Exchange) -> None:
+    async def _answer(self, exchange: Exchange) -> None:
         answer = await self._gate.answer(exchange)
-        self._busy = False
-        if exchange.gone:
-            self._drop(exchange)
+        self._answering = False
+        if exchange.client_left:
+            self._abandon(exchange)
         else:
             self._send(exchange, answer)
-            if self._waits:
-                self._go_on()
+            if self._backlog:
+                self._advance()
 
     def _send(self, exchange: Exchange, answer: Answer) -> None:
-        """Send an answer in one write: proxies lose a second one after an early refusal."""
+        """Send an answer in one write: after an early refusal, proxies lose a second write."""
         self._queue.popleft()
         exchange.release()
         body, status, headers = answer
         close = (
             not exchange.keep_alive
             or self._admission.draining
-            or exchange.expired
-            or exchange.unread()
+            or exchange.cancelled
+            or exchange.too_long_to_discard()
             or (self._half_closed and not self._queue and not self._unparsed)
         )
-        fields = [*self._state.default_headers, *headers, *self._gate.fields(exchange)]
-        if status not in WITHOUT_BODY:
+        fields = [*self._state.default_headers, *headers, *self._gate.common_headers(exchange)]
+        if status not in WITHOUT_LENGTH:
             fields.append((b"content-length", b"%d" % len(body)))
         if close:
             fields.append(CLOSE)
-        end = b"" if exchange.method == "HEAD" else body
-        self._transport.write(b"".join((STATUS_LINE[status], *map(line, fields), b"\r\n", end)))
+        content = b"" if exchange.method == "HEAD" else body
+        self._transport.write(
+            b"".join((STATUS_LINES[status], *map(format_field, fields), b"\r\n", content))
+        )
         self._gate.record(exchange, status, self._client)
         self._state.total_requests += 1
-        self._used = True
-        self._waiting_since, self._patience = self._loop.time(), KEEP_ALIVE_SECONDS
+        self._may_close = True
+        self._idle_since, self._idle_timeout = self._loop.time(), KEEP_ALIVE_SECONDS
         if close:
             self._close()
         elif self._queue:
-            self._queue[0].started = perf_counter()  # its turn has come
+            self._queue[0].started = perf_counter()  # time in the queue does not count
 
-    def _drop(self, exchange: Exchange) -> None:
-        """Forget a request whose client has left."""
+    def _abandon(self, exchange: Exchange) -> None:
+        """Free and record a request that its client no longer waits for."""
         exchange.release()
-        self._gate.record(exchange, 499, self._client)
+        self._gate.record(exchange, CLIENT_CLOSED_REQUEST, self._client)
 
     def _close(self) -> None:
-        """Close; where the client may still be sending, not before it had a moment to read.
+        """Close the connection, after a moment if the client may still be sending.
 
-        Closing with unread data resets the connection, and the answer may be lost on its way.
+        Closing a socket with unread data resets the connection, and the client may then lose the
+        last answer.
         """
         if self._closing:
             return
         self._closing = True
-        sending = self._begun or bool(self._queue) or bool(self._unparsed) or self._last
-        self._let_go()
+        sending = (
+            self._receiving or bool(self._queue) or bool(self._unparsed) or self._parsing_ended
+        )
+        self._release_all()
         if sending and not self._half_closed:
             self._transport.write_eof()
             self._transport.resume_reading()
@@ -452,73 +482,72 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.close()
 
-    def _let_go(self) -> None:
-        """Give back what is held for requests that get no answer any more."""
-        self._admission.received(self)
-        self._parser = None  # it may hold much, and a cycle would wait for the garbage collector
-        self._fields, self._unparsed = {}, NOTHING
-        self._loose_bytes = 0
+    def _release_all(self) -> None:
+        """Free what the connection holds. Its requests get no answer any more."""
+        self._admission.stop_read_deadline(self)
+        self._parser = None  # it refers back to us: the memory would wait for the garbage collector
+        self._headers, self._unparsed = {}, EMPTY
+        self._unfinished_bytes = 0
         for exchange in self._queue:
-            if self._busy and exchange is self._queue[0]:
-                exchange.gone = True  # its task drops it
+            if self._answering and exchange is self._queue[0]:
+                exchange.client_left = True  # its task abandons it
                 exchange.cancel()
             else:
-                self._drop(exchange)
+                self._abandon(exchange)
         self._queue.clear()
-        self._admission.budget.give_back(self._held)
-        self._held = 0
+        self._admission.budget.give_back(self._held_bytes)
+        self._held_bytes = 0
 
-    def _count_held(self) -> None:
-        """Hold in the budget what waits here; without room, end the connection."""
-        held = self._loose_bytes + QUEUED_BYTES * max(0, len(self._queue) - 1)
-        if self._begun and self._incoming is None:
-            held += FIELD_MEMORY * len(self._fields)
+    def _update_held_bytes(self) -> None:
+        """Count in the budget what waits here. If the budget is full, end the connection."""
+        held = self._unfinished_bytes + QUEUED_REQUEST_BYTES * max(0, len(self._queue) - 1)
+        if self._receiving and self._incoming is None:
+            held += FIELD_MEMORY_BYTES * len(self._headers)
         if self._unparsed:
-            held += len(cast(bytes, self._unparsed.obj))  # all of it, while a part is needed
+            held += len(cast(bytes, self._unparsed.obj))  # a view keeps the whole object alive
         if not self._writable:
             held += self._transport.get_write_buffer_size()
-        if held == self._held or self._closing:
+        if held == self._held_bytes or self._closing:
             return
-        more, self._held = held - self._held, held
+        more, self._held_bytes = held - self._held_bytes, held
         try:
             self._admission.budget.take(more)
         except Overloaded as error:
             if not self._writable:
                 self._transport.abort()
                 return
-            while len(self._queue) > self._busy:
+            while len(self._queue) > self._answering:
                 self._queue.pop().release()
             self._incoming = None
-            self._end_with(error)
-            self._admission.budget.give_back(self._held)
-            self._held = 0
-            self._answer_ready()
+            self._refuse_last(error)
+            self._admission.budget.give_back(self._held_bytes)
+            self._held_bytes = 0
+            self._answer_next()
 
-    def _look(self) -> None:
-        """Close the connection if no request has come, or no answer been read, for too long."""
+    def _check_idle(self) -> None:
+        """Close the connection if its client has sent or read nothing for too long."""
         unsent = self._transport.get_write_buffer_size()
-        if unsent and unsent == self._unsent:
-            self._transport.abort()  # closing would wait for a client that does not read
+        if unsent and unsent == self._unsent_bytes:
+            self._transport.abort()  # `close` would first wait for the client to read
             return
-        self._unsent = unsent
-        waited = self._loop.time() - self._waiting_since
-        if not self._queue and waited >= self._patience and not self._closing:
-            if self._begun:
+        self._unsent_bytes = unsent
+        idle = self._loop.time() - self._idle_since
+        if not self._queue and idle >= self._idle_timeout and not self._closing:
+            if self._receiving:
                 self.evict(SlowRequest("The request came too slowly; send all of it at once."))
             else:
                 self._close()
-        self._look_later()
+        self._schedule_idle_check()
 
-    def _look_later(self) -> None:
-        seconds = min(LOOK_EVERY_SECONDS, self._head_seconds)
-        self._watch = self._loop.call_later(seconds, self._look)
+    def _schedule_idle_check(self) -> None:
+        self._idle_timer = self._loop.call_later(self._check_seconds, self._check_idle)
 
     def _probe(self) -> None:
-        """Find out whether a client that sends no more still reads.
+        """Find out whether a half-closed client still waits for its answer.
 
-        To its end of the connection, closing and closing the sending side look the same from
-        here. An interim answer, which any client must expect (RFC 9110, section 15.2), makes the
-        system of one that left reset the connection.
+        A client that closes only its sending side and one that closes the connection send the same
+        packet. So we send an interim answer, which every client must accept (RFC 9110, section
+        15.2): if the client is gone, its system answers with a reset.
         """
         if self._closing or not self._queue:
             return
@@ -526,36 +555,36 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
             return
         self._transport.write(CONTINUE)
-        self._loop.call_later(PROBE_AFTER_SECONDS, self._probe)
+        self._loop.call_later(PROBE_SECONDS, self._probe)
 
 
-def _parser(connection: Connection) -> HttpRequestParser:
+def _new_parser(connection: Connection) -> HttpRequestParser:
     parser = HttpRequestParser(connection)
-    # Else what comes after a request with `Connection: close` makes that an error.
+    # Without this, bytes after a request with `Connection: close` make that request an error.
     parser.set_dangerous_leniencies(lenient_data_after_close=True)
     return parser
 
 
-def _check(version: str, fields: Mapping[bytes, bytes]) -> None:
-    """Check what the parser does not.
+def _check_head(version: str, headers: Mapping[bytes, bytes]) -> None:
+    """Check what httptools does not.
 
     Raises:
         UnsupportedVersion: the request is not HTTP/1.1 or 1.0.
-        BadRequest: it has no host, two, or none that could be one (RFC 9112, section 3.2).
-        UnsupportedTransferCoding: its body is encoded for its transfer.
+        BadRequest: `Host` is missing, repeated or invalid (RFC 9112, section 3.2).
+        UnsupportedTransferCoding: the transfer coding is not `chunked`.
     """
     if version not in ("1.1", "1.0"):
         raise UnsupportedVersion("Send the request as HTTP/1.1.")
-    host = fields.get(b"host", b"" if version == "1.0" else None)
+    host = headers.get(b"host", b"" if version == "1.0" else None)
     if host is None or not is_host(host):
         raise BadRequest("Send one Host field, with a valid host.", code="invalid_http")
-    coding = fields.get(b"transfer-encoding")
+    coding = headers.get(b"transfer-encoding")
     if coding is not None and coding.strip().lower() != b"chunked":
         raise UnsupportedTransferCoding("Send the body plain, or with Content-Encoding: gzip.")
 
 
-def _target(url: bytes) -> tuple[str, bytes]:
-    """Return a request target's path, decoded, and its query."""
+def _split_target(url: bytes) -> tuple[str, bytes]:
+    """Return the decoded path and the raw query of a request target."""
     if not url.startswith(b"/") or b"#" in url:
         try:
             parsed = parse_url(url)
@@ -568,7 +597,7 @@ def _target(url: bytes) -> tuple[str, bytes]:
     return unquote(text) if "%" in text else text, query
 
 
-def _too_large() -> HeadersTooLarge:
+def _head_too_large() -> HeadersTooLarge:
     return HeadersTooLarge(
         f"The header fields are too large; send at most {MAX_HEAD_BYTES:,} bytes of them."
     )

@@ -1,4 +1,4 @@
-"""Which web pages may call (CORS, fetch.spec.whatwg.org): those of the origins that are set."""
+"""Cross-origin resource sharing (CORS, fetch.spec.whatwg.org): which web pages may call."""
 
 from collections.abc import Iterable, Mapping
 
@@ -13,17 +13,17 @@ EXPOSED = b"Inference-Header-Content-Length, Retry-After, X-Request-ID"
 
 
 class CrossOrigin:
-    """Gives answers the fields that let a page read them.
+    """Makes the header fields that let web pages of other origins read the answers.
 
     Args:
-        origins: whose pages may call; `*` for all, none for no other origin's.
+        origins: those whose pages may call; `*` allows all. Without any, CORS is off.
     """
 
     def __init__(self, origins: Iterable[str]) -> None:
         self._origins = frozenset(origin.encode() for origin in origins)
 
-    def fields(self, headers: Mapping[bytes, bytes]) -> Headers:
-        """Return what to add to the answer to a request with these header fields."""
+    def headers(self, headers: Mapping[bytes, bytes]) -> Headers:
+        """Return the header fields to add to the answer, from those of the request."""
         if not self._origins:
             return []
         any_origin = b"*" in self._origins
@@ -36,13 +36,13 @@ class CrossOrigin:
         return fields
 
     def preflight(self, method: str, headers: Mapping[bytes, bytes]) -> Answer | None:
-        """Answer a browser that asks what a page may do; it sends no key with that.
+        """Answer a preflight: a browser asks so, without the API key, whether a page may call.
 
         Returns:
-            None for any other request.
+            the answer, or None if the request is not a preflight or CORS is off.
 
         Raises:
-            BadRequest: pages of that origin may not call.
+            BadRequest: pages of this origin may not call.
         """
         if (
             method != "OPTIONS"

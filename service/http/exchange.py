@@ -1,4 +1,4 @@
-"""One request as its handler sees it, the answer to it, and its body within the limits."""
+"""One request as its handler sees it: head, bounded body, and the answer."""
 
 import asyncio
 import zlib
@@ -20,17 +20,18 @@ from service.http.budget import BodyBudget
 
 Headers = list[tuple[bytes, bytes]]
 
-UNPACKED_AT_ONCE = 2**18  # bytes that take less than a millisecond
-PACKED_AT_ONCE = 2**14  # bytes: zlib copies what it leaves unread, so it gets little at a time
-UNMATCHED = "unmatched"  # the route of a path that is nobody's
-MAX_MEMBERS = 1000  # of a gzip body; each takes some microseconds, however small it is
-WORTH_READING = 65_536  # bytes that cost less to read and drop than a new connection
+DECOMPRESSED_CHUNK_BYTES = 2**18  # takes less than a millisecond to decompress
+COMPRESSED_CHUNK_BYTES = 2**14  # small, because zlib copies the input that it does not use
+MAX_GZIP_MEMBERS = 1000  # even an empty member takes some microseconds
+MAX_DISCARDED_BYTES = 65_536  # to read and drop these costs less than a new connection
+UNMATCHED = "unmatched"  # the route in metrics and logs when no route has the path
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for metrics and logs; it is never sent
 
 JSON: Headers = [(b"content-type", b"application/json")]
 
 
 class Answer(NamedTuple):
-    """An answer; the connection adds length, request id and the connection's fields."""
+    """An answer. The connection adds the length and the header fields that all answers have."""
 
     body: bytes
     status: int = 200
@@ -38,37 +39,38 @@ class Answer(NamedTuple):
 
 
 def error_answer(error: ServiceError, request_id: bytes) -> Answer:
-    """Return the one shape of every error answer."""
+    """Return an error as an answer; all errors have this JSON shape."""
     body = {"error": error.message, "code": error.code, "request_id": request_id.decode("ascii")}
     headers = [(k.lower().encode(), v.encode()) for k, v in error.headers.items()]
     return Answer(orjson.dumps(body), error.status, JSON + headers)
 
 
 class Exchange:
-    """A request on its way to an answer.
+    """A request and, later, its answer.
 
     Args:
         method: the request's method.
-        path: its path, decoded.
-        query_string: its query as sent.
-        headers: header fields by lower-case name; the values of a repeated field are joined by
-            commas (RFC 9110, section 5.3).
-        budget: counts the bytes that this request holds in memory.
+        path: the decoded path.
+        query_string: the query as sent.
+        headers: header fields by lower-case name. Values of a repeated field are joined by commas
+            (RFC 9110, section 5.3).
+        budget: counts the bytes of this request's body.
 
     Attributes:
-        route: the path's template, for logs and metrics.
-        handler: answers it; None for the framework.
-        body_limit: the most bytes that its body may have, as sent and when unpacked.
-        request_id: the client's own, if it is well-formed, or one made here.
-        trace_id: W3C trace context's, if the client sent a valid one.
-        error_code: the code in the answer, of a request that is refused.
-        started: when its head arrived or its turn came, on the clock of `time.perf_counter`.
+        route: the path's template, for metrics and logs.
+        handler: answers the request; None if the framework does.
+        body_limit: the most bytes that the body may have, as sent and when decompressed.
+        request_id: the client's own if it is well-formed, else a new one.
+        trace_id: the id of the W3C trace, if the client sent a valid one.
+        error_code: the code in the answer, if the request failed.
+        started: when the head arrived, or when the answer before it was sent if that is later; on
+            the clock of `time.perf_counter`.
         complete: the whole request has arrived.
         keep_alive: the client may send another request on the same connection.
-        answer: made without a handler's work, as refusals are.
-        task: the task that works on it.
-        expired: its work was cut short at the deadline.
-        gone: its work was cut short because the client closed the connection.
+        answer: an answer that needs no handler, such as a refusal.
+        task: the task that answers the request.
+        cancelled: the task was cancelled, at the deadline or because the client left.
+        client_left: the client closed the connection while the task ran.
     """
 
     __slots__ = (
@@ -78,10 +80,10 @@ class Exchange:
         "_held",
         "answer",
         "body_limit",
+        "cancelled",
+        "client_left",
         "complete",
         "error_code",
-        "expired",
-        "gone",
         "handler",
         "headers",
         "keep_alive",
@@ -114,7 +116,7 @@ class Exchange:
         self.trace_id: str | None = None
         self.error_code: str | None = None
         self.started = perf_counter()
-        self.complete = self.expired = self.gone = False
+        self.complete = self.cancelled = self.client_left = False
         self.keep_alive = True
         self.answer: Answer | None = None
         self.task: asyncio.Task[Any] | None = None
@@ -123,7 +125,7 @@ class Exchange:
         self._held = 0
 
     def query(self) -> dict[str, str]:
-        """Return the query parameters; of a repeated one, the last."""
+        """Return the query parameters. If one is repeated, the last value counts."""
         text = self.query_string
         return dict(parse_qsl(text.decode("latin-1"), keep_blank_values=True)) if text else {}
 
@@ -135,7 +137,7 @@ class Exchange:
         """Set the most bytes that the body may have.
 
         Raises:
-            PayloadTooLarge: the head announces more.
+            PayloadTooLarge: Content-Length is larger.
         """
         self.body_limit = limit
         if int(self.headers.get(b"content-length", 0)) > limit:
@@ -146,61 +148,61 @@ class Exchange:
 
         Raises:
             PayloadTooLarge: the body is over its limit.
-            Overloaded: too much of other bodies is held already.
+            Overloaded: the budget for bodies is full.
         """
         if len(self._body) + len(piece) > self.body_limit:
             raise self._too_large()
         self._hold(len(piece))
         if not self._body:
-            self._body = piece  # most bodies come in one
+            self._body = piece  # most bodies have one piece: no copy
             return
         if isinstance(self._body, bytes):
             self._body = bytearray(self._body)
         self._body += piece
 
     async def body(self) -> bytes:
-        """Return the body without its content encoding; it can be had once.
+        """Return the body, decompressed. Call this once: the exchange does not keep the body.
 
         Raises:
             LengthRequired: the request announces no body.
-            PayloadTooLarge: it unpacks to more than the limit.
-            Overloaded: too much of other bodies is held already.
-            BadRequest: it is not in the encoding it claims.
+            PayloadTooLarge: the decompressed body is over the limit.
+            Overloaded: the budget for bodies is full.
+            BadRequest: the body is not in its stated content encoding.
             UnsupportedMediaType: the content encoding is unknown.
         """
         if not self.announces_body():
             raise LengthRequired("Send a body, and its length in Content-Length.")
-        body, self._body = bytes(self._body), b""  # who has it now may let go of it
+        body, self._body = bytes(self._body), b""  # the caller's alone, to free it when it can
         encoding = self.headers.get(b"content-encoding")
-        return body if encoding is None else await self._unpack(body, encoding)
+        return body if encoding is None else await self._decompress(body, encoding)
 
     def release(self) -> None:
-        """Give back what the body held of the budget, when nobody needs it any more."""
+        """Free the body, and give its bytes back to the budget."""
         self._body = b""
         self._budget.give_back(self._held)
         self._held = 0
 
-    def unread(self) -> bool:
-        """Return whether more of the body may come than is worth reading to drop it."""
+    def too_long_to_discard(self) -> bool:
+        """Return whether the body is incomplete, and closing costs less than reading the rest."""
         if self.complete:
             return False
         declared = self.headers.get(b"content-length")
-        return declared is None or int(declared) > WORTH_READING
+        return declared is None or int(declared) > MAX_DISCARDED_BYTES
 
     def cancel(self) -> None:
-        """Cut the work on it short."""
-        if self.task is not None and not self.expired:
-            self.expired = True
+        """Cancel the task that answers the request, once."""
+        if self.task is not None and not self.cancelled:
+            self.cancelled = True
             self.task.cancel()
 
     def _hold(self, count: int) -> None:
-        self._held += count  # first: making room may send this very request away
+        self._held += count  # before `take`, which may evict and release this very request
         self._budget.take(count)
 
     def _too_large(self) -> PayloadTooLarge:
         return PayloadTooLarge(f"The body is too large; send at most {self.body_limit:,} bytes.")
 
-    async def _unpack(self, body: bytes, encoding: bytes) -> bytes:
+    async def _decompress(self, body: bytes, encoding: bytes) -> bytes:
         name = encoding.strip().lower()
         if name == b"identity":
             return body
@@ -211,16 +213,16 @@ class Exchange:
                 headers={"Accept-Encoding": "gzip, deflate"},
             )
         limit = self.body_limit
-        at_once = min(limit + 1, UNPACKED_AT_ONCE)
-        pieces = _unpacked(body, name == b"deflate", at_once)
-        plain = _joined(pieces, at_once)
+        chunk = min(limit + 1, DECOMPRESSED_CHUNK_BYTES)
+        pieces = _decompressed(body, name == b"deflate", chunk)
+        plain = _join(pieces, chunk)
         self._hold(len(plain))
-        if UNPACKED_AT_ONCE <= len(plain) <= limit:
-            # In a thread, as a few kilobytes may unpack to what would hold up all others; one body
-            # at a time, with all that it may need held for it.
-            async with self._budget.unpacking:
+        if DECOMPRESSED_CHUNK_BYTES <= len(plain) <= limit:
+            # There may be much more: continue in a thread, so that the event loop stays free. One
+            # body at a time; the budget first holds the most that it may need.
+            async with self._budget.decompressing:
                 self._hold(limit)
-                rest = await asyncio.to_thread(_joined, pieces, limit + 1 - len(plain))
+                rest = await asyncio.to_thread(_join, pieces, limit + 1 - len(plain))
                 self._hold(len(rest) - limit)
             plain += rest
         if len(plain) > limit:
@@ -231,54 +233,54 @@ class Exchange:
 Handler = Callable[[Exchange], Awaitable[Answer]]
 
 
-def _unpacked(packed: bytes, deflate: bool, at_once: int) -> Iterator[bytes]:
-    """Yield the plain bytes of all members of a gzip body, or of a deflate body, in pieces.
+def _decompressed(body: bytes, deflate: bool, chunk: int) -> Iterator[bytes]:
+    """Yield the decompressed bytes of a gzip body, all its members, or of a deflate body.
 
     Args:
-        packed: the body as sent.
-        deflate: it has one member, with zlib's header or none.
-        at_once: the most bytes of a piece.
+        body: the body as sent.
+        deflate: the encoding is deflate, else gzip.
+        chunk: the most bytes to yield at once.
 
     Raises:
-        BadRequest: it is not what it claims, is cut short, or is followed by more.
+        BadRequest: the body is not in this encoding, is cut short, or has more bytes after its end.
     """
-    # 47: a gzip or zlib header, told by its bytes. -15: deflate without a header, which some
-    # clients send under the same name (RFC 9110, section 8.4.1.2).
-    form = -15 if deflate and packed[:1] and packed[0] & 0x0F != 8 else 47
-    view, at = memoryview(packed), 0
-    for _ in range(MAX_MEMBERS):
-        member = zlib.decompressobj(form)
+    # zlib's wbits. 47: a gzip or zlib header. 31: a gzip header. -15: no header; some clients send
+    # this as deflate (RFC 9110, section 8.4.1.2), whose zlib header has 8 in its low four bits.
+    wbits = -15 if deflate and body[:1] and body[0] & 0x0F != 8 else 47
+    view, position = memoryview(body), 0
+    for _ in range(MAX_GZIP_MEMBERS):
+        member = zlib.decompressobj(wbits)
         while not member.eof:
-            source = view[at : at + PACKED_AT_ONCE]
+            source = view[position : position + COMPRESSED_CHUNK_BYTES]
             try:
-                piece = member.decompress(source, at_once)
+                piece = member.decompress(source, chunk)
             except zlib.error:
                 raise BadRequest(
                     "The body is not in its stated content encoding.", code="bad_content_encoding"
                 ) from None
-            at += len(source) - len(member.unconsumed_tail) - len(member.unused_data)
+            position += len(source) - len(member.unconsumed_tail) - len(member.unused_data)
             if not source and not piece and not member.eof:
                 raise BadRequest(
                     "The body's content encoding is cut short.", code="bad_content_encoding"
                 )
             yield piece
-        if at == len(view):
+        if position == len(view):
             return
         if deflate:
-            break
-        form = 31  # of several members (RFC 1952, section 2.2), all have a gzip header
+            break  # has one member
+        wbits = 31  # every further member has a gzip header (RFC 1952, section 2.2)
     raise BadRequest(
-        "The body's content encoding is followed by more, or has too many members.",
+        "The body has more bytes after the end of its content encoding, or too many gzip members.",
         code="bad_content_encoding",
     )
 
 
-def _joined(pieces: Iterator[bytes], most: int) -> bytes:
-    """Join pieces until there are `most` bytes, or a few more."""
-    taken, size = [], 0
+def _join(pieces: Iterator[bytes], size: int) -> bytes:
+    """Join pieces until they have at least this size, or end."""
+    taken, total = [], 0
     for piece in pieces:
         taken.append(piece)
-        size += len(piece)
-        if size >= most:
+        total += len(piece)
+        if total >= size:
             break
     return b"".join(taken)

@@ -1,4 +1,4 @@
-"""Asks an ASGI application, such as FastAPI, for the answer to a request that has arrived."""
+"""Calls an ASGI application, such as FastAPI, with one request and collects its answer."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -14,21 +14,21 @@ Application = Callable[
     ],
     Awaitable[None],
 ]
-OURS = frozenset({b"content-length", b"connection"})  # fields that the connection adds itself
+CONNECTION_FIELDS = frozenset({b"content-length", b"connection"})  # `Connection` adds these
 
 
-async def ask(framework: Application, exchange: Exchange) -> Answer:
-    """Return the application's whole answer; set the exchange's route to the path's template.
+async def call(application: Application, exchange: Exchange) -> Answer:
+    """Return the application's answer, and set the exchange's route to the path's template.
 
-    The application finds the exchange in its scope, and gets no body of its own: what reads one
-    reads it from there.
+    The exchange is in the ASGI scope; routes that need the body take it from there, and `receive`
+    gives an empty one.
     """
     scope: dict[str, Any] = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
         "scheme": "http",
-        # RFC 9110, 9.3.2: as GET, but the connection sends no content
+        # HEAD is GET without content (RFC 9110, section 9.3.2): the connection leaves it out.
         "method": "GET" if exchange.method == "HEAD" else exchange.method,
         "path": exchange.path,
         "raw_path": exchange.path.encode(),
@@ -50,7 +50,8 @@ async def ask(framework: Application, exchange: Exchange) -> Answer:
             body.append(message.get("body", b""))
 
     try:
-        await framework(scope, receive, send)
+        await application(scope, receive, send)
     finally:
         exchange.route = getattr(scope.get("route"), "path", exchange.route)
-    return Answer(b"".join(body), status, [field for field in headers if field[0] not in OURS])
+    fields = [field for field in headers if field[0] not in CONNECTION_FIELDS]
+    return Answer(b"".join(body), status, fields)

@@ -1,12 +1,12 @@
-"""Where every request goes: to the handler of its hot path, or to the framework.
+"""Dispatches every request: to the handler of its hot path, or to FastAPI.
 
-FastAPI's own machinery takes longer than the model: the same handlers answered 12,766 requests a
-second from the table here and 5,580 through FastAPI's routing (784 bytes, 16 connections, one core;
-`python -m benchmarks.serving` has both rows). So the busiest routes (the hot paths) are looked up
-in a table, and everything else goes on to FastAPI. Both ways get the same request id, API key
-check, errors, metrics and log line; the hot paths also get admission and a deadline. FastAPI
-documents the hot paths and can serve them with the very same handlers; a test holds the two ways
-against each other.
+The busiest routes, the hot paths, stand in a table here, because FastAPI's routing takes longer
+than the model: the same handlers answered 12,766 requests a second from the table, and 5,580
+through FastAPI (784 bytes, 16 connections, one core; `python -m benchmarks.serving` measures both).
+
+Every request gets a request id, the API key check, the same errors, metrics and a log line. Those
+of hot paths also get admission control and a deadline. FastAPI documents the hot paths and could
+serve them with the same handlers; a test compares the answers of both.
 """
 
 import asyncio
@@ -15,33 +15,40 @@ from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 from typing import NamedTuple
 
-from service.errors import DeadlineExceeded, ServiceError
+from service.errors import INTERNAL_ERROR, DeadlineExceeded, ServiceError
 from service.http import framework
 from service.http.admission import Admission
 from service.http.api_key import ApiKey
 from service.http.cross_origin import CrossOrigin
-from service.http.exchange import UNMATCHED, Answer, Exchange, Handler, Headers, error_answer
+from service.http.exchange import (
+    CLIENT_CLOSED_REQUEST,
+    UNMATCHED,
+    Answer,
+    Exchange,
+    Handler,
+    Headers,
+    error_answer,
+)
 from service.http.request_ids import RequestIds, trace_id
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
-PROBES = frozenset({"/livez", "/readyz", "/metrics"})  # asked all day long
-LOGGED_PATH = 200  # characters of a path that is nobody's
-CLIENT_GONE = 499  # nginx's status for the log; nobody receives it
-GONE = Answer(b"", CLIENT_GONE)
+PROBES = frozenset({"/livez", "/readyz", "/metrics"})  # asked every few seconds: logged at debug
+MAX_LOGGED_PATH = 200  # characters of a path that has no route
+CLIENT_LEFT = Answer(b"", CLIENT_CLOSED_REQUEST)
 
 access = logging.getLogger("service.access")
 logger = logging.getLogger("service")
 
 
 class HotPath(NamedTuple):
-    """A route that does not go through the framework.
+    """A route that bypasses FastAPI.
 
     Attributes:
-        handler: answers its requests.
-        body_limit: returns the most bytes that a body may have, by the header fields; raises
-            UnsupportedMediaType where no body of that type is taken.
+        handler: answers the route's requests.
+        body_limit: returns the most bytes that a body with these header fields may have; raises
+            UnsupportedMediaType if the route does not accept its content type.
     """
 
     handler: Handler
@@ -49,14 +56,14 @@ class HotPath(NamedTuple):
 
 
 class Gate:
-    """Dispatches requests, and turns all that can happen to them into answers.
+    """Dispatches requests, and turns every result and error into an answer.
 
     Args:
-        application: the ASGI application that answers what is no hot path.
+        application: the ASGI application that answers all requests but those of hot paths.
         hot_paths: by method and exact path.
-        admission: decides what may be inside.
-        open_paths: paths that need no API key; one that ends in `*` stands for all that begin so.
-        settings: the key, and the origins that may call.
+        admission: limits the requests of hot paths.
+        open_paths: paths that need no API key; one that ends in `*` is a prefix.
+        settings: the API key, and the origins that may call.
         metrics: counts every request.
 
     Attributes:
@@ -82,14 +89,14 @@ class Gate:
         self._request_ids = RequestIds()
         self._metrics = metrics
 
-    def open(self, exchange: Exchange) -> None:
-        """Decide by its head what becomes of a request.
+    def dispatch(self, exchange: Exchange) -> None:
+        """Choose the handler from the request's head, or refuse the request.
 
-        What is refused, or needs no handler, gets its answer at once; what goes to a hot path gets
-        its handler and the limit of its body. The rest goes to the framework, without its body.
+        A hot path's request gets its handler and the limit of its body. A refusal or a CORS
+        preflight gets its answer. All other requests go to the framework, without their body.
         """
         headers = exchange.headers
-        exchange.request_id = self._request_ids.of(headers)
+        exchange.request_id = self._request_ids.choose(headers)
         exchange.trace_id = trace_id(headers)
         hot_path = self.hot_paths.get((exchange.method, exchange.path))
         try:
@@ -97,82 +104,82 @@ class Gate:
                 exchange.route = exchange.path
                 exchange.handler, body_limit = hot_path
             elif exchange.path in self._open_paths:
-                exchange.route = exchange.path  # the pages have no template
+                exchange.route = exchange.path  # FastAPI does not report the routes of its pages
             exchange.answer = self._cross_origin.preflight(exchange.method, headers)
             if exchange.answer is None:
                 self._api_key.check(exchange.path, headers)
                 if hot_path is not None and exchange.announces_body():
-                    most = self.admission.budget.max_bytes
-                    exchange.limit_body(min(body_limit(headers), most))
+                    max_bytes = self.admission.budget.max_bytes
+                    exchange.limit_body(min(body_limit(headers), max_bytes))
         except ServiceError as error:
             exchange.answer = self.refuse(error, exchange)
 
-    def enter(self, exchange: Exchange) -> None:
-        """Let a request in that has all that its answer needs; else give it its refusal."""
+    def admit(self, exchange: Exchange) -> None:
+        """Count a hot path's complete request as in flight, or refuse it."""
         if exchange.handler is not None:
             try:
-                self.admission.enter(exchange)
+                self.admission.admit(exchange)
             except ServiceError as error:
                 exchange.answer = self.refuse(error, exchange)
 
     async def answer(self, exchange: Exchange) -> Answer:
-        """Return the answer to a request that was let in."""
+        """Return the answer to an admitted request: its handler's, the framework's or an error."""
         exchange.task = asyncio.current_task()
         try:
             if exchange.handler is None:
-                return await framework.ask(self.application, exchange)
+                return await framework.call(self.application, exchange)
             try:
-                if exchange.gone:
-                    return GONE
+                if exchange.client_left:
+                    return CLIENT_LEFT
                 answer = await exchange.handler(exchange)
             finally:
-                self.admission.leave(exchange)
+                self.admission.finish(exchange)
             if perf_counter() - exchange.started > self.admission.timeout:
                 raise _too_late()
             return answer
         except ServiceError as error:
             return self.refuse(error, exchange)
         except asyncio.CancelledError:
-            if not exchange.expired or exchange.task is None:
-                raise
+            if not exchange.cancelled or exchange.task is None:
+                raise  # not by us: the event loop is ending
             exchange.task.uncancel()
-            return GONE if exchange.gone else self.refuse(_too_late(), exchange)
-        except Exception:  # a bug of ours: the log gets its traceback, the client does not
+            return CLIENT_LEFT if exchange.client_left else self.refuse(_too_late(), exchange)
+        except Exception:  # a bug of ours: its traceback goes to the log, not to the client
             fields = {"request_id": exchange.request_id.decode("ascii")}
             logger.exception("failure", extra={"fields": fields})
-            failure = ServiceError("The server failed; if it goes on, report the request id.")
+            failure = ServiceError(INTERNAL_ERROR)
             return self.refuse(failure, exchange)
 
     def refuse(self, error: ServiceError, exchange: Exchange) -> Answer:
-        """Return the answer to a request that is refused; count it."""
+        """Return an error as the request's answer, and count it."""
         self._metrics.rejected(error.code)
         exchange.error_code = error.code
         return error_answer(error, exchange.request_id)
 
-    def refuse_unread(self, error: ServiceError, headers: Mapping[bytes, bytes]) -> Exchange:
-        """Return an exchange, answered, for what cannot be read as a request.
+    def refuse_head(self, error: ServiceError, headers: Mapping[bytes, bytes]) -> Exchange:
+        """Return an answered exchange for a request whose head is incomplete or invalid.
 
         Args:
-            error: why not.
-            headers: the header fields that could be read.
+            error: what is wrong with the head.
+            headers: the header fields that could be parsed.
         """
         exchange = Exchange("OTHER", "", b"", headers, self.admission.budget)
         exchange.keep_alive = False
-        exchange.request_id = self._request_ids.of(headers)
+        exchange.request_id = self._request_ids.choose(headers)
         exchange.answer = self.refuse(error, exchange)
         return exchange
 
-    def fields(self, exchange: Exchange) -> Headers:
-        """Return the header fields that every answer carries."""
+    def common_headers(self, exchange: Exchange) -> Headers:
+        """Return the header fields that every answer has: the request id, and those for CORS."""
         request_id = (b"x-request-id", exchange.request_id)
-        return [request_id, *self._cross_origin.fields(exchange.headers)]
+        return [request_id, *self._cross_origin.headers(exchange.headers)]
 
     def record(self, exchange: Exchange, status: int, client: str | None = None) -> None:
-        """Count an answer that was sent, or that its client did not wait for; log it.
+        """Count and log a request that is finished: answered, or given up by its client.
 
         Args:
             exchange: the request.
-            status: of the answer.
+            status: the answer's status, or CLIENT_CLOSED_REQUEST.
             client: the client's address.
         """
         seconds = perf_counter() - exchange.started
@@ -189,7 +196,7 @@ class Gate:
                 "milliseconds": round(seconds * 1e3, 3),
             }
             if exchange.route == UNMATCHED and exchange.path:
-                fields["path"] = exchange.path[:LOGGED_PATH]
+                fields["path"] = exchange.path[:MAX_LOGGED_PATH]
             if exchange.error_code is not None:
                 fields["code"] = exchange.error_code
             if exchange.trace_id is not None:

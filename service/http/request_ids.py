@@ -1,4 +1,4 @@
-"""What a request is called in answers and logs: its id, and the trace that it is part of."""
+"""The request id and the trace id, which identify a request in answers and logs."""
 
 import os
 import re
@@ -13,14 +13,14 @@ TRACEPARENT = re.compile(
 
 
 class RequestIds:
-    """Makes request ids that are unique over processes; takes over those that clients send."""
+    """Gives each request an id: the client's own, or a new one that no other process makes."""
 
     def __init__(self) -> None:
         self._prefix = os.urandom(6).hex().encode()
         self._count = count(1)
 
-    def of(self, headers: Mapping[bytes, bytes]) -> bytes:
-        """Return the client's own id if it is well-formed, else a new one."""
+    def choose(self, headers: Mapping[bytes, bytes]) -> bytes:
+        """Return the client's `X-Request-ID` if it is well-formed, else a new id."""
         given = headers.get(b"x-request-id")
         if given is not None and WELL_FORMED(given):
             return given
@@ -28,7 +28,7 @@ class RequestIds:
 
 
 def trace_id(headers: Mapping[bytes, bytes]) -> str | None:
-    """Return the trace's id, 32 hexadecimal digits, if the client sent a valid `traceparent`."""
+    """Return the trace id (32 hexadecimal digits) if the client sent a valid `traceparent`."""
     given = headers.get(b"traceparent")
     if given is None:
         return None

@@ -1,4 +1,4 @@
-"""Binds the port, runs uvicorn on it, and drains before it stops."""
+"""Binds the port, runs uvicorn on it, and drains the server before it stops."""
 
 import asyncio
 import contextlib
@@ -25,15 +25,15 @@ from service.http.connection import Connection
 from service.http.gate import Gate
 from service.settings import Settings
 
-SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27  # Linux; Python has no names for them
-# A program for the kernel's packet filter (Linux, networking/filter.rst) that drops what has SYN
-# set in the flags of its TCP header, and not ACK.
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27  # Linux's socket options; Python does not name them
+# A program for Linux's packet filter (networking/filter.rst in the kernel's documentation). It
+# drops TCP packets with the flag SYN and without ACK: those that open a connection.
 DROP_SYN = (
-    (0x30, 0, 0, 13),  # load the flags
-    (0x54, 0, 0, 0x12),  # of them, SYN and ACK
-    (0x15, 0, 1, 0x02),  # SYN alone?
-    (0x06, 0, 0, 0),  # drop
-    (0x06, 0, 0, 0xFFFFFFFF),  # accept
+    (0x30, 0, 0, 13),  # load the byte with the flags
+    (0x54, 0, 0, 0x12),  # keep SYN and ACK
+    (0x15, 0, 1, 0x02),  # is it SYN alone?
+    (0x06, 0, 0, 0),  # yes: drop the packet
+    (0x06, 0, 0, 0xFFFFFFFF),  # no: accept all of it
 )
 
 logger = logging.getLogger("service")
@@ -44,32 +44,35 @@ class StartError(Exception):
 
 
 def bind(settings: Settings) -> socket.socket:
-    """Take the port, without listening yet: at `::` of both IP families, or of the one there is.
+    """Bind a socket to the address in the settings, without listening yet.
+
+    The host `::` means IPv6 and IPv4, or IPv4 alone where the kernel has no IPv6.
 
     Raises:
-        StartError: the address is in use or not ours.
+        StartError: the address is in use, or does not belong to this machine.
     """
     address = f"{settings.host}:{settings.port}"
-    every = settings.host == "::"
+    any_address = settings.host == "::"
+    host = "0.0.0.0" if any_address and not _has_ipv6() else settings.host  # noqa: S104 - as asked
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(
-            "0.0.0.0" if every and not _has_ipv6() else settings.host,  # noqa: S104 - as asked
+            host,
             settings.port,
             type=socket.SOCK_STREAM,
             flags=socket.AI_PASSIVE,
         )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if every and family == socket.AF_INET6:
+        if any_address and family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind(where)
-    except (OSError, UnicodeError) as exc:  # a name with an empty label is no Unicode to Python
+    except (OSError, UnicodeError) as exc:  # Python raises the latter for a host such as `a..b`
         raise _cannot_listen(address, exc) from exc
     return listener
 
 
 def _has_ipv6() -> bool:
-    """Tell whether the kernel has IPv6: `socket.has_ipv6` speaks only of the interpreter."""
+    """Return whether the kernel has IPv6. `socket.has_ipv6` is about the interpreter alone."""
     try:
         socket.socket(socket.AF_INET6).close()
     except OSError:
@@ -78,27 +81,28 @@ def _has_ipv6() -> bool:
 
 
 def url(listener: socket.socket) -> str:
-    """Return where a bound socket listens."""
+    """Return the URL of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def page(listener: socket.socket) -> str:
-    """Return the page's address, for a browser on this machine."""
+    """Return the URL of the page, for a browser on this machine."""
     return f"{url(listener)}/".replace("//0.0.0.0:", "//localhost:").replace("[::]", "localhost")
 
 
 def refuse_new_connections(listener: socket.socket) -> None:
-    """Let the kernel drop what opens a connection to a listening socket, where it can (Linux).
+    """Make the kernel drop the packets that open a connection to this listener (Linux only).
 
-    Else a client that connects between the last look at the listener and its end would be reset.
-    This one tries again, and finds another listener or none. Connections half open go on.
+    Otherwise a client that connects between the last `accept` and the closing of the listener gets
+    a reset. A client whose packet is dropped tries again, and then finds another listener or none.
+    Connections that are being opened are not affected.
     """
     if sys.platform != "linux":
         return
     filters = b"".join(struct.pack("@HBBI", *step) for step in DROP_SYN)
     program = ctypes.create_string_buffer(filters, len(filters))
-    with contextlib.suppress(OSError):  # a sandbox
+    with contextlib.suppress(OSError):  # some sandboxes do not allow filters
         listener.setsockopt(
             socket.SOL_SOCKET,
             SO_ATTACH_FILTER,
@@ -122,48 +126,49 @@ def run(
     channel: Channel | None = None,
     others: Sequence[socket.socket] = (),
 ) -> None:
-    """Serve until a signal ends it.
+    """Serve until a signal stops the server.
 
     Args:
         gate: answers the requests.
-        settings: what the environment decided.
+        settings: read from the environment.
         listener: a bound socket.
-        supervisor: stop when this is no longer the parent process; None for none.
-        channel: leads to the supervisor.
+        supervisor: the supervisor's process id; the server stops when it has another parent.
+            None if there is no supervisor.
+        channel: connects to the supervisor.
         others: the other workers' listeners.
 
     Raises:
         StartError: another process took the port while the model was loaded.
     """
-    for shared in (listener, *others):  # before it listens: others may accept from it at once
-        shared.setblocking(False)
+    for sock in (listener, *others):  # before listening: other workers may accept from it at once
+        sock.setblocking(False)
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # it has none, unless another worker stopped with it
+        with contextlib.suppress(OSError):  # there is one only if the worker before has stopped
             listener.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
     try:
-        listener.listen()  # here, where a failure can still be told in a sentence
+        listener.listen()  # here and not in uvicorn, so that a failure becomes one sentence
     except OSError as exc:
         raise _cannot_listen(url(listener), exc) from exc
     gc.collect()
-    gc.freeze()  # what lives as long as the process need not be looked through again and again
-    # As many connections as we are allowed; where even that is refused, as many as we have.
-    with contextlib.suppress(ValueError, OSError):
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    gc.freeze()  # what has been loaded stays for good: the collector need not look through it
+    with contextlib.suppress(ValueError, OSError):  # the system may refuse: then the limit stays
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     server = Server(gate, settings, supervisor, channel, others)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else it is ignored, as under nohup
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # under nohup it is ignored
         signal.signal(signal.SIGHUP, lambda *_: server.handle_exit(signal.SIGTERM, None))
     server.run([listener])
 
 
 class Server(uvicorn.Server):
-    """A server that, told to stop, first says so at `/readyz` and goes on answering for a while.
+    """Drains before it stops: `/readyz` answers 503, and requests are still served for a while.
 
     Args:
         gate: answers the requests.
-        settings: what the environment decided.
-        supervisor: stop when this is no longer the parent process; None for none.
-        channel: leads to the supervisor.
+        settings: read from the environment.
+        supervisor: the supervisor's process id; the server stops when it has another parent.
+            None if there is no supervisor.
+        channel: connects to the supervisor.
         others: the other workers' listeners.
     """
 
@@ -177,7 +182,7 @@ class Server(uvicorn.Server):
     ) -> None:
         super().__init__(
             uvicorn.Config(
-                gate,  # type: ignore[arg-type] # uvicorn hands it on to `Connection`, uncalled
+                gate,  # type: ignore[arg-type] # uvicorn only passes it on to `Connection`
                 http=Connection,
                 ws="none",
                 lifespan="off",
@@ -195,10 +200,10 @@ class Server(uvicorn.Server):
         self._supervisor = supervisor
         self._channel = channel
         self._others = others
-        self._waited: list[socket.socket] = []  # at the last tick
+        self._waiting: list[socket.socket] = []  # others with connections at the last tick
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start answering, and log that; with several workers, the supervisor logs the page."""
+        """Start to serve, and log it. With several workers, the supervisor logs the page's URL."""
         await super().startup(sockets)
         if self._channel is not None:
             await self._channel.open()
@@ -209,19 +214,19 @@ class Server(uvicorn.Server):
             logger.info("ready", extra={"fields": fields})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept the connections that are waiting, then stop.
+        """Accept the connections that wait at the listeners, serve them, then stop.
 
-        Closing a listener resets the connections that nobody has accepted yet, and their clients
-        may have sent a request.
+        The kernel resets connections that are not accepted before their listener closes, though
+        their clients may have sent a request.
         """
         self._admission.draining = True
         for listener in sockets or []:
             refuse_new_connections(listener)
-            with listener.dup() as last:
-                last.setblocking(False)
+            with listener.dup() as copy:  # uvicorn's servers close the listener itself
+                copy.setblocking(False)
                 for server in self.servers:
                     server.close()
-                await self._accept_waiting(last)
+                await self._accept_waiting(copy)
         for listener in self._others:
             await self._accept_waiting(listener)
             listener.close()
@@ -230,7 +235,7 @@ class Server(uvicorn.Server):
             await self._channel.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
-        """Drain at the first SIGTERM; stop at once at SIGINT or a second signal."""
+        """Drain on the first SIGTERM; stop without draining on SIGINT or a second signal."""
         if sig == signal.SIGTERM and not self._admission.draining:
             self._admission.draining = True
             self._stop_at = monotonic() + self._drain_seconds
@@ -239,7 +244,7 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Look ten times a second whether it is time to stop."""
+        """Check whether it is time to stop; uvicorn calls this ten times a second."""
         orphaned = self._supervisor is not None and os.getppid() != self._supervisor
         if monotonic() >= self._stop_at or orphaned:
             self._admission.draining = True
@@ -248,22 +253,22 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _help_others(self) -> None:
-        """Accept the connections that have waited for another worker since the last tick.
+        """Accept connections that have waited at another worker's listener since the last tick.
 
-        It is dead, hangs, or has too much to do.
+        That worker is dead, hangs, or is overloaded.
         """
         waiting, _, _ = select.select(self._others, [], [], 0)
         for listener in waiting:
-            if listener in self._waited:
+            if listener in self._waiting:
                 await self._accept_waiting(listener)
-        self._waited = waiting
+        self._waiting = waiting
 
     async def _accept_waiting(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(OSError):  # no more are waiting, or no descriptor is free
+        with contextlib.suppress(OSError):  # none is left, or no file descriptor is free
             while True:
                 connection, _ = listener.accept()
-                await loop.connect_accepted_socket(self._connection, connection)
+                await loop.connect_accepted_socket(self._make_connection, connection)
 
-    def _connection(self) -> Connection:
+    def _make_connection(self) -> Connection:
         return Connection(self.config, self.server_state, {})

@@ -1,1 +1,1 @@
-"""The model file: what it promises, how it is opened and run."""
+"""The model: its file is checked, loaded and run."""

@@ -1,8 +1,8 @@
-"""What a model file promises: its graph, its classes, its digest. Needs no ONNX Runtime.
+"""The contract of a model file: digest, graph, metadata. Any package of the service may import it.
 
-Any room of the service may import this module. It checks the whole file before any other parser
-sees it: first the digest over its bytes, then that it holds the exporter's graph and nothing else.
-So a damaged or foreign file is refused with one sentence, in bounded time.
+The whole file is checked here before ONNX Runtime parses it: first the digest over its bytes, then
+that it has the exported graph and nothing else. So a damaged or foreign file is refused with one
+sentence, in bounded time. This module imports nothing heavy.
 """
 
 import base64
@@ -21,16 +21,16 @@ from service.model.onnx_format import GRAPH, FormatError, Message, parse
 
 INPUT = ("pixels", "UINT8", [1, 28, 28])
 OUTPUT = ("probabilities", "FP32", [10])
-"""Name, datatype in the Open Inference Protocol's words, shape without the batch."""
+"""Name, datatype as in the Open Inference Protocol, shape without the batch."""
 
 IMAGE_SIZE = prod(INPUT[2])
 CLASSES = OUTPUT[2][0]
 
 MAX_CLASS_NAME = 64  # characters
 MAX_BYTES = 2**20  # five times the committed file
-MAX_SELF_TEST_TOLERANCE = 1e-5  # the exporter's own
-DIGEST_ENTRY = b"\x72\x4a\x0a\x06digest\x12\x40"  # begins a metadata entry of 64 characters
-NO_DIGEST = b"0" * 64
+MAX_SELF_TEST_TOLERANCE = 1e-5  # the exporter's
+DIGEST_ENTRY = b"\x72\x4a\x0a\x06digest\x12\x40"  # the metadata entry up to its 64 characters
+NO_DIGEST = b"0" * 64  # stands in for the digest while it is computed
 REMEDY = "put a file written by `python -m training export` there, or set BNLENET_MODEL_PATH"
 
 FLOAT, UINT8 = 1, 2  # TensorProto.DataType
@@ -48,20 +48,20 @@ NODES: tuple[tuple[str, Mapping[str, int | list[int]]], ...] = (
     *(LINEAR, SIGMOID, LINEAR, SIGMOID, LINEAR),
     ("Softmax", {"axis": 1}),
 )
-"""Operators and attributes. Each node reads the result of the node before it and its weights."""
+"""Operators and attributes. A node reads the output of the node before it, then its weights."""
 
-WEIGHTS = {"Div": 1, "Conv": 2, "Gemm": 2}
-"""How many weights an operator reads; the others read none."""
+WEIGHT_COUNTS = {"Div": 1, "Conv": 2, "Gemm": 2}
+"""The number of weights that an operator reads; the others read none."""
 
-SHAPES: tuple[list[int], ...] = (
+WEIGHT_SHAPES: tuple[list[int], ...] = (
     [],
     *([6, 1, 5, 5], [6], [16, 6, 5, 5], [16]),
     *([120, 256], [120], [84, 120], [84], [CLASSES, 84], [CLASSES]),
 )
-"""Of the weights, in the order in which the nodes read them."""
+"""In the order in which the nodes read the weights."""
 
-fits_a_path = re.compile(r"(?!stats\Z)[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}").fullmatch
-"""Whether a name can stand in the Open Inference Protocol's paths; `/v2/models/stats` is taken."""
+is_path_segment = re.compile(r"(?!stats\Z)[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}").fullmatch
+"""Whether a name fits into the Open Inference Protocol's paths; `/v2/models/stats` is taken."""
 
 NAME_FORM = "64 letters, digits, dots, hyphens and underscores"
 
@@ -72,15 +72,15 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the model file says of itself, and where it runs.
+    """A loaded model's description.
 
     Attributes:
         name: the model's name.
         version: the model's version, as in the Open Inference Protocol's paths.
         revision: the first 12 hexadecimal digits of the file's SHA-256.
         classes: the ten class names, by class id.
-        provider: the execution provider that the session really has.
-        metadata: all the file's metadata entries.
+        provider: the execution provider that the session has got.
+        metadata: all metadata entries of the file.
     """
 
     name: str
@@ -93,12 +93,12 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """Images with the probabilities that the unfolded model gives for them in float64.
+    """Images, and the probabilities of the unfolded model in float64 for them.
 
     Attributes:
         pixels: n images of 784 bytes.
         probabilities: n rows of 10.
-        tolerance: the largest difference of a probability that passes.
+        tolerance: the largest difference of a probability that is allowed.
     """
 
     pixels: bytes
@@ -108,12 +108,13 @@ class SelfTest:
 
 @dataclass(frozen=True)
 class Artefact:
-    """A model file whose digest, graph and metadata are checked; see `ModelInfo` for the rest.
+    """A model file whose digest, graph and metadata have been checked.
 
     Attributes:
-        path: of the file, also where a folder was given.
-        data: its bytes.
-        self_test: to be run before the model is served.
+        path: the file's path, also when a folder was given.
+        data: the file's bytes.
+        name, version, revision, classes, metadata: as in `ModelInfo`.
+        self_test: must pass before the model is served.
     """
 
     path: Path
@@ -127,23 +128,23 @@ class Artefact:
 
 
 def read_artefact(path: Path, name: str | None = None) -> Artefact:
-    """Read a model file and check all that it promises, without running it.
+    """Read a model file and check it, without running the model.
 
     Args:
         path: an ONNX file as `training` exports it, or a folder with one such file.
         name: replaces the model's name in the file.
 
     Raises:
-        ModelError: the file is missing, damaged, or not as `training` exports it.
+        ModelError: the file is missing or damaged, or differs from what `training` exports.
     """
     return check_artefact(*read_file(path), name)
 
 
 def read_file(path: Path) -> tuple[Path, bytes]:
-    """Return the path of a model file, or of the one in a folder, and its bytes, unchecked.
+    """Return a model file's path and its bytes, unchecked. A folder must have one such file.
 
     Raises:
-        ModelError: it is missing, unreadable or too large.
+        ModelError: the file is missing, unreadable or too large.
     """
     try:
         if path.is_dir():
@@ -154,7 +155,7 @@ def read_file(path: Path) -> tuple[Path, bytes]:
                     " leave one there, or set BNLENET_MODEL_PATH to the file."
                 )
             path = files[0]
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for a writer
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
             raise ModelError(f"{path} is not a regular file: {REMEDY}.")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -167,15 +168,15 @@ def read_file(path: Path) -> tuple[Path, bytes]:
 
 
 def check_artefact(path: Path, data: bytes, name: str | None = None) -> Artefact:
-    """Check all that a model file's bytes promise; see `read_artefact`.
+    """Check the bytes of a model file.
 
     Args:
-        path: where they come from, for the error messages.
-        data: the bytes.
+        path: the file's path, for error messages.
+        data: the file's bytes.
         name: replaces the model's name in the file.
 
     Raises:
-        ModelError: the file is damaged, or not as `training` exports it.
+        ModelError: the file is damaged, or differs from what `training` exports.
     """
     _check_digest(data, path)
     try:
@@ -201,34 +202,34 @@ def check_artefact(path: Path, data: bytes, name: str | None = None) -> Artefact
         raise ModelError(
             f"The model file {path} lacks the metadata entry {exc}: {REMEDY}."
         ) from exc
-    except (ValueError, TypeError, RecursionError) as exc:  # the last: of JSON nested too deep
+    except (ValueError, TypeError, RecursionError) as exc:  # RecursionError: JSON nested too deep
         raise ModelError(f"The metadata of the model file {path} is damaged: {REMEDY}.") from exc
     for what, text in (("name", artefact.name), ("version", artefact.version)):
-        if not fits_a_path(text):
+        if not is_path_segment(text):
             raise ModelError(
-                f"The model file {path} has the {what} {text[:80]!r}, which cannot stand in a URL:"
-                f" use up to {NAME_FORM}."
+                f"The model file {path} has the {what} {text[:80]!r}, which does not fit into a"
+                f" URL: use up to {NAME_FORM}."
             )
     return artefact
 
 
 def _check_digest(data: bytes, path: Path) -> None:
-    """Check that the file ends with its SHA-256, taken with zeros in the digest's place."""
+    """Check that the file ends with its SHA-256, computed with zeros in place of the digest."""
     body, digest = data[: -len(NO_DIGEST)], data[-len(NO_DIGEST) :]
     if not body.endswith(DIGEST_ENTRY):
         raise ModelError(
-            f"The model file {path} is damaged, cut short, or not from this project's export (it"
-            f" does not end with a digest): {REMEDY}."
+            f"The model file {path} is damaged, cut short, or not exported by this project (it does"
+            f" not end with a digest): {REMEDY}."
         )
     if hashlib.sha256(body + NO_DIGEST).hexdigest().encode() != digest:
-        raise ModelError(f"The model file {path} is damaged (its digest shows it): {REMEDY}.")
+        raise ModelError(f"The model file {path} is damaged (its digest does not match): {REMEDY}.")
 
 
 def _check_graph(model: Message) -> None:
-    """Check that the graph is the exporter's, with any weights.
+    """Check that the model has the exported graph. The weights may have any values.
 
     Raises:
-        FormatError: something else is in it.
+        FormatError: it differs, or has anything else.
     """
     opsets = [{"domain": "", "version": OPSET}]
     if model["ir_version"] != IR_VERSION or model["opset_import"] != opsets:
@@ -239,14 +240,14 @@ def _check_graph(model: Message) -> None:
     if graph["output"] != [_value_info(OUTPUT[0], FLOAT, OUTPUT[2])]:
         raise FormatError("its output is not `probabilities`, float32 [batch, 10]")
     weights = graph["initializer"]
-    if [tensor["dims"] for tensor in weights] != [*SHAPES] or any(
+    if [tensor["dims"] for tensor in weights] != [*WEIGHT_SHAPES] or any(
         tensor["data_type"] != FLOAT or len(tensor["raw_data"] or b"") != 4 * prod(tensor["dims"])
         for tensor in weights
     ):
         raise FormatError("its weights are not LeNet's, in float32")
     expected, values, unread = [], [INPUT[0]], [tensor["name"] for tensor in weights]
     for node, (operator, attributes) in zip(graph["node"], NODES, strict=False):
-        inputs = [values[-1], *unread[: WEIGHTS.get(operator, 0)]]
+        inputs = [values[-1], *unread[: WEIGHT_COUNTS.get(operator, 0)]]
         del unread[: len(inputs) - 1]
         values += node["output"][:1]
         expected.append(
@@ -262,9 +263,9 @@ def _check_graph(model: Message) -> None:
     if (
         graph["node"] != expected
         or values[-1] != OUTPUT[0]
-        or len(distinct) != 1 + len(NODES) + len(SHAPES)
+        or len(distinct) != 1 + len(NODES) + len(WEIGHT_SHAPES)
     ):
-        raise FormatError("its nodes are not LeNet's as exported")
+        raise FormatError("its nodes are not those of the export")
 
 
 def _value_info(name: str, elem_type: int, shape: list[int]) -> Message:
@@ -291,11 +292,11 @@ def _class_names(text: str) -> tuple[str, ...]:
     names = json.loads(text)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("the classes are not a list of strings")
-    # Not printable are surrogates, control characters and such as turn the direction of writing.
+    # This excludes surrogates, control characters, and those that change the writing direction.
     if not all(name.isprintable() and 0 < len(name) <= MAX_CLASS_NAME for name in names):
-        raise ValueError("a class has a name that cannot be shown")
+        raise ValueError("a class name is empty, too long or not printable")
     if not len(set(names)) == len(names) == CLASSES:
-        raise ValueError("not ten different classes")
+        raise ValueError("the class names are not ten different ones")
     return tuple(names)
 
 
@@ -304,9 +305,9 @@ def _self_test(text: str) -> SelfTest:
     pixels = base64.b64decode(entry["pixels"], validate=True)
     rows, tolerance = entry["probabilities"], entry["tolerance"]
     if not rows or len(pixels) != len(rows) * IMAGE_SIZE:
-        raise ValueError("not one row of probabilities for each image")
+        raise ValueError("the probabilities are not one row for each image")
     if any(len(row) != CLASSES or set(map(type, row)) != {float} for row in rows):
-        raise ValueError("not ten probabilities in each row")
+        raise ValueError("a row does not have ten probabilities")
     if not 0 < tolerance <= MAX_SELF_TEST_TOLERANCE:  # also when it is NaN
-        raise ValueError("a tolerance that proves nothing")
+        raise ValueError("the tolerance is not between 0 and the exporter's")
     return SelfTest(pixels, rows, tolerance)

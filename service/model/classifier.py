@@ -1,4 +1,4 @@
-"""The model file, checked and loaded: pixels in, probabilities out. Knows arrays only."""
+"""The loaded model: pixels in, probabilities out. This module knows arrays only."""
 
 from bisect import bisect_left
 from collections.abc import Callable
@@ -26,17 +26,17 @@ Run = Callable[[list[str], dict[str, NDArray[np.uint8]]], list[NDArray[np.float3
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 OUTPUTS = [OUTPUT[0]]
-MAX_BATCH = 32  # larger ones gain nothing on a CPU, and what memory they take is never given back
+MAX_BATCH = 32  # on a CPU a larger batch is no faster, and ONNX Runtime never frees its memory
 BATCHES_CHECKED = (*range(2, 17), 31, 32)
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # the only batches that a GPU gets
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # the only batch sizes that run on a GPU
 
 
 class Classifier:
-    """A loaded model that agreed with its own self-test.
+    """A loaded model.
 
     Args:
-        session: an ONNX Runtime session that keeps the contract.
-        info: what to tell about the model.
+        session: an ONNX Runtime session of a checked model file.
+        info: the model's description.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, info: ModelInfo) -> None:
@@ -49,7 +49,7 @@ class Classifier:
             self._max_batch = 1
 
     def probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Classify images. On a CPU the answer for an image is the same bits in any batch.
+        """Classify images. On a CPU an image gets the same bits in any batch.
 
         Args:
             pixels: uint8 [n, 1, 28, 28], C-contiguous, 0 = background.
@@ -57,21 +57,21 @@ class Classifier:
         Returns:
             float32 [n, 10]; each row sums to 1.
         """
-        most = self._max_batch
-        if len(pixels) <= most:
+        size = self._max_batch
+        if len(pixels) <= size:
             return self._run(pixels)
         return np.concatenate(
-            [self._run(pixels[i : i + most]) for i in range(0, len(pixels), most)]
+            [self._run(pixels[i : i + size]) for i in range(0, len(pixels), size)]
         )
 
     def _run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self._session_run(OUTPUTS, {"pixels": pixels})[0]
 
     def _rows_are_independent(self) -> bool:
-        """Tell whether an image gets the same bits alone and in a batch.
+        """Return whether an image gets the same bits alone and in a batch.
 
-        ONNX Runtime does not promise it: its kernels may add up in another order for another
-        number of rows. Where that happens, images are run one by one.
+        ONNX Runtime does not promise it: its kernels may sum in another order for another number
+        of rows. On such a machine, images are run one by one.
         """
         size = MAX_BATCH * 28 * 28
         noise = (np.arange(size, dtype=np.uint32) * np.uint32(2_654_435_761)) >> 24
@@ -87,17 +87,17 @@ class Classifier:
         name: str | None = None,
         data: bytes | None = None,
     ) -> Self:
-        """Load a model file that keeps its promises, and run its self-test.
+        """Check a model file, open it in ONNX Runtime, and run its self-test.
 
         Args:
             path: an ONNX file as `training` exports it, or a folder with one such file.
-            device: "cuda" insists on a GPU; "auto" is "cpu", the faster for single images.
+            device: "cuda" needs a GPU; "auto" is "cpu", which is faster for single images.
             name: replaces the model's name in the file.
-            data: the file's bytes, where they have been read already.
+            data: the file's bytes, if they have been read already.
 
         Raises:
-            ModelError: the file is missing, damaged, not ours, fails its self-test, or the device
-                is not to be had.
+            ModelError: the file is missing, damaged or not exported by `training`; its self-test
+                fails; or the device is not available.
         """
         if data is None:
             path, data = read_file(path)
@@ -114,7 +114,7 @@ class Classifier:
         try:
             classifier = cls(session, info)
             error = _self_test_error(classifier, artefact.self_test)
-        except Exception as exc:  # as in _open_session
+        except Exception as exc:  # as in `_open_session`
             raise ModelError(
                 f"The model file {artefact.path} cannot be run on {info.provider}: {REMEDY}."
             ) from exc
@@ -134,10 +134,10 @@ def _self_test_error(classifier: Classifier, test: SelfTest) -> float:
 
 
 def _in_buckets(run: Run) -> Run:
-    """Return a way to run batches padded up to one of the `BUCKETS`; run each of these once now.
+    """Return a function that pads batches to one of the `BUCKETS`; first run each size once.
 
-    CUDA searches for its algorithms at every new shape, and what memory a shape takes is never
-    given back. IO binding and CUDA graphs are not used: neither has been measured on a GPU here.
+    CUDA searches for algorithms at every new shape, and never frees the memory for a shape. IO
+    binding and CUDA graphs are not used: their gain on a GPU has not been measured.
     """
 
     def run_padded(
@@ -156,11 +156,11 @@ def _in_buckets(run: Run) -> Run:
 
 def _open_session(artefact: Artefact, device: Device) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # no pool, no spinning; one image is too little to share
+    options.intra_op_num_threads = 1  # one image is too little work to share between threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what is wrong becomes our one sentence
-    # All else is ONNX Runtime's default, full optimisation included: measured inside the server,
-    # the alternatives (less optimisation, no arena, denormals as zero) were no faster.
+    options.log_severity_level = 4  # fatal only: errors become our one sentence
+    # The other options keep ONNX Runtime's defaults. In the server, less optimisation, no arena and
+    # denormals as zero were no faster.
     try:
         session = onnxruntime.InferenceSession(artefact.data, options, providers=[CPU])
     except Exception as exc:  # ONNX Runtime's own classes share no public base
@@ -171,7 +171,7 @@ def _open_session(artefact: Artefact, device: Device) -> onnxruntime.InferenceSe
 
 
 def _open_on_cuda(data: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    """Open a session on the GPU, or fail: ONNX Runtime would go on with the CPU in silence."""
+    """Open a session on the GPU, or fail; ONNX Runtime alone would silently use the CPU."""
     cause: Exception | None = None
     if CUDA in onnxruntime.get_available_providers():  # else ONNX Runtime prints a warning
         onnxruntime.preload_dlls()
@@ -181,7 +181,7 @@ def _open_on_cuda(data: bytes, options: onnxruntime.SessionOptions) -> onnxrunti
             session = onnxruntime.InferenceSession(data, options, providers=providers)
             if session.get_providers()[0] == CUDA:
                 return session
-        except Exception as exc:  # as above; the file itself is sound, a session has been opened
+        except Exception as exc:  # as above; the file is good: a CPU session has opened it
             cause = exc
     raise ModelError(
         "BNLENET_DEVICE is cuda, but ONNX Runtime got no CUDA device: install the `gpu` extra and"

@@ -1,4 +1,4 @@
-"""How requests get to the model: together, when several are there, and never on a timer."""
+"""Batches requests for the model: those that have arrived run together, and none waits for more."""
 
 import asyncio
 from collections import deque
@@ -14,30 +14,30 @@ from service.telemetry.tallies import Runs, Stages
 
 Pixels = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]
-Waiting = tuple[Pixels, asyncio.Future[Probabilities], Stages, float]  # and since when
+Waiting = tuple[Pixels, asyncio.Future[Probabilities], Stages, float]  # the last: since when
 
 
 class Load(Protocol):
-    """What inference needs of admission: a request that is alone does not wait for others."""
+    """What inference needs of admission: whether a request is alone."""
 
     @property
     def in_flight(self) -> int:
-        """How many requests have arrived and are not answered."""
+        """The number of requests that have arrived and are not answered."""
 
 
 class Inference:
-    """Runs the model on the event loop, for all requests that came in the same turn of it.
+    """Runs the model on the event loop, once for all requests of one iteration of the loop.
 
-    A thread would cost more than the model does. Running several images at once costs less than
-    each on its own, by the price of a call and of caches that went cold in between. Nobody waits
-    for company: the model runs when the loop has seen what had already arrived, and for a request
-    that is alone it runs at once.
+    A thread would take longer than the model itself. One run of several images takes less time than
+    several runs: it saves calls, and the CPU's caches stay warm. Requests never wait for a batch to
+    fill: the model runs after the loop has handled what had already arrived. A request that is
+    alone runs at once.
 
     Args:
         classifier: the model.
-        runs: is told of every run, and of every wait for one.
-        load: how many requests are in flight.
-        max_batch: the most images to run together; a single request may bring more.
+        runs: counts the runs, and the waits for them.
+        load: the number of requests in flight.
+        max_batch: the most images in a run; a single request may have more.
 
     Attributes:
         runs: as given.
@@ -61,7 +61,7 @@ class Inference:
 
         Args:
             pixels: the images.
-            stages: gets the request's wait and the seconds and images of its run.
+            stages: its `wait`, `run` and `images` are set.
         """
         stages = stages or Stages()
         if self._load.in_flight == 1:
@@ -73,40 +73,41 @@ class Inference:
             return probabilities
         loop = asyncio.get_running_loop()
         if not self._waiting:
-            loop.call_soon(self._turn)
+            loop.call_soon(self._run_batch)
         future: asyncio.Future[Probabilities] = loop.create_future()
         self._waiting.append((pixels, future, stages, perf_counter()))
         return await future
 
-    def _turn(self) -> None:
-        """Run the model for those who wait; leave what is too much to the loop's next turn."""
-        batch, images = self._take()
+    def _run_batch(self) -> None:
+        """Run the model for one batch; what does not fit waits for the loop's next iteration."""
+        batch, images = self._take_batch()
         if images is not None:
             try:
                 probabilities, seconds = self._run(images)
-            except Exception as exc:  # raised again in each request that waits for it
+            except Exception as exc:  # raised again in every request of the batch
                 self._fail(batch, exc)
             else:
                 self._deliver(batch, probabilities, seconds)
         if self._waiting:
-            asyncio.get_running_loop().call_soon(self._turn)
+            asyncio.get_running_loop().call_soon(self._run_batch)
 
-    def _take(self) -> tuple[list[Waiting], Pixels | None]:
-        """Take the longest-waiting requests that fit one batch, without those given up since."""
+    def _take_batch(self) -> tuple[list[Waiting], Pixels | None]:
+        """Take the oldest requests that fit into one batch, without those that were cancelled."""
         waiting = self._waiting
         batch: list[Waiting] = []
         size = 0
         now = perf_counter()
         while waiting and (not batch or size + len(waiting[0][0]) <= self._max_batch):
-            one = waiting.popleft()
-            if not one[1].done():
-                batch.append(one)
-                size += len(one[0])
-                one[2].wait = now - one[3]
-                self.runs.queue.observe(one[2].wait)
+            request = waiting.popleft()
+            pixels, future, stages, since = request
+            if not future.done():
+                batch.append(request)
+                size += len(pixels)
+                stages.wait = now - since
+                self.runs.queue.observe(stages.wait)
         if len(batch) < 2:
             return batch, batch[0][0] if batch else None
-        return batch, np.concatenate([one[0] for one in batch])
+        return batch, np.concatenate([request[0] for request in batch])
 
     def _run(self, images: Pixels) -> tuple[Probabilities, float]:
         begin = perf_counter()
@@ -131,9 +132,9 @@ class Inference:
 
 
 class ThreadedInference(Inference):
-    """Runs the model in a thread of its own, for a device that works while Python goes on.
+    """Runs the model in a thread, for a device that works while the event loop goes on.
 
-    A request that finds the device idle goes at once; those that come meanwhile go together, as
+    A request runs at once if the device is idle. Those that arrive while it is busy run together as
     soon as it is free.
     """
 
@@ -153,20 +154,20 @@ class ThreadedInference(Inference):
         future: asyncio.Future[Probabilities] = asyncio.get_running_loop().create_future()
         self._waiting.append((pixels, future, stages or Stages(), perf_counter()))
         if not self._busy:
-            self._start()
+            self._start_run()
         return await future
 
-    def _start(self) -> None:
-        batch, images = self._take()
+    def _start_run(self) -> None:
+        batch, images = self._take_batch()
         self._busy = images is not None
         if images is not None:
             running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, images)
-            running.add_done_callback(lambda done: self._finish(batch, done))
+            running.add_done_callback(lambda done: self._finish_run(batch, done))
 
-    def _finish(
+    def _finish_run(
         self, batch: list[Waiting], done: asyncio.Future[tuple[Probabilities, float]]
     ) -> None:
-        self._start()  # the device works while the answers go out
+        self._start_run()  # first: the device works while the answers are sent
         error = done.exception()
         if error is not None:
             self._fail(batch, error)

@@ -1,8 +1,8 @@
-"""Reads the messages of an ONNX file, as far as the export writes them, and refuses all else.
+"""Parses an ONNX file as the export writes it, and refuses all other content.
 
-The service may not import `onnx`, and ONNX Runtime accepts far more than a model file of this
-project contains: external data, subgraphs, functions. Fields that the schemas here do not list are
-errors, and no schema contains itself. So the depth is fixed and the time grows with the size.
+The service does not import `onnx`, and ONNX Runtime accepts far more than this project's files
+have: external data, subgraphs, functions. Here any field outside the schema is an error, and no
+schema contains itself. So the depth is bounded, and the time grows with the size alone.
 
 Wire format: https://protobuf.dev/programming-guides/encoding/; messages:
 https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 Schema = dict[int, tuple[str, Any]]
-"""Field number: (name, kind). A kind is `int` (a varint), `str`, `bytes` or another schema; a list
-of one of these is a repeated field."""
+"""Field number: (name, kind). A kind is `int` (a varint), `str`, `bytes` or another schema. In a
+list, it is a repeated field."""
 
 Message = dict[str, Any]
-"""Every field of a schema by name. An absent field is [] if it is repeated, else None."""
+"""All fields of a schema by name. An absent field is None, or [] if it is a repeated one."""
 
 VALUE_INFO: Schema = {
     1: ("name", str),
@@ -65,19 +65,19 @@ MAX_VARINT_BYTES = 10  # 64 bits, 7 in a byte
 
 
 class FormatError(Exception):
-    """The bytes are not a message of the schema; the message is half a sentence that says why."""
+    """The bytes are not a message of the schema; the error's text is a clause that says why."""
 
 
 def parse(data: bytes, schema: Schema = MODEL) -> Message:
-    """Read one message.
+    """Parse one message.
 
     Args:
-        data: the message, all of it.
+        data: the whole message.
         schema: the fields that it may have.
 
     Raises:
-        FormatError: the bytes are damaged, or have a field that the schema lacks, one of another
-            type, or one twice that is not repeated.
+        FormatError: the bytes are damaged; or a field is not in the schema, has another type, or
+            occurs twice and is not a repeated one.
     """
     message: Message = {
         name: [] if isinstance(kind, list) else None for name, kind in schema.values()
@@ -117,7 +117,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         number, wire_type = tag >> 3, tag & 7
         if wire_type == 0:
             yield number, value
-        elif wire_type == 2 and value <= len(data) - position:  # a length, and as many bytes
+        elif wire_type == 2 and value <= len(data) - position:  # a length, then the bytes
             yield number, data[position : position + value]
             position += value
         else:

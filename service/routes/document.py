@@ -22,11 +22,11 @@ ERRORS: dict[int, dict[str, str]] = {
     },
     401: {"unauthorized": "Send the API key as `Authorization: Bearer KEY`."},
     404: {
-        "not_found": "There is nothing at this path; see /docs for what there is.",
+        "not_found": "This path does not exist; see /docs for those that do.",
         "unknown_model": "Request for unknown model: the server has only `bn-lenet`.",
         "unknown_version": "Request for unknown model version: `bn-lenet` has only 1.",
     },
-    405: {"method_not_allowed": "This path is for other methods; see the Allow header."},
+    405: {"method_not_allowed": "This path does not take this method; see the Allow header."},
     408: {"request_timeout": "The request came too slowly; send all of it at once."},
     411: {"length_required": "Send a body, with its Content-Length."},
     413: {"payload_too_large": "The body has more than 10,485,760 bytes."},
@@ -36,7 +36,7 @@ ERRORS: dict[int, dict[str, str]] = {
     },
     422: {"invalid_input": "Send exactly 784 bytes, one for each pixel; the body has 3."},
     431: {"headers_too_large": "The header fields are too large."},
-    500: {"internal_error": "The server failed; if it goes on, report the request id."},
+    500: {"internal_error": "The server failed. If it fails again, report the request id."},
     501: {"unsupported_transfer_coding": "The only transfer coding taken is chunked."},
     503: {
         "overloaded": "The server is at its limit; try again in a second.",

@@ -1,4 +1,4 @@
-"""Log lines, as text or as JSON, the server's own in the same form."""
+"""Log lines as text or as JSON; uvicorn's lines have the same form."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ STYLES: dict[int, dict[str, Any]] = {
 
 
 class JSONFormatter(logging.Formatter):
-    """One JSON object a line; a record's `fields` become its members."""
+    """Writes a JSON object a line. The record's `fields` become members of the object."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as JSON."""
@@ -40,10 +40,10 @@ class JSONFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The same for the eye: time, level, message, then `name=value` for each field.
+    """Writes time, level, message, then `name=value` for each of the record's `fields`.
 
     Args:
-        colour: whether to colour the level and dim the time, for a terminal.
+        colour: colour the level and dim the time, for a terminal.
     """
 
     def __init__(self, *, colour: bool = False) -> None:
@@ -64,7 +64,7 @@ class TextFormatter(logging.Formatter):
 
 
 def configure(settings: Settings) -> None:
-    """Send all log lines and warnings to standard error, in the form and from the level set."""
+    """Write log lines and warnings to standard error, in the format and from the level set."""
     handler = logging.StreamHandler(sys.stderr)
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")  # see no-color.org
     json_lines = settings.log_format == "json"
@@ -73,14 +73,14 @@ def configure(settings: Settings) -> None:
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
     logging.captureWarnings(True)
-    for noisy in ("asyncio", "PIL"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    # It logs each damaged form, which is the client's fault, before it raises that to us.
+    for chatty in ("asyncio", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # python_multipart logs every damaged form as a warning, and then raises the same to us.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 def _text(value: object) -> str:
-    """Return a field's value as one word of harmless characters, quoted where that needs it."""
+    """Return a field's value without spaces and control characters; quote it if it has any."""
     if not isinstance(value, str):
         return str(value)
     return value if PLAIN(value) else json.dumps(value)

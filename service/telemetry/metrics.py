@@ -1,4 +1,4 @@
-"""What the service counts, and how Prometheus and Triton's clients are told."""
+"""The metrics: counted here, and rendered for Prometheus and for Triton's statistics extension."""
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from itertools import accumulate
@@ -11,7 +11,17 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from service.model.artefact import ModelInfo
-from service.telemetry.tallies import BUCKETS, LATEST, Gauge, Runs, Series, Stages, Tally, Totals
+from service.telemetry.tallies import (
+    BUCKETS,
+    LAST_INFERENCE,
+    PROCESS_START,
+    Gauge,
+    Runs,
+    Series,
+    Stages,
+    Tally,
+    Totals,
+)
 
 BOUNDS = [*map(str, BUCKETS), "+Inf"]
 REQUESTS, REJECTED, BATCHES = "http_requests", "bnlenet_rejected", "batches"
@@ -31,19 +41,18 @@ GAUGES = {
     "process_virtual_memory_bytes": "Virtual memory of all worker processes.",
     "process_open_fds": "Open file descriptors of all worker processes.",
     "process_max_fds": "The most file descriptors that all worker processes may open.",
-    "process_start_time_seconds": "When the oldest worker process started, since 1970.",
+    PROCESS_START: "When the oldest worker process started, since 1970.",
 }
 
-
 Collect = Callable[[], Awaitable[Totals]]
-"""Returns the totals of all workers."""
+"""Returns the sum of all workers' totals."""
 
 
 class Metrics:
-    """What one process counts, and how it is told.
+    """The metrics of one process.
 
     Args:
-        model: what is served.
+        model: the model that is served.
 
     Attributes:
         decode: seconds from a complete body to pixels.
@@ -63,7 +72,7 @@ class Metrics:
         self.in_flight = Gauge()
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count one answered request; `route` and `method` must come from bounded sets."""
+        """Count one finished request. `route` and `method` must be of a bounded set."""
         try:
             tally = self._answers[route, method, status]
         except KeyError:
@@ -71,7 +80,7 @@ class Metrics:
         tally.observe(seconds)
 
     def answered(self, stages: Stages) -> None:
-        """Count the stages of one answered prediction request; its decoding is observed before."""
+        """Count the stages of one answered prediction; `decode` is observed before this."""
         self.encode.observe(stages.encode)
         batch = self.inference.batches[stages.images]
         batch[2] += 1
@@ -85,14 +94,14 @@ class Metrics:
         self._rejected[reason] = self._rejected.get(reason, 0) + 1
 
     def totals(self) -> Totals:
-        """Return this process's numbers, all as of one instant; to be called on the event loop."""
+        """Return this process's counts. On the event loop, all of them are of one instant."""
         runs = self.inference
         counters: Series = {
             (DECODE,): self.decode.numbers(),
             (QUEUE,): runs.queue.numbers(),
             (INFERENCE,): runs.numbers(),
             (ENCODE,): self.encode.numbers(),
-            (LATEST,): [runs.last],
+            (LAST_INFERENCE,): [runs.last],
         }
         for (route, method, status), tally in self._answers.items():
             counters[REQUESTS, route, method, str(status)] = tally.numbers()
@@ -102,20 +111,20 @@ class Metrics:
             counters[BATCHES, str(images)] = numbers.copy()
         gauges: Series = {(IN_FLIGHT,): [self.in_flight.value]}
         for family in self._process.collect():
-            of = counters if family.type == "counter" else gauges
-            of[(family.name,)] = [family.samples[0].value]
+            series = counters if family.type == "counter" else gauges
+            series[(family.name,)] = [family.samples[0].value]
         return Totals(counters, gauges)
 
     async def collect(self) -> Totals:
-        """Return the same; this process has no others beside it."""
+        """Return `totals` as a `Collect`, for a service of one process."""
         return self.totals()
 
     def render(self, totals: Totals, accept: str = "") -> tuple[bytes, str]:
-        """Write totals as text, and return it with its content type.
+        """Return totals as Prometheus text or OpenMetrics, and the content type.
 
         Args:
-            totals: of this process, or of all workers together.
-            accept: the request's header field; OpenMetrics is written for those that name it.
+            totals: of this process, or the sum of all workers.
+            accept: the request's `Accept` field, which may ask for OpenMetrics.
         """
         registry = CollectorRegistry()
         registry.register(_Families(totals, self._model))
@@ -124,7 +133,7 @@ class Metrics:
 
 
 class _Families(Collector):
-    """Totals in `prometheus_client`'s form."""
+    """Gives totals to prometheus_client as metric families."""
 
     def __init__(self, totals: Totals, model: ModelInfo) -> None:
         self._totals = totals
@@ -145,7 +154,7 @@ class _Families(Collector):
         rejected = CounterMetricFamily(
             REJECTED, "Requests refused, by the code in the answer.", labels=["reason"]
         )
-        durations = Totals()  # of any method
+        durations = Totals()  # by route and status, over all methods
         for (name, *labels), numbers in counters.items():
             if name == REQUESTS:
                 route, _, status = labels
@@ -160,7 +169,9 @@ class _Families(Collector):
             buckets, total = _histogram(counters[(name,)])
             yield HistogramMetricFamily(name, text, buckets, total)
         yield CounterMetricFamily("bnlenet_images", "Images classified.", _images(counters))
-        yield GaugeMetricFamily(LATEST, "When the model ran last.", counters[(LATEST,)][0])
+        yield GaugeMetricFamily(
+            LAST_INFERENCE, "When the model ran last.", counters[(LAST_INFERENCE,)][0]
+        )
         model = GaugeMetricFamily(
             "bnlenet_model_info",
             "The model that is served, and the execution provider that it really has.",
@@ -173,7 +184,7 @@ class _Families(Collector):
             text = "User and system CPU time of all worker processes."
             yield CounterMetricFamily(CPU_SECONDS, text, counters[(CPU_SECONDS,)][0])
         for name, text in GAUGES.items():
-            if (name,) in gauges:  # some systems tell nothing of a process
+            if (name,) in gauges:  # some systems do not report these of a process
                 yield GaugeMetricFamily(name, text, gauges[(name,)][0])
 
 
@@ -183,10 +194,9 @@ def _histogram(numbers: list[float]) -> tuple[list[tuple[str, float]], float]:
     return list(zip(BOUNDS, accumulate(counts), strict=True)), seconds
 
 
-def _batches(counters: Series) -> Iterator[tuple[int, list[float]]]:
-    """Return what was counted by the number of images in a run, in its order."""
-    found = ((int(labels[0]), n) for (name, *labels), n in counters.items() if name == BATCHES)
-    return iter(sorted(found))
+def _batches(counters: Series) -> list[tuple[int, list[float]]]:
+    """Return the numbers of `Runs.batches` by the number of images in a run, in rising order."""
+    return sorted((int(labels[0]), n) for (name, *labels), n in counters.items() if name == BATCHES)
 
 
 def _images(counters: Series) -> float:
@@ -194,18 +204,18 @@ def _images(counters: Series) -> float:
 
 
 def statistics(totals: Totals, routes: Iterable[str]) -> dict[str, Any]:
-    """Tell totals in the words of Triton's statistics extension.
+    """Return totals in the form of Triton's statistics extension.
 
-    A run's time counts once for each request in it. All stages of a request count when its answer
-    is complete, so their counts are equal at any moment; clients insist on that.
+    The time of a run counts once for each request in it. All stages of a request are counted at its
+    answer, so that their counts are equal at any moment: clients require it.
 
     Args:
-        totals: of this process, or of all workers together.
-        routes: the ways to the model.
+        totals: of this process, or the sum of all workers.
+        routes: the routes that run the model.
 
     Returns:
-        the members of a model's statistics, but for its name and version:
-        docs/protocol/extension_statistics.md in github.com/triton-inference-server/server.
+        the statistics of a model without its name and version, as in
+        docs/protocol/extension_statistics.md of github.com/triton-inference-server/server.
     """
     counters = totals.counters
     success, fail = [0.0, 0.0], [0.0, 0.0]
@@ -214,7 +224,7 @@ def statistics(totals: Totals, routes: Iterable[str]) -> dict[str, Any]:
             outcome = success if labels[2] == "200" else fail
             outcome[0] += sum(counts)
             outcome[1] += seconds
-    batches = [*_batches(counters)]
+    batches = _batches(counters)
     answered, *stages = (sum(numbers[i] for _, numbers in batches) for i in range(2, 7))
     inference = {"success": _duration(*success), "fail": _duration(*fail)}
     for name, seconds in zip(
@@ -222,7 +232,7 @@ def statistics(totals: Totals, routes: Iterable[str]) -> dict[str, Any]:
     ):
         inference[name] = _duration(answered, seconds)
     return {
-        "last_inference": int(counters[(LATEST,)][0] * 1e3),
+        "last_inference": int(counters[(LAST_INFERENCE,)][0] * 1e3),
         "inference_count": int(_images(counters)),
         "execution_count": int(sum(numbers[0] for _, numbers in batches)),
         "inference_stats": inference,

@@ -1,4 +1,4 @@
-"""Counts in plain numbers: quick to add to, and summed over the worker processes."""
+"""Counters and histograms in plain numbers: cheap to update, and summed over all workers."""
 
 from bisect import bisect_left
 from collections import defaultdict
@@ -13,12 +13,12 @@ BUCKETS = (
     *(n / 1e6 for n in (15, 30, 45, 60, 90, 125, 250, 500, 1e3, 2e3, 4e3, 8e3)),
     *(0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
-LATEST = "bnlenet_last_inference_timestamp_seconds"
-EARLIEST = "process_start_time_seconds"
+LAST_INFERENCE = "bnlenet_last_inference_timestamp_seconds"
+PROCESS_START = "process_start_time_seconds"
 
 Series = dict[tuple[str, ...], list[float]]
-"""Numbers by a metric's name and its labels' values. A histogram has one for each bucket, then
-the sum of what it observed; other metrics have one."""
+"""Numbers by metric name and label values. A histogram has a number for each bucket, then the sum
+of its observations; other metrics have one number."""
 
 
 class Gauge:
@@ -39,11 +39,11 @@ class Gauge:
 
 
 class Tally:
-    """A histogram of durations in plain numbers: a tenth of what `Histogram.observe` costs.
+    """A histogram of durations. `observe` takes a tenth of the time of prometheus_client's.
 
     Attributes:
-        counts: events by bucket, the last without a bound.
-        seconds: the sum of their durations.
+        counts: events in each bucket; the last bucket has no upper bound.
+        seconds: the sum of all durations.
     """
 
     __slots__ = ("counts", "seconds")
@@ -53,23 +53,23 @@ class Tally:
         self.seconds = 0.0
 
     def observe(self, seconds: float) -> None:
-        """Count one event."""
+        """Count one event of this duration."""
         self.counts[bisect_left(BUCKETS, seconds)] += 1
         self.seconds += seconds
 
     def numbers(self) -> list[float]:
-        """Return the numbers of its series."""
+        """Return the counts, then the sum, as in `Series`."""
         return [*self.counts, self.seconds]
 
 
 class Stages:
-    """Where the time of one request went.
+    """The time that one request spent in each stage.
 
     Attributes:
-        decode: seconds from its complete body to pixels.
-        wait: seconds from pixels to the start of its run.
-        run: seconds of the model's run, which it may share with other requests.
-        images: how many images were in that run.
+        decode: seconds from the complete body to pixels.
+        wait: seconds from pixels to the start of the model's run.
+        run: seconds of the model's run, which may be shared with other requests.
+        images: the number of images in that run.
         encode: seconds from probabilities to the answer.
     """
 
@@ -86,12 +86,12 @@ class Runs(Tally):
     """The model's runs.
 
     Attributes:
-        last: when the latest ended, in seconds since 1970.
-        queue: counts the requests, and how long they waited for their run to begin.
-        batches: by the number of images in a run: how many runs, and their seconds; how many
-            requests of such runs were answered, and their seconds of decoding, waiting, running
-            and encoding. A request counts when its answer is complete, so its four stages always
-            have the same count.
+        last: when the latest run ended, in seconds since 1970.
+        queue: the time that requests waited for their run.
+        batches: seven numbers by the number of images in a run. Of the runs: their count and
+            seconds. Of the requests in them that were answered: their count, and their seconds of
+            decoding, waiting, running and encoding. All four stages of a request are added at its
+            answer, so that one count holds for all.
     """
 
     __slots__ = ("batches", "last", "queue")
@@ -104,7 +104,7 @@ class Runs(Tally):
 
     @property
     def images(self) -> int:
-        """How many images the runs classified."""
+        """The number of images in all runs."""
         return int(sum(images * numbers[0] for images, numbers in self.batches.items()))
 
     def ran(self, images: int, seconds: float) -> None:
@@ -118,11 +118,12 @@ class Runs(Tally):
 
 @dataclass
 class Totals:
-    """What one process has counted, or several together.
+    """The counts of one process, or the sum of several.
 
     Attributes:
-        counters: counters and histograms. They outlive their process, so sums never fall.
-        gauges: what a process has now; nothing once it has ended.
+        counters: counters and histograms. They stay in the sum when their process ends, so that it
+            never falls.
+        gauges: present values. They leave the sum when their process ends.
     """
 
     counters: Series = field(default_factory=dict)
@@ -134,28 +135,28 @@ class Totals:
         _add(self.gauges, other.gauges)
 
     def add_ended(self, other: Self) -> None:
-        """Add the numbers of a process that has ended."""
+        """Add the counters of a process that has ended."""
         _add(self.counters, other.counters)
 
     def to_json(self) -> bytes:
-        """Return it as one line of JSON."""
+        """Return the totals as one line of JSON."""
         return orjson.dumps([[*self.counters.items()], [*self.gauges.items()]])
 
     @classmethod
     def from_json(cls, line: bytes) -> Self:
-        """Read what `to_json` wrote."""
+        """Parse what `to_json` returns."""
         counters, gauges = orjson.loads(line)
         return cls({tuple(k): v for k, v in counters}, {tuple(k): v for k, v in gauges})
 
 
-def _add(to: Series, other: Mapping[tuple[str, ...], list[float]]) -> None:
+def _add(series: Series, other: Mapping[tuple[str, ...], list[float]]) -> None:
     for key, numbers in other.items():
-        have = to.get(key)
-        if have is None:
-            to[key] = numbers
-        elif key[0] == LATEST:
-            to[key] = max(have, numbers)
-        elif key[0] == EARLIEST:
-            to[key] = min(have, numbers)
+        present = series.get(key)
+        if present is None:
+            series[key] = numbers
+        elif key[0] == LAST_INFERENCE:
+            series[key] = max(present, numbers)
+        elif key[0] == PROCESS_START:
+            series[key] = min(present, numbers)
         else:
-            to[key] = [a + b for a, b in zip(have, numbers, strict=True)]
+            series[key] = [a + b for a, b in zip(present, numbers, strict=True)]

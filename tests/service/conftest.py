@@ -381,7 +381,7 @@ def through_framework(app: Gate) -> Gate:
     """Let the framework's routes call the hot paths' handlers."""
 
     async def handler(exchange: Exchange) -> Answer:
-        return await framework.ask(app.application, exchange)
+        return await framework.call(app.application, exchange)
 
     for key, hot_path in app.hot_paths.items():
         app.hot_paths[key] = hot_path._replace(handler=handler)

@@ -135,8 +135,8 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     [
         ("cors_origins", "b.example", "'b.example' is not an origin such as https://example.org."),
         ("cors_origins", "http://a/b", "'http://a/b' has a path; an origin is scheme, host and"),
-        ("api_key", " a", "it has control characters, or begins or ends with white space, which"),
-        ("model_name", "a/b", "'a/b' is not a name of up to "),
+        ("api_key", " a", "set wrongly: it has control characters or outer white space, which"),
+        ("model_name", "a/b", "'a/b' is not a valid name; use up to "),
         ("workers", "0", "greater than or equal to 1"),
     ],
 )

@@ -81,13 +81,13 @@ def admission(gauge: Gauge) -> Admission:
 
 def enter(admission: Admission, clock: Clock, ago: float = 0.0) -> Any:
     exchange: Any = Exchange(clock.now - ago)
-    admission.enter(exchange)
+    admission.admit(exchange)
     return exchange
 
 
 def receive(admission: Admission, held: int = 0) -> Sender:
     sender = Sender(admission.budget, held)
-    admission.receive(sender)
+    admission.start_read_deadline(sender)
     return sender
 
 
@@ -100,7 +100,7 @@ class TestInFlight:
             enter(admission, clock)
         assert refused.value.headers == {"Retry-After": "1"}
         assert admission.in_flight == 2
-        admission.leave(first)
+        admission.finish(first)
         assert admission.in_flight == 1
         enter(admission, clock)
         with pytest.raises(Overloaded):
@@ -122,7 +122,7 @@ class TestInFlight:
         assert (older.cancelled, younger.cancelled) == (0, 0)
         clock.pass_(0.1)
         assert (older.cancelled, younger.cancelled) == (1, 0)
-        admission.leave(older)
+        admission.finish(older)
         clock.pass_(3.0)
         assert (older.cancelled, younger.cancelled) == (1, 1)
 
@@ -133,7 +133,7 @@ class TestInFlight:
         assert gauge.value is None
         clock.pass_(0.1)
         assert gauge.value == 1
-        admission.leave(exchange)
+        admission.finish(exchange)
         clock.pass_(0.1)
         assert gauge.value == 0
 
@@ -148,11 +148,11 @@ class TestSweep:
         clock.pass_(0.1)
         assert len(clock.timers) == 1
         for sender in senders:
-            admission.received(sender)
+            admission.stop_read_deadline(sender)
         clock.pass_(0.1)
         assert len(clock.timers) == 1  # for those in flight
         for exchange in exchanges:
-            admission.leave(exchange)
+            admission.finish(exchange)
         clock.pass_(0.1)
         assert clock.timers == []
         receive(admission)
@@ -162,7 +162,7 @@ class TestSweep:
         sender = receive(admission)
         clock.pass_(0.1)
         assert len(clock.timers) == 1
-        admission.received(sender)
+        admission.stop_read_deadline(sender)
         clock.pass_(0.1)
         assert clock.timers == []
 
@@ -187,7 +187,7 @@ class TestSenders:
     def test_more_bytes_do_not_move_the_deadline(self, admission: Admission, clock: Clock) -> None:
         sender = receive(admission)
         clock.pass_(9.0)
-        admission.receive(sender)
+        admission.start_read_deadline(sender)
         clock.pass_(1.0)
         assert len(sender.errors) == 1
 
@@ -195,8 +195,8 @@ class TestSenders:
         self, admission: Admission, clock: Clock
     ) -> None:
         sender = receive(admission)
-        admission.received(sender)
-        admission.received(sender)  # as when its client leaves afterwards
+        admission.stop_read_deadline(sender)
+        admission.stop_read_deadline(sender)  # as when its client leaves afterwards
         clock.pass_(11.0)
         assert sender.errors == []
 
@@ -209,7 +209,7 @@ class TestRoom:
         admission.budget.take(300)
         senders = [receive(admission, 100) for _ in range(3)]
         whole = senders.pop(0)
-        admission.received(whole)
+        admission.stop_read_deadline(whole)
         clock.pass_(2.0)
         admission.budget.take(100)
         assert [sender.errors for sender in senders] == [[], []]

@@ -9,7 +9,7 @@ import pytest
 
 from service.errors import NotReady
 from service.http import channel as channel_module
-from service.http.channel import Channel, SupervisorError, with_length
+from service.http.channel import Channel, SupervisorError, model_message
 from service.telemetry.tallies import Totals
 
 pytestmark = pytest.mark.anyio
@@ -50,14 +50,14 @@ def test_the_model_arrives_whole(size: int) -> None:
     ours, theirs = socket.socketpair()
     model = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     with ours, theirs:
-        sender = threading.Thread(target=ours.sendall, args=[with_length(model) + b"7\n"])
+        sender = threading.Thread(target=ours.sendall, args=[model_message(model) + b"7\n"])
         sender.start()
         channel = Channel(theirs)
         assert channel.receive_model() == model
         sender.join()
 
 
-@pytest.mark.parametrize("sent", [b"", b"\0\0", with_length(b"model")[:-1]])
+@pytest.mark.parametrize("sent", [b"", b"\0\0", model_message(b"model")[:-1]])
 def test_a_supervisor_that_ends_before_the_model_is_whole_is_one_sentence(sent: bytes) -> None:
     ours, theirs = socket.socketpair()
     with theirs:

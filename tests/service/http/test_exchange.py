@@ -18,7 +18,7 @@ from service.errors import (
     UnsupportedMediaType,
 )
 from service.http.budget import BodyBudget
-from service.http.exchange import MAX_MEMBERS, UNPACKED_AT_ONCE, Exchange
+from service.http.exchange import DECOMPRESSED_CHUNK_BYTES, MAX_GZIP_MEMBERS, Exchange
 
 LIMIT = 1000
 
@@ -185,7 +185,7 @@ def test_what_takes_long_is_unpacked_in_a_thread(
         return await to_thread(*call)
 
     monkeypatch.setattr(asyncio, "to_thread", counted)
-    plain = (b"0123456789" * 200_000)[: UNPACKED_AT_ONCE + more]
+    plain = (b"0123456789" * 200_000)[: DECOMPRESSED_CHUNK_BYTES + more]
     packed = (gzip.compress if name == "gzip" else zlib.compress)(plain)
     headers = {b"content-length": b"%d" % len(packed), b"content-encoding": name.encode()}
     budget = make_budget(10_000_000)
@@ -193,7 +193,7 @@ def test_what_takes_long_is_unpacked_in_a_thread(
     assert threads == (more >= 0)
     with pytest.raises(BadRequest):
         read([packed[:-1]], headers, budget=budget, limit=2_000_000)
-    for limit in {len(plain) - 1, min(len(plain), UNPACKED_AT_ONCE) - 1, LIMIT}:
+    for limit in {len(plain) - 1, min(len(plain), DECOMPRESSED_CHUNK_BYTES) - 1, LIMIT}:
         with pytest.raises(PayloadTooLarge):
             read([packed], headers, budget=budget, limit=limit)
 
@@ -220,9 +220,9 @@ def test_members_of_a_gzip_body_are_bounded_in_number() -> None:
     empty = gzip.compress(b"")
     headers = {b"content-length": b"0", b"content-encoding": b"gzip"}
     budget = make_budget(10**9)
-    assert read([empty * MAX_MEMBERS], headers, budget=budget, limit=10**6) == b""
+    assert read([empty * MAX_GZIP_MEMBERS], headers, budget=budget, limit=10**6) == b""
     with pytest.raises(BadRequest):
-        read([empty * (MAX_MEMBERS + 1)], headers, budget=budget, limit=10**6)
+        read([empty * (MAX_GZIP_MEMBERS + 1)], headers, budget=budget, limit=10**6)
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ PARENT = "b7ad6b7169203331"
 
 @pytest.mark.parametrize("given", [b"a", b"A-b_c.d/e+f=@:9", b"x" * 128])
 def test_a_well_formed_id_is_taken_over(given: bytes) -> None:
-    assert RequestIds().of({b"x-request-id": given}) == given
+    assert RequestIds().choose({b"x-request-id": given}) == given
 
 
 @pytest.mark.parametrize("given", [None, b"", b"x" * 129, b"a b", b"a\n", b'"', b"\xe4"])
 def test_any_other_is_replaced_by_a_new_one(given: bytes | None) -> None:
     ids = RequestIds()
     headers = {} if given is None else {b"x-request-id": given}
-    made = {ids.of(headers) for _ in range(10)} | {RequestIds().of(headers)}
+    made = {ids.choose(headers) for _ in range(10)} | {RequestIds().choose(headers)}
     assert len(made) == 11
     assert given not in made
 

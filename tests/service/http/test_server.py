@@ -196,7 +196,7 @@ class TestRudeClients:
         self, monkeypatch: pytest.MonkeyPatch, make_app: Callable[..., Gate]
     ) -> None:
         """Never used, stopped within a head, and idle after an answer: each has its time."""
-        for name, seconds in [("HEAD", 0.3), ("KEEP_ALIVE", 4.0), ("LOOK_EVERY", 0.05)]:
+        for name, seconds in [("FIRST_HEAD", 0.3), ("KEEP_ALIVE", 4.0), ("IDLE_CHECK", 0.05)]:
             monkeypatch.setattr(connection_module, f"{name}_SECONDS", seconds)
         listener = server.bind(Settings(port=0))
         address = server.url(listener)
@@ -227,7 +227,7 @@ class TestRudeClients:
         make_app: Callable[..., Gate],
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        monkeypatch.setattr(connection_module, "LOOK_EVERY_SECONDS", 0.5)
+        monkeypatch.setattr(connection_module, "IDLE_CHECK_SECONDS", 0.5)
         listener = server.bind(Settings(port=0))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with serving_here(make_app(), listener) as running, connect(server.url(listener)) as client:
