@@ -61,7 +61,7 @@ def create_app(settings: Settings, classifier: Classifier, channel: Channel | No
         redoc_url=None,
         redirect_slashes=False,
     )
-    framework.state.rejected = metrics.rejected
+    framework.state.count_refusal = metrics.count_refusal
     admission = Admission(
         settings.max_in_flight,
         settings.request_timeout_seconds,
@@ -127,7 +127,7 @@ async def _answer_error(request: Request, exc: Exception) -> Response:
         case _:  # FastAPI raises it again, and the gate answers, logs and counts it
             error = ServiceError(INTERNAL_ERROR)
     if error.status != ServiceError.status:
-        request.app.state.rejected(error.code)
+        request.app.state.count_refusal(error.code)
     exchange = request.scope["exchange"]
     exchange.error_code = error.code
     answer = error_answer(error, exchange.request_id)

@@ -152,7 +152,7 @@ class Gate:
 
     def refuse(self, error: ServiceError, exchange: Exchange) -> Answer:
         """Return an error as the request's answer, and count it."""
-        self._metrics.rejected(error.code)
+        self._metrics.count_refusal(error.code)
         exchange.error_code = error.code
         return error_answer(error, exchange.request_id)
 
@@ -184,7 +184,7 @@ class Gate:
         """
         seconds = perf_counter() - exchange.started
         method = exchange.method if exchange.method in METHODS else "OTHER"
-        self._metrics.request(exchange.route, method, status, seconds)
+        self._metrics.count_request(exchange.route, method, status, seconds)
         level = logging.DEBUG if exchange.route in PROBES else logging.INFO
         if access.isEnabledFor(level):
             fields = {

@@ -71,7 +71,7 @@ class Metrics:
         self.encode = Tally()
         self.in_flight = Gauge()
 
-    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+    def count_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count one finished request. `route` and `method` must be of a bounded set."""
         try:
             tally = self._answers[route, method, status]
@@ -89,7 +89,7 @@ class Metrics:
         batch[5] += stages.run
         batch[6] += stages.encode
 
-    def rejected(self, reason: str) -> None:
+    def count_refusal(self, reason: str) -> None:
         """Count one refused request by its error code."""
         self._rejected[reason] = self._rejected.get(reason, 0) + 1
 

@@ -1,4 +1,4 @@
-"""Who may be inside, and for how long: on a clock that the tests turn."""
+"""Admission limits requests and evicts slow senders; the tests move the clock."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from service.http.budget import BodyBudget
 
 
 class Clock:
-    """The time, and the loop's timers; stands in for `perf_counter` and for the loop."""
+    """Stands in for `perf_counter` and for the event loop's timers."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -42,7 +42,7 @@ class Exchange:
 
 
 class Sender:
-    """A connection that gives back the bytes it holds when it is sent away."""
+    """A connection that gives back the bytes it holds when it is evicted."""
 
     def __init__(self, budget: BodyBudget, held: int = 0) -> None:
         self.budget, self.held = budget, held
@@ -79,7 +79,7 @@ def admission(gauge: Gauge) -> Admission:
     return Admission(2, 10.0, 100, gauge)
 
 
-def enter(admission: Admission, clock: Clock, ago: float = 0.0) -> Any:
+def admit(admission: Admission, clock: Clock, ago: float = 0.0) -> Any:
     exchange: Any = Exchange(clock.now - ago)
     admission.admit(exchange)
     return exchange
@@ -92,32 +92,32 @@ def receive(admission: Admission, held: int = 0) -> Sender:
 
 
 class TestInFlight:
-    def test_as_many_enter_as_are_allowed_and_then_one_for_each_that_leaves(
+    def test_requests_are_admitted_up_to_the_limit(
         self, admission: Admission, clock: Clock
     ) -> None:
-        first, _ = enter(admission, clock), enter(admission, clock)
+        first, _ = admit(admission, clock), admit(admission, clock)
         with pytest.raises(Overloaded, match="at its limit") as refused:
-            enter(admission, clock)
+            admit(admission, clock)
         assert refused.value.headers == {"Retry-After": "1"}
         assert admission.in_flight == 2
         admission.finish(first)
         assert admission.in_flight == 1
-        enter(admission, clock)
+        admit(admission, clock)
         with pytest.raises(Overloaded):
-            enter(admission, clock)
+            admit(admission, clock)
 
-    def test_those_that_still_arrive_take_no_place(
+    def test_requests_that_still_arrive_are_not_in_flight(
         self, admission: Admission, clock: Clock
     ) -> None:
         for _ in range(5):
             receive(admission)
         assert admission.in_flight == 0
-        enter(admission, clock)
+        admit(admission, clock)
 
     def test_a_request_is_cancelled_at_its_deadline_and_not_before(
         self, admission: Admission, clock: Clock
     ) -> None:
-        older, younger = enter(admission, clock, ago=4.0), enter(admission, clock, ago=1.0)
+        older, younger = admit(admission, clock, ago=4.0), admit(admission, clock, ago=1.0)
         clock.pass_(5.9)
         assert (older.cancelled, younger.cancelled) == (0, 0)
         clock.pass_(0.1)
@@ -129,7 +129,7 @@ class TestInFlight:
     def test_the_gauge_is_set_by_the_sweep(
         self, admission: Admission, clock: Clock, gauge: Gauge
     ) -> None:
-        exchange = enter(admission, clock)
+        exchange = admit(admission, clock)
         assert gauge.value is None
         clock.pass_(0.1)
         assert gauge.value == 1
@@ -139,10 +139,10 @@ class TestInFlight:
 
 
 class TestSweep:
-    def test_one_timer_serves_all_and_ends_with_the_last(
+    def test_one_timer_serves_all_and_stops_after_the_last(
         self, admission: Admission, clock: Clock
     ) -> None:
-        exchanges = [enter(admission, clock), enter(admission, clock)]
+        exchanges = [admit(admission, clock), admit(admission, clock)]
         senders = [receive(admission) for _ in range(100)]
         assert [at for at, _ in clock.timers] == [pytest.approx(clock.now + 0.1)]
         clock.pass_(0.1)
@@ -158,7 +158,7 @@ class TestSweep:
         receive(admission)
         assert len(clock.timers) == 1
 
-    def test_it_goes_on_for_those_that_arrive(self, admission: Admission, clock: Clock) -> None:
+    def test_it_runs_while_a_request_arrives(self, admission: Admission, clock: Clock) -> None:
         sender = receive(admission)
         clock.pass_(0.1)
         assert len(clock.timers) == 1
@@ -168,19 +168,19 @@ class TestSweep:
 
 
 class TestSenders:
-    def test_all_past_the_deadline_are_sent_away_once(
+    def test_each_sender_past_the_deadline_is_evicted_once(
         self, admission: Admission, clock: Clock
     ) -> None:
         late = [receive(admission) for _ in range(3)]
         clock.pass_(1.0)
-        intime = receive(admission)
+        in_time = receive(admission)
         clock.pass_(8.9)
         assert not any(sender.errors for sender in late)
         clock.pass_(0.1)
         for sender in late:
             (error,) = sender.errors
             assert isinstance(error, SlowRequest)
-        assert intime.errors == []
+        assert in_time.errors == []
         clock.pass_(0.5)
         assert [len(sender.errors) for sender in late] == [1, 1, 1]
 
@@ -191,21 +191,21 @@ class TestSenders:
         clock.pass_(1.0)
         assert len(sender.errors) == 1
 
-    def test_a_whole_request_has_no_deadline_for_sending(
+    def test_a_complete_request_has_no_read_deadline(
         self, admission: Admission, clock: Clock
     ) -> None:
         sender = receive(admission)
         admission.stop_read_deadline(sender)
-        admission.stop_read_deadline(sender)  # as when its client leaves afterwards
+        admission.stop_read_deadline(sender)  # again, when its client leaves
         clock.pass_(11.0)
         assert sender.errors == []
 
 
-class TestRoom:
-    def test_the_slowest_senders_make_room_and_no_more_than_needed(
+class TestEviction:
+    def test_no_more_senders_are_evicted_than_needed(
         self, admission: Admission, clock: Clock
     ) -> None:
-        """Four bodies of 100 bytes fit; those that take two seconds are slow."""
+        """Four bodies of 100 bytes fit; a sender is slow after two seconds."""
         admission.budget.take(300)
         senders = [receive(admission, 100) for _ in range(3)]
         whole = senders.pop(0)
@@ -218,7 +218,9 @@ class TestRoom:
         assert isinstance(senders[0].errors[0], SlowRequest)
         assert whole.errors == []
 
-    def test_who_is_not_slow_yet_stays(self, admission: Admission, clock: Clock) -> None:
+    def test_a_sender_that_is_not_slow_is_not_evicted(
+        self, admission: Admission, clock: Clock
+    ) -> None:
         sender = receive(admission, 400)
         admission.budget.take(400)
         clock.pass_(1.9)
@@ -227,7 +229,9 @@ class TestRoom:
         assert refused.value.headers == {"Retry-After": "1"}
         assert sender.errors == []
 
-    def test_several_go_when_one_is_not_enough(self, admission: Admission, clock: Clock) -> None:
+    def test_several_are_evicted_when_one_is_not_enough(
+        self, admission: Admission, clock: Clock
+    ) -> None:
         senders = [receive(admission, 10) for _ in range(3)]
         admission.budget.take(400)
         clock.pass_(3.0)
@@ -248,7 +252,7 @@ class TestBudget:
         budget.take(100)
         assert budget.bytes_left == 0
 
-    def test_whoever_takes_nothing_is_never_refused(self) -> None:
+    def test_taking_nothing_is_never_refused(self) -> None:
         budget = BodyBudget(100, lambda: False)
         with pytest.raises(Overloaded):
             budget.take(401)

@@ -1,4 +1,4 @@
-"""A worker and its supervisor understand each other, and neither waits long for the other."""
+"""A worker and its supervisor exchange messages, and neither waits long for the other."""
 
 import asyncio
 import socket
@@ -21,7 +21,7 @@ Ends = tuple[Channel, asyncio.StreamReader, asyncio.StreamWriter]
 
 @pytest.fixture
 async def ends(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ends]:
-    """Give an open channel, and the supervisor's end of it."""
+    """Yield an open channel, and the supervisor's end of it."""
     monkeypatch.setattr(channel_module, "REPORT_SECONDS", 0.01)
     ours, theirs = socket.socketpair()
     channel = Channel(theirs)
@@ -33,20 +33,20 @@ async def ends(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ends]:
     await channel.close()
 
 
-async def said(reader: asyncio.StreamReader) -> tuple[int, Totals]:
+async def message(reader: asyncio.StreamReader) -> tuple[int, Totals]:
     number, _, totals = (await asyncio.wait_for(reader.readline(), 10)).partition(b" ")
     return int(number), Totals.from_json(totals)
 
 
-async def said_but_reports(reader: asyncio.StreamReader) -> tuple[int, Totals]:
+async def message_but_reports(reader: asyncio.StreamReader) -> tuple[int, Totals]:
     while True:
-        number, totals = await said(reader)
+        number, totals = await message(reader)
         if number != 0:
             return number, totals
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**20])
-def test_the_model_arrives_whole(size: int) -> None:
+def test_the_model_arrives_complete(size: int) -> None:
     ours, theirs = socket.socketpair()
     model = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     with ours, theirs:
@@ -58,7 +58,7 @@ def test_the_model_arrives_whole(size: int) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"\0\0", model_message(b"model")[:-1]])
-def test_a_supervisor_that_ends_before_the_model_is_whole_is_one_sentence(sent: bytes) -> None:
+def test_a_supervisor_that_ends_before_the_model_is_complete_is_one_sentence(sent: bytes) -> None:
     ours, theirs = socket.socketpair()
     with theirs:
         ours.sendall(sent)
@@ -67,21 +67,21 @@ def test_a_supervisor_that_ends_before_the_model_is_whole_is_one_sentence(sent: 
             Channel(theirs).receive_model()
 
 
-async def test_a_worker_reports_again_and_again(ends: Ends) -> None:
+async def test_a_worker_reports_regularly(ends: Ends) -> None:
     _, reader, _ = ends
-    assert [await said(reader) for _ in range(5)] == [(0, OWN)] * 5
+    assert [await message(reader) for _ in range(5)] == [(0, OWN)] * 5
 
 
 async def test_a_worker_answers_a_question(ends: Ends) -> None:
     _, reader, writer = ends
     writer.write(b"7\n8\n")
-    assert [await said_but_reports(reader) for _ in range(2)] == [(7, OWN), (8, OWN)]
+    assert [await message_but_reports(reader) for _ in range(2)] == [(7, OWN), (8, OWN)]
 
 
 async def test_a_worker_asks_for_the_sum_of_all(ends: Ends) -> None:
     channel, reader, writer = ends
     asking = [asyncio.ensure_future(channel.totals()) for _ in range(2)]
-    assert [await said_but_reports(reader) for _ in range(2)] == [(-1, OWN)] * 2
+    assert [await message_but_reports(reader) for _ in range(2)] == [(-1, OWN)] * 2
     writer.write(SUM.to_json() + b"\n")
     assert await asyncio.wait_for(asking[0], 10) == SUM
     assert not asking[1].done()
@@ -98,7 +98,9 @@ async def test_a_supervisor_that_does_not_answer_is_a_503(
         await channel.totals()
     asking = asyncio.ensure_future(channel.totals())
     await asyncio.sleep(0)
-    writer.write(OWN.to_json() + b"\n" + SUM.to_json() + b"\n")  # the first comes too late
+    writer.write(
+        OWN.to_json() + b"\n" + SUM.to_json() + b"\n"
+    )  # the first answers the question before
     assert await asking == SUM
 
 
@@ -125,7 +127,7 @@ async def test_reports_do_not_pile_up_for_a_supervisor_that_hangs(
     await channel.close()
 
 
-async def test_a_worker_that_ends_reports_a_last_time(ends: Ends) -> None:
+async def test_a_worker_that_ends_sends_a_last_report(ends: Ends) -> None:
     channel, reader, _ = ends
     channel.report(lambda: SUM)
     await channel.close()

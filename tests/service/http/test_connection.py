@@ -1,4 +1,4 @@
-"""One connection: whole requests in order, and bounded memory, whatever a client sends."""
+"""A connection answers complete requests in order, and holds a bounded number of bytes."""
 
 import asyncio
 import importlib
@@ -36,7 +36,7 @@ def statuses(transport: Transport) -> list[int]:
 
 
 async def talk(app: Gate, *pieces: bytes, answers: int = 1) -> Transport:
-    """Send pieces, and wait for a number of answers or for the end of the connection."""
+    """Send pieces; wait for this number of answers, or until the connection is closed."""
     connection, transport = connect(app)
     for piece in pieces:
         connection.data_received(piece)
@@ -45,8 +45,10 @@ async def talk(app: Gate, *pieces: bytes, answers: int = 1) -> Transport:
 
 
 class TestPipelining:
-    async def test_of_a_flood_little_is_parsed_and_no_more_is_read(self, make_app: MakeApp) -> None:
-        """One client took 1.4 GB in seconds so, before its key was looked at."""
+    async def test_a_flood_is_parsed_in_small_chunks_and_then_not_read(
+        self, make_app: MakeApp
+    ) -> None:
+        """One client took 1.4 GB in seconds with such a flood, before its API key was checked."""
         app = make_app()
         done = never_ready(app)
         connection, transport = connect(app)
@@ -56,11 +58,11 @@ class TestPipelining:
         done.set()
         await until(lambda: bool(transport.sent))
         for _ in range(20):
-            assert not transport.reading  # as there is still more to parse
+            assert not transport.reading  # there is still more to parse
             await asyncio.sleep(0)
         transport.close()
 
-    async def test_reading_goes_on_when_all_is_answered(self, make_app: MakeApp) -> None:
+    async def test_reading_resumes_when_all_is_answered(self, make_app: MakeApp) -> None:
         app = make_app()
         budget = app.admission.budget.bytes_left
         connection, transport = connect(app)
@@ -69,14 +71,14 @@ class TestPipelining:
         while not transport.reading:
             paused_at.append(len(transport.sent))
             await asyncio.sleep(0)
-        assert max(paused_at) > 200  # the last of them are parsed when those before are answered
+        assert max(paused_at) > 200  # the last requests are parsed after the first are answered
         await until(lambda: len(transport.sent) == 300)
         assert statuses(transport) == [200] * 300
         assert app.admission.budget.bytes_left == budget
         transport.close()
 
-    async def test_while_one_request_is_answered_reading_goes_on(self, make_app: MakeApp) -> None:
-        """Else nobody would notice that its client leaves."""
+    async def test_the_socket_is_read_while_a_request_is_answered(self, make_app: MakeApp) -> None:
+        """Otherwise the server would not notice that the client leaves."""
         app = make_app()
         never_ready(app)
         connection, transport = connect(app)
@@ -115,7 +117,7 @@ class TestMemory:
             (POST + GET * 1000, 784 + 61 * QUEUED_REQUEST_BYTES + len(POST + GET * 1000)),
         ],
     )
-    async def test_what_waits_is_held_in_the_budget(
+    async def test_waiting_bytes_count_in_the_budget(
         self, make_app: MakeApp, sent: bytes, held: int
     ) -> None:
         app = make_app()
@@ -134,7 +136,9 @@ class TestMemory:
     @pytest.mark.parametrize(
         "sent", [b"GET /livez HTTP/1.1\r\nX: " + b"a" * 1000, GET[:-2] + b"a:\r\n" * 200]
     )
-    async def test_what_has_no_room_is_refused(self, make_app: MakeApp, sent: bytes) -> None:
+    async def test_a_head_that_does_not_fit_the_budget_is_refused(
+        self, make_app: MakeApp, sent: bytes
+    ) -> None:
         app = make_app()
         budget = app.admission.budget
         budget.bytes_left = 500
@@ -143,11 +147,13 @@ class TestMemory:
         await until(lambda: transport.ended)
         assert statuses(transport) == [503]
         assert budget.bytes_left == 500
-        connection.data_received(b"more")  # is dropped
+        connection.data_received(b"more")  # dropped
         assert budget.bytes_left == 500
         transport.close()
 
-    async def test_of_a_flood_without_room_one_request_is_answered(self, make_app: MakeApp) -> None:
+    async def test_a_flood_that_does_not_fit_the_budget_gets_one_answer(
+        self, make_app: MakeApp
+    ) -> None:
         app = make_app()
         done = never_ready(app)
         budget = app.admission.budget
@@ -161,7 +167,7 @@ class TestMemory:
         assert budget.bytes_left == 10_000
         transport.close()
 
-    async def test_a_client_that_does_not_read_is_left_when_there_is_no_room(
+    async def test_a_client_that_does_not_read_is_disconnected_when_the_budget_is_full(
         self, make_app: MakeApp
     ) -> None:
         app = make_app()
@@ -174,7 +180,7 @@ class TestMemory:
         assert transport.closed
         await until(lambda: app.admission.budget.bytes_left == 1000)
 
-    async def test_an_answer_is_held_until_it_is_read(self, make_app: MakeApp) -> None:
+    async def test_an_unread_answer_counts_in_the_budget(self, make_app: MakeApp) -> None:
         app = make_app()
         before = app.admission.budget.bytes_left
         connection, transport = connect(app)
@@ -186,7 +192,7 @@ class TestMemory:
         assert app.admission.budget.bytes_left == before
         transport.close()
 
-    async def test_a_body_is_given_back_with_its_answer(self, make_app: MakeApp) -> None:
+    async def test_a_body_counts_in_the_budget_until_its_answer(self, make_app: MakeApp) -> None:
         app = make_app()
         done = never_ready(app)
         before = app.admission.budget.bytes_left
@@ -201,7 +207,7 @@ class TestMemory:
         assert app.admission.budget.bytes_left == before
         transport.close()
 
-    async def test_an_idle_connection_makes_place_for_a_new_one(
+    async def test_an_idle_connection_is_closed_for_a_new_one(
         self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(connection_module, "MAX_CONNECTIONS", 2)
@@ -216,7 +222,7 @@ class TestMemory:
         new.data_received(POST)
         _, last_transport = connect(app, state)
         assert (busy_transport.closed, new_transport.closed) == (False, False)
-        assert last_transport.closed  # nobody is idle
+        assert last_transport.closed  # no other connection is idle
         busy_transport.close()
         new_transport.close()
 
@@ -251,7 +257,7 @@ class TestHead:
             (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n", 400),
         ],
     )
-    async def test_it_is_checked_as_the_standard_says(
+    async def test_the_head_is_checked_as_the_standard_says(
         self, make_app: MakeApp, head: bytes, status: int
     ) -> None:
         """RFC 9112, sections 2.3, 3.2 and 6.1."""
@@ -261,10 +267,10 @@ class TestHead:
 
     @pytest.mark.parametrize("before", [b"", POST, GET * 3])
     @pytest.mark.parametrize("more", [0, 1])
-    async def test_it_may_have_exactly_the_limit(
+    async def test_a_head_may_have_exactly_the_limit(
         self, make_app: MakeApp, before: bytes, more: int
     ) -> None:
-        """That of a pipelined request, too; the names and values count, and something for each."""
+        """Names, values and an overhead for each field count; also in a pipelined request."""
         size = MAX_HEAD_BYTES - len(b"/livezHostxX") - 2 * FIELD_OVERHEAD_BYTES + more
         head = GET[:-2] + b"X: " + b"a" * size + b"\r\n\r\n"
         wanted = len(re.findall(b"HTTP/1.1", before)) + 1
@@ -273,8 +279,8 @@ class TestHead:
         assert transport.ended == bool(more)
         transport.close()
 
-    async def test_the_fields_of_a_repeated_name_are_joined(self, make_app: MakeApp) -> None:
-        """RFC 9110, section 5.3: a second id does not replace the first in silence."""
+    async def test_the_values_of_a_repeated_field_are_joined(self, make_app: MakeApp) -> None:
+        """RFC 9110, section 5.3. Two ids become one that is not well-formed: neither is used."""
         ids = b"X-Request-ID: one\r\nx-request-id: two\r\n\r\n"
         transport = await talk(make_app(), GET[:-2] + ids)
         assert b"one" not in transport.sent[0]
@@ -293,7 +299,7 @@ class TestHead:
 class TestContinue:
     EXPECT = HEAD + b"Content-Length: 784\r\nExpect: 100-Continue\r\n\r\n"
 
-    async def test_a_client_that_waits_for_it_is_told_to_go_on(self, make_app: MakeApp) -> None:
+    async def test_a_client_that_waits_gets_100_continue(self, make_app: MakeApp) -> None:
         connection, transport = connect(make_app())
         connection.data_received(self.EXPECT)
         assert transport.sent == [b"HTTP/1.1 100 Continue\r\n\r\n"]
@@ -301,7 +307,7 @@ class TestContinue:
         await until(lambda: statuses(transport) == [100, 200])
         transport.close()
 
-    async def test_not_before_the_answer_to_the_request_before(self, make_app: MakeApp) -> None:
+    async def test_it_follows_the_answer_to_the_request_before(self, make_app: MakeApp) -> None:
         app = make_app()
         done = never_ready(app)
         connection, transport = connect(app)
@@ -311,13 +317,13 @@ class TestContinue:
         await until(lambda: statuses(transport) == [200, 100])
         transport.close()
 
-    async def test_a_refused_upload_gets_its_refusal_alone(self, make_app: MakeApp) -> None:
+    async def test_a_refused_upload_gets_no_100_continue(self, make_app: MakeApp) -> None:
         head = self.EXPECT.replace(b"784", b"784000")
         transport = await talk(make_app(), head)
         assert statuses(transport) == [413]
         transport.close()
 
-    async def test_http_1_0_knows_no_interim_answers(self, make_app: MakeApp) -> None:
+    async def test_http_1_0_has_no_interim_answers(self, make_app: MakeApp) -> None:
         connection, transport = connect(make_app())
         connection.data_received(self.EXPECT.replace(b"HTTP/1.1", b"HTTP/1.0"))
         assert transport.sent == []
@@ -345,7 +351,7 @@ class TestAnswers:
         )
         transport.close()
 
-    async def test_an_unchanged_page_has_no_length(self, make_app: MakeApp) -> None:
+    async def test_a_304_has_no_content_length(self, make_app: MakeApp) -> None:
         app = make_app()
         page = await talk(app, GET.replace(b"/livez", b"/"))
         tag = re.findall(rb"etag: (.*?)\r\n", page.sent[0])[0]
@@ -358,7 +364,7 @@ class TestAnswers:
         unchanged.close()
 
     @pytest.mark.parametrize("closing", [b"Connection: close\r\n", b""])
-    async def test_the_connection_closes_when_the_client_wants_it(
+    async def test_the_connection_closes_when_the_client_asks_for_it(
         self, make_app: MakeApp, closing: bytes
     ) -> None:
         transport = await talk(make_app(), GET[:-2] + closing + b"\r\n")
@@ -370,7 +376,7 @@ class TestAnswers:
 
 
 class TestHalfClosed:
-    async def test_whole_requests_are_answered(self, make_app: MakeApp) -> None:
+    async def test_complete_requests_are_answered(self, make_app: MakeApp) -> None:
         connection, transport = connect(make_app())
         connection.data_received(POST + GET + POST[:-1])
         assert connection.eof_received()
@@ -385,12 +391,12 @@ class TestHalfClosed:
         connection, transport = connect(app)
         if sent:
             connection.data_received(sent)
-        assert not connection.eof_received()  # which makes the event loop close the connection
+        assert not connection.eof_received()  # so the event loop closes the connection
         transport.close()
         await until(lambda: app.admission.budget.bytes_left == before)
         assert transport.sent == []
 
-    async def test_an_answer_that_needs_no_body_is_finished(self, make_app: MakeApp) -> None:
+    async def test_a_request_refused_by_its_head_is_answered(self, make_app: MakeApp) -> None:
         connection, transport = connect(make_app())
         connection.data_received(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n1")
         assert connection.eof_received()
@@ -401,7 +407,7 @@ class TestHalfClosed:
     async def test_a_client_that_has_left_is_noticed(
         self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, left: bool
     ) -> None:
-        """Closing looks like half-closing at first; what is sent then is answered by a reset."""
+        """A close first looks like a half-close; then the client's system resets our probe."""
         monkeypatch.setattr(connection_module, "PROBE_SECONDS", 0.05)
         app = make_app()
         done = never_ready(app)
@@ -452,7 +458,7 @@ class TestShutdown:
         connection.shutdown()
         assert transport.closed
 
-    async def test_a_new_one_gets_a_moment_for_its_request(
+    async def test_a_new_one_gets_time_for_a_first_request(
         self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(connection_module, "SHUTDOWN_GRACE_SECONDS", 0.05)
@@ -466,7 +472,7 @@ class TestShutdown:
         await until(lambda: transport.closed and silent_transport.closed)
         assert (statuses(transport), statuses(silent_transport)) == ([200], [])
 
-    async def test_one_that_is_busy_finishes(self, make_app: MakeApp) -> None:
+    async def test_a_busy_one_first_sends_its_answer(self, make_app: MakeApp) -> None:
         app = make_app()
         done = never_ready(app)
         connection, transport = connect(app)
@@ -480,9 +486,7 @@ class TestShutdown:
         assert statuses(transport) == [200]
 
 
-async def test_the_trace_a_request_is_part_of_gets_into_the_log(
-    make_app: MakeApp, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_the_trace_id_is_logged(make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "service.access")
     trace = b"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n\r\n"
     (await talk(make_app(), GET[:-2] + trace)).close()
@@ -492,7 +496,9 @@ async def test_the_trace_a_request_is_part_of_gets_into_the_log(
     assert "trace_id" not in second
 
 
-def test_another_uvicorn_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incompatible_uvicorn_is_refused_with_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("uvicorn.server.ServerState.__init__", lambda _: None)
     with pytest.raises(ImportError, match=r"uvicorn .* lacks one of connections, .*bounds\.$"):
         importlib.reload(connection_module)

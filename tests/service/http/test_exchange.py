@@ -1,4 +1,4 @@
-"""Bodies are read whole, within limits, and unpacked within the same limits."""
+"""Bodies are read and decompressed within limits."""
 
 import asyncio
 import gzip
@@ -40,7 +40,7 @@ def read(
     budget: BodyBudget | None = None,
     limit: int = LIMIT,
 ) -> bytes:
-    """Return a body as read; whatever happens, all that it held is given back."""
+    """Return a body; check that all its bytes are given back to the budget, even after an error."""
     headers = {b"transfer-encoding": b"chunked"} if headers is None else headers
     budget = budget or make_budget()
     before = budget.bytes_left
@@ -61,13 +61,13 @@ def read(
 
 
 @given(st.lists(st.binary(max_size=200), max_size=5))
-def test_a_body_is_the_same_however_it_is_cut(pieces: list[bytes]) -> None:
+def test_a_body_in_any_pieces_is_the_same(pieces: list[bytes]) -> None:
     assert read(pieces) == b"".join(pieces)
 
 
 @pytest.mark.parametrize("name", [b"gzip", b"x-gzip", b"GZIP ", b"deflate", b"raw", b"identity"])
 @given(plain=st.binary(max_size=LIMIT))
-def test_an_encoded_body_is_unpacked(name: bytes, plain: bytes) -> None:
+def test_an_encoded_body_is_decompressed(name: bytes, plain: bytes) -> None:
     packers: dict[bytes, Callable[[bytes], bytes]] = {
         b"deflate": zlib.compress,
         b"raw": lambda data: zlib.compress(data, wbits=-15),
@@ -81,7 +81,7 @@ def test_an_encoded_body_is_unpacked(name: bytes, plain: bytes) -> None:
 
 
 @given(st.binary(max_size=300), st.sampled_from([b"gzip", b"deflate"]))
-def test_other_bytes_in_an_encoding_are_a_bad_request(body: bytes, encoding: bytes) -> None:
+def test_bytes_in_another_encoding_are_a_bad_request(body: bytes, encoding: bytes) -> None:
     headers = {b"content-length": b"%d" % len(body), b"content-encoding": encoding}
     try:
         plain = read([body], headers)
@@ -118,8 +118,8 @@ def test_all_bodies_together_are_bounded() -> None:
     assert read([bytes(300), bytes(200)], budget=budget) == bytes(500)
 
 
-def test_unpacked_bodies_are_held_until_they_are_released() -> None:
-    """Ten kilobytes may unpack to ten megabytes, which a handler keeps while others come."""
+def test_decompressed_bodies_count_until_they_are_released() -> None:
+    """Ten kilobytes may become ten megabytes, which a handler holds while others arrive."""
     packed = gzip.compress(bytes(LIMIT))
     headers = {b"content-length": b"%d" % len(packed), b"content-encoding": b"gzip"}
     budget = make_budget(2 * LIMIT + 3 * len(packed))
@@ -136,7 +136,7 @@ def test_unpacked_bodies_are_held_until_they_are_released() -> None:
     assert budget.bytes_left == 2 * LIMIT + 3 * len(packed)
 
 
-def test_bodies_are_unpacked_in_threads_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bodies_are_decompressed_in_threads_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 1_000_000
     packed = gzip.compress(bytes(limit))
     headers = {b"content-length": b"%d" % len(packed), b"content-encoding": b"gzip"}
@@ -147,7 +147,7 @@ def test_bodies_are_unpacked_in_threads_one_at_a_time(monkeypatch: pytest.Monkey
     async def counted(*call: Any) -> Any:
         at_once.append(at_once.pop() + 1 if at_once else 1)
         assert at_once == [1]
-        assert budget.bytes_left < 7 * limit  # room for all of it is kept meanwhile
+        assert budget.bytes_left < 7 * limit  # the most that it may need is held
         rest = await to_thread(*call)
         at_once[0] -= 1
         return rest
@@ -172,10 +172,10 @@ def test_bodies_are_unpacked_in_threads_one_at_a_time(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["gzip", "deflate"])
 @pytest.mark.parametrize("more", [-1, 0, 1, 257, 1_000_000])
-def test_what_takes_long_is_unpacked_in_a_thread(
+def test_only_a_long_body_is_decompressed_in_a_thread(
     name: str, more: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is lost where the thread goes on, and what is short needs none."""
+    """No byte is lost where the thread takes over."""
     threads = 0
     to_thread = asyncio.to_thread
 
@@ -198,7 +198,7 @@ def test_what_takes_long_is_unpacked_in_a_thread(
             read([packed], headers, budget=budget, limit=limit)
 
 
-def test_a_bomb_is_unpacked_no_further_than_the_limit() -> None:
+def test_a_bomb_is_decompressed_no_further_than_the_limit() -> None:
     bomb = zlib.compress(bytes(500_000))
     assert len(bomb) < LIMIT
     with pytest.raises(PayloadTooLarge):
@@ -207,7 +207,7 @@ def test_a_bomb_is_unpacked_no_further_than_the_limit() -> None:
 
 @given(st.lists(st.binary(max_size=300), min_size=1, max_size=5))
 def test_all_members_of_a_gzip_body_are_read(plain: list[bytes]) -> None:
-    """RFC 1952, section 2.2: as `cat a.gz b.gz` makes."""
+    """`cat a.gz b.gz` makes such a body (RFC 1952, section 2.2)."""
     packed = b"".join(map(gzip.compress, plain))
     headers = {b"content-length": b"0", b"content-encoding": b"gzip"}
     if sum(map(len, plain)) <= LIMIT:
@@ -216,7 +216,7 @@ def test_all_members_of_a_gzip_body_are_read(plain: list[bytes]) -> None:
         read([packed[:-1]], headers, limit=2 * LIMIT)
 
 
-def test_members_of_a_gzip_body_are_bounded_in_number() -> None:
+def test_the_number_of_gzip_members_is_limited() -> None:
     empty = gzip.compress(b"")
     headers = {b"content-length": b"0", b"content-encoding": b"gzip"}
     budget = make_budget(10**9)
@@ -234,22 +234,22 @@ def test_members_of_a_gzip_body_are_bounded_in_number() -> None:
     ],
     ids=["two of deflate", "other bytes", "deflate after gzip"],
 )
-def test_more_after_the_end_of_an_encoding_is_refused(name: bytes, packed: bytes) -> None:
+def test_bytes_after_the_end_of_an_encoding_are_refused(name: bytes, packed: bytes) -> None:
     with pytest.raises(BadRequest):
         read([packed], {b"content-length": b"0", b"content-encoding": name})
 
 
-def test_an_unknown_encoding_is_refused_and_the_known_are_named() -> None:
+def test_the_refusal_of_an_unknown_encoding_names_the_known_ones() -> None:
     with pytest.raises(UnsupportedMediaType) as caught:
         read([b"x"], {b"content-length": b"1", b"content-encoding": b"br"})
     assert caught.value.headers == {"Accept-Encoding": "gzip, deflate"}
 
 
-def test_no_announced_body_is_refused_without_waiting_for_one() -> None:
+def test_a_request_without_a_body_is_refused_at_once() -> None:
     with pytest.raises(LengthRequired):
         read([], {})
 
 
-def test_of_a_repeated_parameter_the_last_counts() -> None:
+def test_the_last_value_of_a_repeated_parameter_counts() -> None:
     exchange = Exchange("GET", "/", b"a=1&b=%C3%A4&a=2&c=", {}, make_budget())
     assert exchange.query() == {"a": "2", "b": "ä", "c": ""}

@@ -1,4 +1,4 @@
-"""What the gate promises for every request, tested on the whole application without a network."""
+"""The gate, tested with the whole application but without a network."""
 
 import asyncio
 import logging
@@ -42,8 +42,8 @@ def never_ready(app: Gate) -> asyncio.Event:
     return event
 
 
-async def test_the_documented_route_and_the_hot_path_give_the_same(make_app: MakeApp) -> None:
-    """The framework, given the same request, answers with the same handler."""
+async def test_fastapi_and_the_hot_path_give_the_same_answers(make_app: MakeApp) -> None:
+    """FastAPI's route calls the same handler."""
     hot, documented = make_app(), through_framework(make_app())
     requests: list[dict[str, Any]] = [
         {},
@@ -72,7 +72,7 @@ async def test_every_hot_path_is_documented_and_routed(make_app: MakeApp) -> Non
 
 
 class TestAdmission:
-    async def test_one_request_too_many_gets_503_at_once(self, make_app: MakeApp) -> None:
+    async def test_a_request_over_the_limit_gets_503_at_once(self, make_app: MakeApp) -> None:
         app = make_app(max_in_flight=2)
         done = never_ready(app)
         inside = [Conversation(app, send_headers=BYTES) for _ in range(2)]
@@ -85,7 +85,7 @@ class TestAdmission:
             refused = await ask(app)
             seconds.append(time.perf_counter() - begin)
             assert refused.status == 503
-        assert min(seconds) < 0.001  # the fastest: the others tell of the machine's other work
+        assert min(seconds) < 0.001  # the fastest: the others may have waited for the CPU
         assert refused.headers["retry-after"] == "1"
         assert b'"code":"overloaded"' in refused.body
         assert (await ask(app, b"", method="GET", target="/readyz")).status == 200
@@ -97,8 +97,8 @@ class TestAdmission:
         assert app.admission.in_flight == 0
         assert (await ask(app)).status == 200
 
-    async def test_requests_are_counted_when_they_arrive(self, make_app: MakeApp) -> None:
-        """A burst waits in the event loop before it runs; what is too much of it is refused."""
+    async def test_requests_are_admitted_when_they_arrive(self, make_app: MakeApp) -> None:
+        """A burst waits in the event loop before it runs; what is over the limit is refused."""
         app = make_app(max_in_flight=3)
         burst = [Conversation(app, send_headers=BYTES) for _ in range(10)]
         for conversation in burst:
@@ -107,8 +107,8 @@ class TestAdmission:
             await conversation.answer()
         assert [c.status for c in burst] == [200] * 3 + [503] * 7
 
-    async def test_half_a_request_takes_no_place(self, make_app: MakeApp) -> None:
-        """Heads without bodies cost their sender little, and must not keep others out."""
+    async def test_an_incomplete_request_is_not_in_flight(self, make_app: MakeApp) -> None:
+        """Heads without bodies cost their sender little, and must not block others."""
         app = make_app(max_in_flight=1)
         halves = [Conversation(app, send_headers=BYTES) for _ in range(100)]
         for half in halves[50:]:
@@ -121,10 +121,10 @@ class TestAdmission:
         for half in halves:
             half.leave()
 
-    async def test_a_slow_sender_makes_memory_for_others(
+    async def test_a_slow_sender_is_evicted_to_free_memory(
         self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Bodies that never end fill what is kept for bodies; whole ones are not sent away."""
+        """Bodies that never end fill the budget; those of complete requests are not evicted."""
         monkeypatch.setattr(admission_module, "SLOW_AFTER_SECONDS", 0.05)
         app = make_app(max_body_bytes=1024)
         event = never_ready(app)
@@ -151,7 +151,7 @@ class TestAdmission:
             conversation.leave()
         await until(lambda: app.admission.budget.bytes_left == budget)
 
-    async def test_work_for_a_client_that_leaves_ends(
+    async def test_work_for_a_client_that_leaves_is_cancelled(
         self, make_app: MakeApp, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.INFO, "service.access")
@@ -167,7 +167,7 @@ class TestAdmission:
         assert gone.status == 0
 
     @pytest.mark.parametrize("whole", [True, False])
-    async def test_a_client_that_leaves_gives_back_what_it_held(
+    async def test_the_memory_of_a_client_that_leaves_is_freed(
         self, make_app: MakeApp, whole: bool
     ) -> None:
         app = make_app(max_in_flight=1)
@@ -180,8 +180,8 @@ class TestAdmission:
         assert app.admission.in_flight == 0
         assert (await ask(app)).status == 200
 
-    async def test_nothing_is_left_of_what_was_answered(self, make_app: MakeApp) -> None:
-        """Neither exchanges, connections nor timers: memory would grow."""
+    async def test_answered_requests_leave_no_objects(self, make_app: MakeApp) -> None:
+        """No exchanges, connections or timers: memory would grow."""
         app = make_app()
         seen: list[weakref.ref[Any]] = []
         answer = app.answer
@@ -214,8 +214,10 @@ class TestDeadline:
         assert slow.status == 408
         assert slow.headers["connection"] == "close"
 
-    async def test_each_request_of_a_connection_has_its_own(self, make_app: MakeApp) -> None:
-        """Although a part of the next has always come when one is answered."""
+    async def test_each_request_of_a_connection_has_its_own_deadline(
+        self, make_app: MakeApp
+    ) -> None:
+        """Even when a part of the next request arrives before each answer."""
         conversation = Conversation(make_app(request_timeout_seconds=0.3), send_headers=BYTES)
         head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 784\r\n"
         head += b"Content-Type: application/octet-stream\r\n\r\n"
@@ -239,7 +241,7 @@ class TestDeadline:
         assert app.admission.in_flight == 0
 
     async def test_an_answer_that_is_ready_too_late_is_504(self, make_app: MakeApp) -> None:
-        """Work on the event loop cannot be cut short, but its answer is too late all the same."""
+        """Work that blocks the event loop cannot be cancelled, but its answer is still too late."""
         app = make_app(request_timeout_seconds=0.05)
 
         async def handler(exchange: Exchange) -> Answer:
@@ -269,7 +271,7 @@ class TestKey:
             (KEY, 200),
         ],
     )
-    async def test_predictions_need_it(
+    async def test_predictions_need_the_key(
         self, make_app: MakeApp, headers: dict[str, str], status: int
     ) -> None:
         answer = await ask(make_app(api_key="opensesame"), headers=headers)
@@ -290,19 +292,19 @@ class TestKey:
         assert "BARLEY" not in logged
 
     @pytest.mark.parametrize("target", ["/livez", "/readyz", "/metrics", "/docs", "/openapi.json"])
-    async def test_health_metrics_and_documentation_do_not(
+    async def test_health_metrics_and_documentation_do_not_need_it(
         self, make_app: MakeApp, target: str
     ) -> None:
         answer = await ask(make_app(api_key="opensesame"), b"", method="GET", target=target)
         assert answer.status == 200
 
-    async def test_everything_else_does_even_what_does_not_exist(self, make_app: MakeApp) -> None:
+    async def test_all_other_paths_need_it_even_unknown_ones(self, make_app: MakeApp) -> None:
         app = make_app(api_key="opensesame")
         assert (await ask(app, b"", method="GET", target="/nothing")).status == 401
         answer = await ask(app, b"", method="GET", target="/nothing", headers=KEY)
         assert answer.status == 404
 
-    async def test_without_one_set_no_key_is_needed(self, make_app: MakeApp) -> None:
+    async def test_without_the_setting_no_key_is_needed(self, make_app: MakeApp) -> None:
         assert (await ask(make_app())).status == 200
 
 
@@ -331,7 +333,7 @@ class TestCrossOrigin:
             assert "access-control-allow-credentials" not in answer.headers
 
     async def test_a_preflight_carries_no_key(self, make_app: MakeApp) -> None:
-        """Browsers send none with it."""
+        """Browsers send a preflight without the key."""
         app = make_app(cors_origins=(ORIGIN,), api_key="opensesame")
         assert (await ask(app, b"", method="OPTIONS", headers=PREFLIGHT)).status == 200
 
@@ -350,7 +352,7 @@ class TestCrossOrigin:
 
 class TestFailures:
     @pytest.mark.parametrize("hot", [True, False])
-    async def test_a_bug_is_a_500_that_tells_no_internals(
+    async def test_a_bug_is_a_500_without_internals(
         self, make_app: MakeApp, caplog: pytest.LogCaptureFixture, hot: bool
     ) -> None:
         app = make_app()
@@ -456,7 +458,7 @@ async def test_each_request_is_one_log_line(
     assert (second["path"], second["code"]) == ("/nothing/else", "not_found")
 
 
-async def test_the_path_of_nobody_is_logged_up_to_a_limit(
+async def test_an_unknown_path_is_logged_up_to_a_limit(
     make_app: MakeApp, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "service.access")
@@ -468,7 +470,7 @@ async def test_the_path_of_nobody_is_logged_up_to_a_limit(
 async def test_refusals_are_logged_with_their_code(
     make_app: MakeApp, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """From a hot path, from the framework, and before either."""
+    """Of a hot path, of the framework, and of the gate itself."""
     caplog.set_level(logging.INFO, "service.access")
     app = make_app(api_key="opensesame")
     key = {"Authorization": "Bearer opensesame"}
@@ -482,7 +484,7 @@ async def test_refusals_are_logged_with_their_code(
 async def test_probes_are_logged_at_debug(
     make_app: MakeApp, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They come every second from every balancer, and say nothing."""
+    """Load balancers send them every few seconds."""
     caplog.set_level(logging.DEBUG, "service.access")
     app = make_app()
     for target in ("/livez", "/readyz", "/metrics"):

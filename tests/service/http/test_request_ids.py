@@ -1,4 +1,4 @@
-"""Request ids and traces: the client's own where they are well-formed."""
+"""Well-formed ids and traces of the client are used; other ids are replaced."""
 
 import pytest
 
@@ -9,12 +9,12 @@ PARENT = "b7ad6b7169203331"
 
 
 @pytest.mark.parametrize("given", [b"a", b"A-b_c.d/e+f=@:9", b"x" * 128])
-def test_a_well_formed_id_is_taken_over(given: bytes) -> None:
+def test_a_well_formed_id_is_used(given: bytes) -> None:
     assert RequestIds().choose({b"x-request-id": given}) == given
 
 
 @pytest.mark.parametrize("given", [None, b"", b"x" * 129, b"a b", b"a\n", b'"', b"\xe4"])
-def test_any_other_is_replaced_by_a_new_one(given: bytes | None) -> None:
+def test_any_other_id_is_replaced_by_a_new_one(given: bytes | None) -> None:
     ids = RequestIds()
     headers = {} if given is None else {b"x-request-id": given}
     made = {ids.choose(headers) for _ in range(10)} | {RequestIds().choose(headers)}
@@ -38,6 +38,6 @@ def test_any_other_is_replaced_by_a_new_one(given: bytes | None) -> None:
     ],
 )
 def test_a_valid_trace_is_found(given: str, valid: bool) -> None:
-    """By the examples and rules of W3C Trace Context, section 3.2."""
+    """Examples and rules of W3C Trace Context, section 3.2."""
     assert trace_id({b"traceparent": given.encode()}) == (TRACE if valid else None)
     assert trace_id({}) is None

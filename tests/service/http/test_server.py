@@ -1,4 +1,4 @@
-"""The real process: how it starts, what it does with rude clients, and how it stops."""
+"""The real process: its start, its stop, and clients that misbehave in between."""
 
 import errno
 import gzip
@@ -35,7 +35,7 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-st
 
 @pytest.fixture
 def start(tmp_path: Path, artefact: Path) -> Iterator[Callable[..., Any]]:
-    """Return what starts a server with settings of the test's own; it gives address and process."""
+    """Return a function that starts a server with settings; it returns address and process."""
     with ExitStack() as running:
 
         def start(**settings: object) -> tuple[str, subprocess.Popen[bytes]]:
@@ -52,7 +52,7 @@ def connect(address: str) -> socket.socket:
 
 @contextmanager
 def serving_here(app: Gate, listener: socket.socket) -> Iterator[server.Server]:
-    """Serve in this process, where a test can change the server's constants and look inside."""
+    """Serve in this process, where a test can change constants and read the server's state."""
     running = server.Server(app, Settings())
     thread = threading.Thread(target=running.run, args=([listener],))
     thread.start()
@@ -66,7 +66,7 @@ def serving_here(app: Gate, listener: socket.socket) -> Iterator[server.Server]:
 
 
 def slow_picture() -> bytes:
-    """Return a whole request whose picture is small as a file, and takes long to read."""
+    """Return a request with a picture whose file is small, and which takes long to decode."""
     file = io.BytesIO()
     Image.linear_gradient("L").resize((1800, 1800)).save(file, "PNG")
     head = HEAD.replace(b"application/octet-stream", b"image/png")
@@ -74,7 +74,7 @@ def slow_picture() -> bytes:
 
 
 def refuse_to_start(**settings: str) -> tuple[int, str]:
-    """Run the service, which must end by itself, and return its status and what it said."""
+    """Run the service, which must end by itself; return its status and its standard error."""
     environment = {k: v for k, v in os.environ.items() if k.startswith("PATH")}
     environment |= {"BNLENET_PORT": "0"}
     environment |= {f"BNLENET_{k.upper()}": v for k, v in settings.items()}
@@ -114,21 +114,21 @@ class TestStart:
         assert (status, said.count("\n")) == (1, 1)
         assert said.startswith(f"Error: Cannot listen on 127.0.0.1:{port} (Address already in use)")
 
-    def test_a_host_that_is_not_ours_is_one_sentence(self, artefact: Path) -> None:
+    def test_another_machines_address_is_one_sentence(self, artefact: Path) -> None:
         status, said = refuse_to_start(model_path=str(artefact), host="192.0.2.1")
         assert (status, said.count("\n")) == (1, 1)
 
-    def test_a_host_that_is_no_name_is_one_sentence(self) -> None:
+    def test_an_invalid_host_is_one_sentence(self) -> None:
         with pytest.raises(server.StartError, match=r"Cannot listen on a\.\.b:0"):
             server.bind(Settings(host="a..b", port=0))
 
-    def test_every_address_is_of_both_families(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_host_of_two_colons_is_ipv6_and_ipv4(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with server.bind(Settings(host="::", port=0)) as listener:
             listener.listen()
             socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=10).close()
             if listener.family == socket.AF_INET6:
                 only = listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
-                assert only == 0  # whatever the system's default is
+                assert only == 0  # also where the system's default is 1
 
         def without_ipv6(family: int, *arguments: int) -> socket.socket:
             if family == socket.AF_INET6:
@@ -151,12 +151,12 @@ class TestStart:
             with pytest.raises(server.StartError, match=r"\(Address already in use\)"):
                 server.run(make_app(), settings, listener)
 
-    def test_an_ipv6_address_is_told_as_a_url(self) -> None:
+    def test_an_ipv6_address_becomes_a_url(self) -> None:
         with socket.socket(socket.AF_INET6) as unbound:
             assert server.url(unbound) == "http://[::]:0"
 
-    def test_it_is_small_and_soon_ready(self, start: Callable[..., Any]) -> None:
-        """Against what its libraries alone take here, in processor time and in memory."""
+    def test_start_up_needs_little_time_and_memory(self, start: Callable[..., Any]) -> None:
+        """Compared with the CPU time and the memory of importing its libraries alone."""
         libraries = (
             "import fastapi, onnxruntime, resource; u = resource.getrusage(resource.RUSAGE_SELF);"
             "print(u.ru_utime + u.ru_stime, u.ru_maxrss)"
@@ -176,10 +176,8 @@ class TestStart:
         assert int(resident[1]) < 2 * kilobytes
 
 
-class TestRudeClients:
-    def test_a_thousand_idle_connections_cost_nobody_anything(
-        self, start: Callable[..., Any]
-    ) -> None:
+class TestMisbehavingClients:
+    def test_a_thousand_idle_connections_delay_no_request(self, start: Callable[..., Any]) -> None:
         address, _ = start()
         with ExitStack() as idle:
             for _ in range(800):
@@ -195,7 +193,7 @@ class TestRudeClients:
     def test_connections_without_a_request_are_closed(
         self, monkeypatch: pytest.MonkeyPatch, make_app: Callable[..., Gate]
     ) -> None:
-        """Never used, stopped within a head, and idle after an answer: each has its time."""
+        """After different times: never used, stopped within a head, or idle after an answer."""
         for name, seconds in [("FIRST_HEAD", 0.3), ("KEEP_ALIVE", 4.0), ("IDLE_CHECK", 0.05)]:
             monkeypatch.setattr(connection_module, f"{name}_SECONDS", seconds)
         listener = server.bind(Settings(port=0))
@@ -221,7 +219,7 @@ class TestRudeClients:
         assert answers[1].startswith(b"HTTP/1.1 408 ")
         assert answers[2].startswith(b"HTTP/1.1 200 ")
 
-    def test_a_client_that_takes_no_answer_is_left(
+    def test_a_client_that_reads_no_answer_is_disconnected(
         self,
         monkeypatch: pytest.MonkeyPatch,
         make_app: Callable[..., Gate],
@@ -242,8 +240,8 @@ class TestRudeClients:
         assert running.server_state.total_requests < 1000
         assert "Exception" not in caplog.text
 
-    def test_slow_senders_cost_nobody_anything(self, start: Callable[..., Any]) -> None:
-        """As many of them as places inside: after two seconds they have to make room."""
+    def test_slow_senders_block_no_request(self, start: Callable[..., Any]) -> None:
+        """There are as many slow senders as requests may be in flight."""
         address, _ = start(max_in_flight=10, request_timeout_seconds=60)
         with ExitStack() as slow:
             connections = [slow.enter_context(connect(address)) for _ in range(10)]
@@ -257,9 +255,7 @@ class TestRudeClients:
                 answer = httpx.post(f"{address}/predict", content=bytes(784), headers=BYTES)
                 assert answer.status_code == 200
 
-    def test_a_slow_head_has_the_deadline_of_the_whole_request(
-        self, start: Callable[..., Any]
-    ) -> None:
+    def test_a_slow_head_has_the_deadline_of_the_request(self, start: Callable[..., Any]) -> None:
         address, _ = start(request_timeout_seconds=0.5)
         with connect(address) as connection:
             begin = time.monotonic()
@@ -267,7 +263,7 @@ class TestRudeClients:
             assert connection.makefile("rb").readline() == b"HTTP/1.1 408 Request Timeout\r\n"
             assert 0.4 < time.monotonic() - begin < 3
 
-    def test_a_byte_at_a_time_ends_with_408(self, start: Callable[..., Any]) -> None:
+    def test_a_body_sent_byte_by_byte_gets_408(self, start: Callable[..., Any]) -> None:
         address, _ = start(request_timeout_seconds=0.5)
         with connect(address) as connection:
             connection.sendall(HEAD + b"Content-Length: 784\r\n\r\n")
@@ -284,7 +280,7 @@ class TestRudeClients:
         assert b"connection: close" in answer
         assert 0.4 < time.monotonic() - begin < 2
 
-    def test_clients_that_go_away_half_way_leave_nothing_behind(
+    def test_clients_that_leave_within_a_body_are_not_in_flight(
         self, start: Callable[..., Any]
     ) -> None:
         address, _ = start(max_in_flight=1)
@@ -297,8 +293,8 @@ class TestRudeClients:
                 assert time.monotonic() < deadline
             assert client.post("/predict", content=bytes(784), headers=BYTES).status_code == 200
 
-    def test_pictures_of_clients_that_left_are_not_decoded(self, start: Callable[..., Any]) -> None:
-        """They wait for the decoder's thread one after the other, and so would everybody else."""
+    def test_abandoned_pictures_are_not_decoded(self, start: Callable[..., Any]) -> None:
+        """They queue for the decoder's thread, and would delay all other clients."""
         address, _ = start()
         post = slow_picture()
         with ExitStack() as clients:
@@ -313,9 +309,7 @@ class TestRudeClients:
         assert decoded
         assert float(left[1]) > float(decoded[1])
 
-    def test_overload_is_refused_quickly_while_health_stays_green(
-        self, start: Callable[..., Any]
-    ) -> None:
+    def test_overload_gets_503_and_health_stays_200(self, start: Callable[..., Any]) -> None:
         address, _ = start(max_in_flight=2)
         picture = slow_picture()
         with ExitStack() as inside, httpx.Client(base_url=address) as client:
@@ -330,10 +324,10 @@ class TestRudeClients:
             assert client.get("/livez").status_code == 200
             assert client.get("/readyz").status_code == 200
 
-    def test_a_connection_goes_on_after_a_small_upload_was_refused(
+    def test_a_connection_stays_open_after_a_small_upload_is_refused(
         self, start: Callable[..., Any]
     ) -> None:
-        """The rest of the body, longer than a head may be, is thrown away; then comes a request."""
+        """The rest of the body, which is longer than a head may be, is read and discarded."""
         address, _ = start(api_key="opensesame")
         with connect(address) as connection:
             connection.sendall(HEAD + b"Content-Length: 60000\r\n\r\n" + bytes(10_000))
@@ -345,9 +339,7 @@ class TestRudeClients:
             connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             assert b"HTTP/1.1 200 OK\r\n" in answers.read()
 
-    def test_fields_after_a_body_are_bounded_and_change_nothing(
-        self, start: Callable[..., Any]
-    ) -> None:
+    def test_trailer_fields_are_limited_and_ignored(self, start: Callable[..., Any]) -> None:
         address, _ = start()
         chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n310\r\n" + bytes(784) + b"\r\n0\r\n"
         with connect(address) as connection:
@@ -362,8 +354,8 @@ class TestRudeClients:
                     connection.sendall(b"X-Field: " + b"a" * 1000 + b"\r\n")
             assert connection.recv(100).startswith(b"HTTP/1.1 431 ")
 
-    def test_the_end_of_an_upload_is_no_head(self, start: Callable[..., Any]) -> None:
-        """The next request's head comes in the same piece, and its body later."""
+    def test_the_end_of_an_upload_does_not_count_as_a_head(self, start: Callable[..., Any]) -> None:
+        """The next request's head arrives in the same packet, and its body later."""
         address, _ = start()
         with connect(address) as connection:
             picture = HEAD.replace(b"application/octet-stream", b"image/png")
@@ -376,8 +368,8 @@ class TestRudeClients:
             answers = connection.makefile("rb").read()
         assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"415", b"200"]
 
-    def test_offers_of_other_protocols_are_declined(self, start: Callable[..., Any]) -> None:
-        """Java's client offers HTTP/2 so, with a body, in one packet or several."""
+    def test_upgrades_are_ignored(self, start: Callable[..., Any]) -> None:
+        """Java's client offers HTTP/2 with a request that has a body, in one packet or several."""
         address, _ = start()
         offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
         post = HEAD + offer + b"Content-Length: 784\r\n\r\n"
@@ -392,10 +384,10 @@ class TestRudeClients:
             connection.sendall(b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n")
             assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
 
-    def test_what_is_no_http_is_told_after_the_answers_before_it(
+    def test_invalid_http_is_refused_after_the_answers_before_it(
         self, start: Callable[..., Any]
     ) -> None:
-        """An answer to one must not be taken for the answer to another."""
+        """No client takes the refusal for the answer to an earlier request."""
         address, _ = start()
         post = HEAD + b"Content-Length: 784\r\n\r\n" + bytes(784)
         chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -426,7 +418,7 @@ class TestRudeClients:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process's memory is read from /proc")
 class TestMemory:
-    """Floods of a few seconds; each took from 0.2 to 1.5 GB where nothing held it back."""
+    """Floods of a few seconds. Without limits, they took from 0.2 to 1.5 GB."""
 
     GZIP = gzip.compress(bytes(10 * 2**20 - 100))
     ZIPPED = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
@@ -468,7 +460,7 @@ class TestMemory:
 
 
 def flood(client: Any, events: int, left: list[bytes], sent: bytes) -> None:
-    """Send what the client can, again and again if it is whole requests; drop what it gets."""
+    """Send as much as the socket takes, repeatedly unless it is half a head; drop the answers."""
     with suppress(OSError):
         if events & selectors.EVENT_READ:
             client.recv(65536)
@@ -478,7 +470,7 @@ def flood(client: Any, events: int, left: list[bytes], sent: bytes) -> None:
 
 class TestStop:
     def test_it_drains_before_it_stops(self, start: Callable[..., Any]) -> None:
-        """Not ready at once, still serving for the grace period, in flight finished, exit 0."""
+        """It is not ready at once, serves during the drain, finishes requests, and exits with 0."""
         address, process = start(drain_seconds=1)
         half = connect(address)
         half.sendall(HEAD + b"Content-Length: 784\r\n\r\n" + bytes(400))
@@ -499,7 +491,7 @@ class TestStop:
         assert process.wait(5) == 0
 
     def test_no_request_is_lost_when_it_stops_under_load(self, start: Callable[..., Any]) -> None:
-        """Clients that honour `Connection: close` and stop when told see no failure."""
+        """Clients that honour `Connection: close` see no failure."""
         address, process = start(drain_seconds=1)
         outcomes: list[int] = []
         stopping = threading.Event()
@@ -525,10 +517,10 @@ class TestStop:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="the packet filter is Linux's")
     @pytest.mark.parametrize("workers", [1, 2])
-    def test_no_request_is_lost_when_clients_connect_anew_for_each(
+    def test_no_request_is_lost_when_each_has_a_new_connection(
         self, start: Callable[..., Any], workers: int
     ) -> None:
-        """No connection is reset before an answer; when it has ended, none can be opened."""
+        """No connection is reset before its answer; after the end, all are refused."""
         address, process = start(drain_seconds=0.3, workers=workers)
         post = HEAD + b"Content-Length: 784\r\n\r\n" + bytes(784)
         answers: list[bytes] = []
@@ -558,15 +550,15 @@ class TestStop:
         assert len(answers) > 50
         assert set(answers) == {b"HTTP/1.1 200 OK"}
 
-    def test_ctrl_c_does_not_wait(self, start: Callable[..., Any]) -> None:
+    def test_ctrl_c_stops_without_a_drain(self, start: Callable[..., Any]) -> None:
         _, process = start(drain_seconds=60)
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 0
 
-    def test_ctrl_c_twice_is_no_failure(self, start: Callable[..., Any], tmp_path: Path) -> None:
+    def test_two_ctrl_c_exit_with_0(self, start: Callable[..., Any], tmp_path: Path) -> None:
         _, process = start()
         process.send_signal(signal.SIGINT)
-        time.sleep(0.03)  # stopping takes longer, and two at once would be one
+        time.sleep(0.03)  # less than the stop takes; without a pause, the two would be one
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 0
         assert "Traceback" not in (tmp_path / "log").read_text()
@@ -579,7 +571,7 @@ class TestStop:
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 0
 
-    def test_a_slow_sender_cannot_hold_it_up(self, start: Callable[..., Any]) -> None:
+    def test_a_slow_sender_does_not_delay_the_stop(self, start: Callable[..., Any]) -> None:
         address, process = start(drain_seconds=0, request_timeout_seconds=0.5)
         with connect(address) as connection:
             connection.sendall(HEAD + b"Content-Length: 784\r\n\r\nhalf")
@@ -589,7 +581,7 @@ class TestStop:
         assert process.wait(5) == 0
 
 
-def test_all_lines_are_json_where_json_is_set(start: Callable[..., Any], tmp_path: Path) -> None:
+def test_all_log_lines_are_json_if_set(start: Callable[..., Any], tmp_path: Path) -> None:
     address, process = start(log_format="json")
     httpx.post(f"{address}/predict", content=bytes(784), headers={**BYTES, "x-request-id": "mine"})
     with connect(address) as connection:

@@ -1,4 +1,4 @@
-"""Several workers look like one server, and go on when one of them dies or hangs."""
+"""Several workers act as one server, also when one of them dies or hangs."""
 
 import asyncio
 import errno
@@ -37,11 +37,11 @@ class Server(NamedTuple):
     log: Path
 
     def ready(self) -> int:
-        """Return how many workers have become ready until now."""
+        """Return how many workers have become ready so far."""
         return self.log.read_text().count("a worker is ready")
 
     def kill(self, victims: set[int]) -> None:
-        """Kill workers, and wait until others are ready in their place."""
+        """Kill workers, and wait until their replacements are ready."""
         ready = self.ready()
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
@@ -59,7 +59,7 @@ def two_workers(log: Path, model: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, artefact: Path) -> Iterator[Server]:
-    """Give one for all tests that leave two workers behind."""
+    """Share one server between the tests that leave it with two workers."""
     with two_workers(tmp_path_factory.mktemp("workers") / "log", artefact) as server:
         yield server
 
@@ -78,7 +78,7 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 
 def processes() -> dict[int, tuple[int, float]]:
-    """Return the parent and the bytes of resident memory of each process that has not ended."""
+    """Return the parent and the resident memory in bytes of each running process."""
     lines: list[list[str]] = []
     if Path("/proc/self/stat").exists():
         for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -99,7 +99,7 @@ def processes() -> dict[int, tuple[int, float]]:
 
 
 def workers(supervisor: int) -> set[int]:
-    """Return the ids of the processes whose parent is the supervisor."""
+    """Return the process ids of the supervisor's workers."""
     return {pid for pid, (parent, _) in processes().items() if parent == supervisor}
 
 
@@ -108,7 +108,7 @@ def alive(pid: int) -> bool:
 
 
 def predict(address: str) -> None:
-    """Ask on a connection of its own, so that any worker may answer."""
+    """Send a request on a new connection, so that any worker may answer."""
     httpx.post(
         f"{address}/predict", content=bytes(784), headers=BYTES, timeout=60
     ).raise_for_status()
@@ -131,11 +131,11 @@ def revisions(address: str) -> set[str]:
 
 
 def resident(supervisor: int) -> float:
-    """Return the bytes of resident memory of all workers."""
+    """Return the resident memory of all workers in bytes."""
     return sum(memory for parent, memory in processes().values() if parent == supervisor)
 
 
-def test_any_worker_tells_the_sum_of_all(server: Server) -> None:
+def test_any_worker_shows_the_sum_of_all(server: Server) -> None:
     address, process, _ = server
     assert len(workers(process.pid)) == 2
     before = predictions(address)
@@ -144,13 +144,13 @@ def test_any_worker_tells_the_sum_of_all(server: Server) -> None:
     assert {predictions(address) for _ in range(10)} == {before + 40}
 
 
-def test_the_memory_of_all_workers_is_told(server: Server) -> None:
-    """As the alert on memory needs it; compared with what the kernel says."""
+def test_the_memory_of_all_workers_is_shown(server: Server) -> None:
+    """The alert on memory needs it; compared with the kernel's numbers."""
     address, process, _ = server
 
     def equal() -> bool:
-        told = metric(address, "process_resident_memory_bytes")
-        return told == pytest.approx(resident(process.pid), rel=0.1)
+        shown = metric(address, "process_resident_memory_bytes")
+        return shown == pytest.approx(resident(process.pid), rel=0.1)
 
     wait_until(equal)
 
@@ -164,7 +164,7 @@ def test_a_worker_that_dies_is_replaced_and_its_counts_stay(server: Server) -> N
     assert httpx.get(f"{address}/readyz", timeout=60).status_code == 200
 
 
-def test_a_stopped_worker_is_replaced_and_holds_up_nobody(server: Server) -> None:
+def test_a_stopped_worker_is_replaced(server: Server) -> None:
     address, process, _ = server
     before = workers(process.pid)
     stopped = min(before)
@@ -172,14 +172,14 @@ def test_a_stopped_worker_is_replaced_and_holds_up_nobody(server: Server) -> Non
     os.kill(stopped, signal.SIGSTOP)
     begin = time.monotonic()
     wait_until(lambda: not alive(stopped))
-    assert time.monotonic() - begin < 20  # five seconds where nothing else runs
+    assert time.monotonic() - begin < 20  # five seconds on an idle machine
     wait_until(lambda: server.ready() > ready)
     predict(address)
 
 
 @contextmanager
 def connections(address: str, count: int) -> Iterator[list[socket.socket]]:
-    """Open connections at once, and send a request on each only then."""
+    """Open all connections first, then send a request on each."""
     with ExitStack() as stack:
         where = (httpx.URL(address).host, httpx.URL(address).port or 0)
         opened = [stack.enter_context(socket.create_connection(where, 60)) for _ in range(count)]
@@ -188,7 +188,7 @@ def connections(address: str, count: int) -> Iterator[list[socket.socket]]:
         yield opened
 
 
-def test_a_worker_that_is_stopped_alone_is_replaced_at_its_listener(server: Server) -> None:
+def test_a_worker_that_gets_a_signal_alone_is_replaced_at_its_listener(server: Server) -> None:
     address, process, _ = server
     ready = server.ready()
     stopped = min(workers(process.pid))
@@ -204,7 +204,7 @@ def test_a_worker_that_is_stopped_alone_is_replaced_at_its_listener(server: Serv
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the workers share a listener")
 def test_connections_opened_at_once_are_spread_over_the_workers(server: Server) -> None:
-    """By chance: of 128, more than 96 at one of two workers is expected once in 10^8 runs."""
+    """The kernel spreads them by chance: one of two gets over 96 of 128 once in 10^8 runs."""
     address = server.address
     answered_by: Counter[bytes] = Counter()
     with connections(address, 128) as opened:
@@ -216,8 +216,8 @@ def test_connections_opened_at_once_are_spread_over_the_workers(server: Server) 
     assert max(answered_by.values()) <= 96
 
 
-def test_nobody_waits_for_a_stopped_worker(server: Server) -> None:
-    """The others accept its connections, long before it is replaced."""
+def test_no_client_waits_for_a_stopped_worker(server: Server) -> None:
+    """The other accepts its connections, before it is replaced."""
     address, process, _ = server
     before = workers(process.pid)
     stopped = min(before)
@@ -229,7 +229,7 @@ def test_nobody_waits_for_a_stopped_worker(server: Server) -> None:
     server.kill({stopped})
 
 
-def test_the_port_of_a_service_with_workers_is_taken(server: Server, artefact: Path) -> None:
+def test_a_second_service_cannot_share_the_port(server: Server, artefact: Path) -> None:
     address = server.address
     environment = os.environ | {
         "BNLENET_PORT": str(httpx.URL(address).port),
@@ -249,7 +249,7 @@ def test_the_port_of_a_service_with_workers_is_taken(server: Server, artefact: P
     assert done.stderr.startswith("Error: Cannot listen on")
 
 
-def test_a_stopped_worker_does_not_hold_up_the_end(own_server: Server) -> None:
+def test_a_stopped_worker_does_not_block_the_stop(own_server: Server) -> None:
     process = own_server.process
     children = workers(process.pid)
     os.kill(min(children), signal.SIGSTOP)
@@ -282,7 +282,7 @@ def test_workers_do_not_outlive_a_killed_supervisor(own_server: Server) -> None:
 
 
 def test_all_workers_serve_the_model_that_was_read_first(tmp_path: Path, artefact: Path) -> None:
-    """Also those that are started after the file was replaced."""
+    """Also workers that start after the file is replaced."""
     model = tmp_path / "model.onnx"
     shutil.copy(artefact, model)
     with two_workers(tmp_path / "log", model) as server:
@@ -293,7 +293,7 @@ def test_all_workers_serve_the_model_that_was_read_first(tmp_path: Path, artefac
 
 
 def test_nothing_is_written_to_a_disk(tmp_path: Path, artefact: Path) -> None:
-    """So a full one stops nobody; here there is none at all."""
+    """A full disk does not matter: here the folders for it do not exist."""
     nowhere = {"TMPDIR": "/nowhere", "PROMETHEUS_MULTIPROC_DIR": "/nowhere"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in nowhere.items():
@@ -304,7 +304,7 @@ def test_nothing_is_written_to_a_disk(tmp_path: Path, artefact: Path) -> None:
 
 
 def test_workers_run_the_code_of_their_supervisor(tmp_path: Path, artefact: Path) -> None:
-    """Not what lies under the same name in the current folder, nor what is installed."""
+    """Not a package of the same name in the current folder, and not an installed one."""
     for folder, says in (("current", "a stranger"), ("ours", "ours")):
         shutil.copytree(ROOT / "service", tmp_path / folder / "service")
         with (tmp_path / folder / "service" / "__init__.py").open("a") as module:
@@ -337,7 +337,7 @@ def test_workers_run_the_code_of_their_supervisor(tmp_path: Path, artefact: Path
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_closed_terminal_drains_but_not_under_nohup(
+def test_a_closed_terminal_stops_the_service_but_not_under_nohup(
     tmp_path: Path, artefact: Path, count: int
 ) -> None:
     for ignored in (True, False):
@@ -401,10 +401,10 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
 STOP_SUPERVISOR = "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)\n"
 
 
-def test_when_no_worker_can_be_started_any_more_the_service_ends(
+def test_the_service_ends_when_no_worker_can_be_started_any_more(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """So that what restarts it can act; clients would wait at the open port for ever."""
+    """Then systemd or Kubernetes can restart it; clients would wait at the open port for ever."""
     monkeypatch.setattr(workers_module, "GIVE_UP_TICKS", 150)
     assert stub.supervise("if first: report()\nsys.exit(1)") == 1
     assert len(stub.starts()) > 2
@@ -439,7 +439,7 @@ def test_a_worker_that_hangs_is_killed_and_replaced(
     assert f"{-signal.SIGKILL}" in str([vars(record).get("fields") for record in caplog.records])
 
 
-def test_a_worker_that_reports_is_left_alone(
+def test_a_worker_that_reports_is_not_killed(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(workers_module, "HANGS_AFTER_TICKS", 50)
@@ -449,9 +449,7 @@ def test_a_worker_that_reports_is_left_alone(
     assert "hangs" not in caplog.text
 
 
-def test_what_a_dead_worker_counted_stays_and_what_it_had_is_gone(
-    stub: Stub, tmp_path: Path
-) -> None:
+def test_counters_of_a_dead_worker_stay_and_its_gauges_go(stub: Stub, tmp_path: Path) -> None:
     program = f"""
 def send(number):
     totals = Totals({{("requests",): [2]}}, {{("in_flight",): [1]}})
@@ -469,8 +467,8 @@ with open(f"{{folder}}/sum", "wb") as file:
     assert total == Totals({("requests",): [4]}, {("in_flight",): [1]})
 
 
-def test_a_worker_that_does_not_answer_holds_up_no_sum(stub: Stub, tmp_path: Path) -> None:
-    """What it reported last counts."""
+def test_a_worker_that_does_not_answer_does_not_block_the_sum(stub: Stub, tmp_path: Path) -> None:
+    """Its last report counts."""
     program = """
 channel.recv(100)
 if first:
@@ -489,8 +487,8 @@ time.sleep(600)
     assert Totals.from_json((tmp_path / "sum").read_bytes()).counters == {("requests",): [42]}
 
 
-def test_a_sum_has_what_the_others_count_when_it_is_asked_for(stub: Stub, tmp_path: Path) -> None:
-    """Not what they reported last."""
+def test_a_sum_has_the_present_counts_of_the_others(stub: Stub, tmp_path: Path) -> None:
+    """Not those of their last report."""
     program = """
 channel.recv(100)
 def send(number, count):
@@ -515,7 +513,7 @@ time.sleep(600)
 def test_there_is_a_pause_before_a_worker_is_replaced(
     stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Workers that cannot live do not keep the machine busy; a signal ends the pause."""
+    """Workers that die at once do not keep the CPU busy; a signal ends the pause."""
     monkeypatch.setattr(workers_module, "RESTART_AFTER_SECONDS", 3600)
     signal_later = (
         "import subprocess; subprocess.Popen([sys.executable, '-c', 'import os, sys, time;"
@@ -526,7 +524,7 @@ def test_there_is_a_pause_before_a_worker_is_replaced(
 
 
 def test_a_worker_has_a_session_of_its_own(stub: Stub) -> None:
-    """Else a terminal's Ctrl-C would reach it twice, and end it without draining."""
+    """Otherwise it would get a terminal's Ctrl-C twice, and stop at once."""
     stub.supervise(STOP_SUPERVISOR)
     ((pid, session),) = stub.starts()
     assert session == pid
@@ -559,7 +557,7 @@ def test_a_signal_during_the_start_of_a_worker_reaches_it(
 def test_a_worker_that_cannot_be_started_is_tried_again(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As when memory or processes run out for a moment; the others must not end with it."""
+    """When memory or processes run out for a moment, the service goes on."""
     tries = 0
 
     async def fail(*_: object, **__: object) -> None:

@@ -56,7 +56,7 @@ def test_durations_are_counted_as_the_library_does(one: list[float], other: list
     for worker, values in zip(workers, (one, other), strict=True):
         for value in values:
             worker.decode.observe(value)
-            worker.request("/predict", "POST", 200, value)
+            worker.count_request("/predict", "POST", 200, value)
             library.labels("/predict").observe(value)
     ours, theirs = told(*workers), generate_latest(registry)
 
@@ -81,9 +81,9 @@ def test_requests_are_counted_and_timed() -> None:
         ("/readyz", "GET", 200, 0.008),
         ("/readyz", "HEAD", 200, 0.016),
     ]:
-        metrics.request(route, method, status, seconds)
-    metrics.rejected("overloaded")
-    metrics.rejected("overloaded")
+        metrics.count_request(route, method, status, seconds)
+    metrics.count_refusal("overloaded")
+    metrics.count_refusal("overloaded")
     text = told(metrics)
     assert samples(text, "http_requests_total") == {
         ("POST", "/predict", "200"): 2,
@@ -128,8 +128,8 @@ def test_each_process_is_measured() -> None:
 def test_of_a_worker_that_has_ended_only_the_counts_stay() -> None:
     """A sum that fell would look like a restart; a gauge that stayed would be a lie."""
     metrics = Metrics(MODEL)
-    metrics.request("/predict", "POST", 200, 0.001)
-    metrics.rejected("overloaded")
+    metrics.count_request("/predict", "POST", 200, 0.001)
+    metrics.count_refusal("overloaded")
     answer(metrics, 2)
     metrics.in_flight.set(3)
     total = Totals()
@@ -168,17 +168,17 @@ def test_sums_are_independent_of_the_order() -> None:
 def test_totals_are_of_one_instant() -> None:
     metrics = Metrics(MODEL)
     answer(metrics, 1)
-    metrics.request("/predict", "POST", 200, 0.5)
+    metrics.count_request("/predict", "POST", 200, 0.5)
     before = metrics.totals()
     kept = before.to_json()
     answer(metrics, 1)
-    metrics.request("/predict", "POST", 200, 0.5)
+    metrics.count_request("/predict", "POST", 200, 0.5)
     assert before.to_json() == kept
 
 
 def test_no_series_says_when_it_was_created() -> None:
     metrics = Metrics(MODEL)
-    metrics.request("/predict", "POST", 200, 0.001)
+    metrics.count_request("/predict", "POST", 200, 0.001)
     for accept in ("", OPENMETRICS):
         text, _ = metrics.render(metrics.totals(), accept)
         assert b"_created" not in text
@@ -186,7 +186,7 @@ def test_no_series_says_when_it_was_created() -> None:
 
 def test_open_metrics_is_written_for_those_that_ask() -> None:
     metrics = Metrics(MODEL)
-    metrics.request("/predict", "POST", 200, 0.001)
+    metrics.count_request("/predict", "POST", 200, 0.001)
     text, content_type = metrics.render(metrics.totals(), OPENMETRICS)
     assert content_type.startswith("application/openmetrics-text; version=1.0.0")
     parsed = openmetrics.text_string_to_metric_families(text.decode())  # type: ignore[no-untyped-call] # untyped there
@@ -204,10 +204,10 @@ def test_statistics_count_the_time_of_a_run_for_each_request_in_it() -> None:
     answer(metrics, 3, run=0.25)
     answer(metrics, 64, run=2.0)
     metrics.inference.last = 1_700_000_000.5
-    metrics.request("/predict", "POST", 200, 0.5)
-    metrics.request("/predict", "POST", 422, 0.125)
-    metrics.request("/infer", "POST", 200, 0.25)
-    metrics.request("/other", "POST", 200, 8.0)
+    metrics.count_request("/predict", "POST", 200, 0.5)
+    metrics.count_request("/predict", "POST", 422, 0.125)
+    metrics.count_request("/infer", "POST", 200, 0.25)
+    metrics.count_request("/other", "POST", 200, 8.0)
     stats = statistics(metrics.totals(), ["/predict", "/infer"])
     assert (stats["inference_count"], stats["execution_count"]) == (70, 3)
     assert stats["last_inference"] == 1_700_000_000_500
