@@ -16,7 +16,7 @@ from service.model.artefact import ModelError, read_file
 if TYPE_CHECKING:
     from service.settings import Settings
 
-OPTIONS = (  # of `serve`; each replaces the environment variable of its name
+OPTIONS = (  # of `serve`; an option replaces the environment variable of its name
     ("--host", None, "127.0.0.1", "The address to listen on."),
     ("--port", click.IntRange(0, 65535), "8000", "The port to listen on; 0 takes any free one."),
     ("--workers", click.IntRange(1, 64), "1", "The number of worker processes."),
@@ -52,7 +52,7 @@ def serve(**options: str | int | None) -> None:
     The environment variables BNLENET_* have more settings; the README lists them.
     """
     for name, value in options.items():
-        if value is not None:  # into the environment, because worker processes read it too
+        if value is not None:  # worker processes read the environment too
             os.environ[f"BNLENET_{name.upper()}"] = str(value)
     _serve()
 
@@ -71,9 +71,7 @@ def _http_url(_: click.Context, __: click.Parameter, url: str | None) -> str | N
     try:
         parts = urlsplit(url)
         complete = parts.hostname and parts.port != 0 and " " not in url
-    except (
-        ValueError
-    ) as exc:  # the port is not a number, or a bracket of an IPv6 address is missing
+    except ValueError as exc:  # a port that is not a number, or half an IPv6 address
         raise click.BadParameter(f"not a valid URL: {exc}") from None
     if not complete or parts.scheme not in ("http", "https"):
         raise click.BadParameter("write a URL with a host, such as http://127.0.0.1:8000")

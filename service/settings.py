@@ -140,17 +140,12 @@ class Settings(BaseSettings):
     @classmethod
     def unknown_variables(cls) -> Iterator[str]:
         """Yield a warning for each environment variable that looks like a setting and is none."""
-        settings = [name.upper() for name in cls.model_fields]
+        known = [f"{PREFIX}{name.upper()}" for name in cls.model_fields]
         for variable in sorted(os.environ):
             name = variable.upper()
             rest = name.removeprefix(PREFIX)
-            if rest in settings and rest != name:
-                continue
-            if rest != name:
-                near = [it for it in settings if rest in it] or get_close_matches(rest, settings, 1)
-            elif near := get_close_matches(name, [PREFIX + it for it in settings], 1, 0.9):
-                near = [near[0].removeprefix(PREFIX)]  # the prefix itself is misspelt
-            else:
-                continue
-            advice = f"did you mean {PREFIX}{near[0]}?" if near else "the README lists them all."
-            yield f"{variable} is not a setting; {advice}"
+            holding = [it for it in known if rest != name and rest in it.removeprefix(PREFIX)]
+            near = holding or get_close_matches(name, known, 1, 0.85)
+            if name not in known and (near or rest != name):
+                advice = f"did you mean {near[0]}?" if near else "the README lists the settings."
+                yield f"{variable} is not a setting; {advice}"

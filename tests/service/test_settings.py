@@ -160,7 +160,7 @@ def test_the_sentence_says_what_is_wrong(
         ("BNLENET_TIMEOUT", "did you mean BNLENET_REQUEST_TIMEOUT_SECONDS?"),
         ("BNLENT_PORT", "did you mean BNLENET_PORT?"),
         ("BN_LENET_API_KEY", "did you mean BNLENET_API_KEY?"),
-        ("BNLENET_QUX", "the README lists them all."),
+        ("BNLENET_QUX", "the README lists the settings."),
         ("bnlenet_port", None),
         ("PORT", None),
         ("OPENAI_API_KEY", None),
