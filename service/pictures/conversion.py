@@ -148,7 +148,7 @@ def convert(image: Image.Image) -> tuple[Pixels, tuple[str, ...]]:
         pixels uint8 [28, 28], and the notes of `ModelInput`.
     """
     garment = find_garment(image)
-    return _fit(garment.gray, garment.mask), garment.notes
+    return _scaled_and_centred(garment.gray, garment.mask), garment.notes
 
 
 def find_garment(image: Image.Image) -> Garment:
@@ -157,14 +157,14 @@ def find_garment(image: Image.Image) -> Garment:
     If there are two objects of similar size, such as a pair of shoes, take the larger one: the
     data set shows single objects.
     """
-    garment = _cut_out_already(image) or _cut_out(image)
+    garment = _by_transparency(image) or _by_colours(image)
     larger = larger_of_two(garment.mask)
     if larger is None:
         return garment
     return Garment(garment.gray, larger, (*garment.notes, TWO_OBJECTS))
 
 
-def _cut_out_already(image: Image.Image) -> Garment | None:
+def _by_transparency(image: Image.Image) -> Garment | None:
     """Return the opaque part of a picture that is partly transparent, else None."""
     if image.mode != "RGBA":
         return None
@@ -177,7 +177,7 @@ def _cut_out_already(image: Image.Image) -> Garment | None:
     return Garment(negated, opaque)
 
 
-def _cut_out(image: Image.Image) -> Garment:
+def _by_colours(image: Image.Image) -> Garment:
     """Separate the garment from its background by colour."""
     if image.mode == "RGBA":
         on_white = Image.new("RGBA", image.size, "white")
@@ -209,7 +209,7 @@ def _gray(image: Image.Image) -> Floats:
     return np.asarray(image.convert("RGB").convert("L"), np.float32)
 
 
-def _fit(gray: Floats, mask: NDArray[np.bool_]) -> Pixels:
+def _scaled_and_centred(gray: Floats, mask: NDArray[np.bool_]) -> Pixels:
     """Scale the garment under the mask to 28 pixels, centre it, and stretch it to 255."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)

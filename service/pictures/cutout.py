@@ -75,7 +75,9 @@ def cut_out(rgb: NDArray[np.uint8]) -> Cutout | None:
         return None
     colours = rgb.astype(np.float32)
     background = _fit_border(colours)
-    mask = _inside_edges(colours, background) if background.is_plain else _by_colours(colours)
+    mask = (
+        _inside_edges(colours, background) if background.is_plain else _unlike_background(colours)
+    )
     mask = _without_border_lines(mask)
     mask = _main_parts(mask, SPECK_RADIUS if background.is_plain else BUSY_SPECK_RADIUS)
     if not MIN_AREA < mask.mean() < MAX_AREA or mask[_rim(mask.shape, 1)].mean() > MAX_RIM:
@@ -191,7 +193,7 @@ def _inside_edges(colours: Floats, background: _Background) -> Mask:
     return ~outside if holes.sum() > MAX_HOLES * (~outside).sum() else ~outside & ~holes
 
 
-def _by_colours(colours: Floats) -> Mask:
+def _unlike_background(colours: Floats) -> Mask:
     """Learn the colours of background and garment in turn, as two histograms (a mixture by EM).
 
     At first, the garment's colours are those that are rarer at the border than elsewhere.
@@ -257,7 +259,7 @@ def _main_parts(mask: Mask, speck_radius: float) -> Mask:
     labels = _label(mask)
     core = eroded(mask, max(1, round(speck_radius * max(mask.shape))))
     if core.sum() > 0.2 * mask.sum():
-        labels = np.where(_chosen(labels, labels[core]), labels, 0)
+        labels = np.where(_with_labels(labels, labels[core]), labels, 0)
     inside, radius = labels[::2, ::2] > 0, 1  # at half the resolution, for speed
     while (smaller := eroded(inside, radius)).any() and radius < max(inside.shape) / 2:
         inside, radius = smaller, 2 * radius
@@ -267,14 +269,14 @@ def _main_parts(mask: Mask, speck_radius: float) -> Mask:
     height, width = inside.shape
     middle = np.argmin((y / height - 0.5) ** 2 + (x / width - 0.5) ** 2)
     main = labels == labels[2 * y[middle], 2 * x[middle]]
-    rest = np.where(main | _chosen(labels, labels[_rim(mask.shape, 1)]), 0, labels)
+    rest = np.where(main | _with_labels(labels, labels[_rim(mask.shape, 1)]), 0, labels)
     y, x = np.nonzero(main)
     margin = round(NEIGHBOURHOOD * max(mask.shape))
     near = np.s_[
         max(0, y.min() - margin) : y.max() + margin + 1,
         max(0, x.min() - margin) : x.max() + margin + 1,
     ]
-    nearby = _chosen(rest, rest[near])
+    nearby = _with_labels(rest, rest[near])
     elsewhere = (rest > 0) & ~nearby
     large = elsewhere.sum() > KEPT_AREA * main.sum()
     return np.asarray(main | nearby | elsewhere if large else main | nearby)
@@ -302,7 +304,7 @@ def _label(mask: Mask) -> Labels:
     return cc3d.connected_components(mask, connectivity=4)
 
 
-def _chosen(labels: Labels, chosen: Labels) -> Mask:
+def _with_labels(labels: Labels, chosen: Labels) -> Mask:
     """Return the pixels whose label is among the chosen ones."""
     is_chosen = np.bincount(chosen.ravel(), minlength=int(labels.max()) + 1) > 0
     is_chosen[0] = False
@@ -312,4 +314,4 @@ def _chosen(labels: Labels, chosen: Labels) -> Mask:
 def _connected(seeds: Mask, allowed: Mask) -> Mask:
     """Return the allowed pixels that are connected to a seed."""
     labels = _label(allowed)
-    return _chosen(labels, labels[seeds])
+    return _with_labels(labels, labels[seeds])

@@ -124,18 +124,19 @@ class DocumentedAPI(FastAPI):
                 if VALIDATION[0] in str(operation["responses"].get("422")):
                     del operation["responses"]["422"]
                 if "requestBody" in operation:
-                    operation["requestBody"] = _named(operation["requestBody"], schemas)
+                    operation["requestBody"] = _moved_to_schemas(operation["requestBody"], schemas)
         return document
 
 
-def _named(part: Any, schemas: Json) -> Any:
+def _moved_to_schemas(part: Any, schemas: Json) -> Any:
     """Move objects with a title to `schemas`, and replace them with references."""
     if isinstance(part, list):
-        return [_named(item, schemas) for item in part]
+        return [_moved_to_schemas(item, schemas) for item in part]
     if not isinstance(part, dict):
         return part
     part = {
-        key: value if key == "example" else _named(value, schemas) for key, value in part.items()
+        key: value if key == "example" else _moved_to_schemas(value, schemas)
+        for key, value in part.items()
     }
     if part.get("type") != "object" or "title" not in part:
         return part

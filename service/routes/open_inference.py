@@ -48,8 +48,8 @@ INDEX_PATH = "/v2/repository/index"
 MAX_INDEX_BYTES = 2**10  # of a request for the index; its only field is a boolean
 MAX_BODY_BYTES = MAX_JSON_BYTES + 4 * IMAGE_SIZE * MAX_BATCH_SIZE  # JSON, then a batch of floats
 MIN_COMPRESSED_BYTES = 500  # a smaller answer fits into one packet anyway
-REFUSED = re.compile(rb"q=0(\.0*)?").fullmatch
-OCTETS = (b"content-type", b"application/octet-stream")
+HAS_ZERO_WEIGHT = re.compile(rb"q=0(\.0*)?").fullmatch
+BINARY_TYPE = (b"content-type", b"application/octet-stream")
 
 
 def infer_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handler:
@@ -70,7 +70,7 @@ def infer_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handl
         answer = Answer(body)
         if json_length is not None:
             length = (b"inference-header-content-length", b"%d" % json_length)
-            answer = Answer(body, headers=[OCTETS, length])
+            answer = Answer(body, headers=[BINARY_TYPE, length])
         if len(body) >= MIN_COMPRESSED_BYTES and b"accept-encoding" in headers:
             answer = _compress(answer, headers[b"accept-encoding"])
         stages.encode = perf_counter() - begin
@@ -108,7 +108,7 @@ def _compress(answer: Answer, accepted: bytes) -> Answer:
     """
     offers = dict(map(_offer, accepted.lower().split(b",")))
     for name, window in ((b"gzip", 31), (b"deflate", 15)):
-        if name in offers and not REFUSED(offers[name]):
+        if name in offers and not HAS_ZERO_WEIGHT(offers[name]):
             body = zlib.compress(answer.body, 1, window)
             return Answer(body, 200, [*answer.headers, (b"content-encoding", name)])
     return answer

@@ -82,20 +82,20 @@ def decode(body: bytes, json_length: bytes | None = None) -> InferenceRequest:
                 )
             image = np.frombuffer(tail, np.uint8).reshape(1, *IMAGE_SHAPE)
             return InferenceRequest(image, binary=True)
-    document = _document(text)
+    document = _parsed(text)
     parameters = _optional(document, "parameters", dict) or {}
     binary = _optional(parameters, "binary_data_output", bool) or False
     classification = 0
     outputs = _optional(document, "outputs", list)
     if outputs:
-        wanted = _only(outputs, "output", OUTPUT[0])
+        wanted = _only_tensor(outputs, "output", OUTPUT[0])
         own = _optional(wanted, "binary_data", bool)
         binary = binary if own is None else own
         classification = _optional(wanted, "classification", int) or 0
         if classification < 0:
             raise _invalid("The parameter `classification` must be a number of classes, or 0.")
     inputs = _optional(document, "inputs", list) or []
-    pixels = _pixels(inputs, _only(inputs, "input", INPUT[0]), text, tail)
+    pixels = _pixels(inputs, _only_tensor(inputs, "input", INPUT[0]), text, tail)
     return InferenceRequest(pixels, _optional(document, "id", str), binary, classification)
 
 
@@ -141,7 +141,7 @@ def encode(
     return text + tail, len(text)
 
 
-def _document(text: bytes) -> Json:
+def _parsed(text: bytes) -> Json:
     if len(text) > MAX_JSON_BYTES:
         raise PayloadTooLarge(f"Send at most {MAX_JSON_BYTES:,} bytes of JSON.")
     if text.count(b"[") + text.count(b"{") > MAX_JSON_BRACKETS:
@@ -155,7 +155,7 @@ def _document(text: bytes) -> Json:
     return document
 
 
-def _only(tensors: list[Any], what: str, name: str) -> Json:
+def _only_tensor(tensors: list[Any], what: str, name: str) -> Json:
     """Check that the list has the model's only tensor, once; return its parameters."""
     if len(tensors) != 1 or type(tensors[0]) is not dict or tensors[0].get("name") != name:
         raise _invalid(f"The model has one {what}, `{name}`; send it once, and no others.")
@@ -195,7 +195,7 @@ def _pixels(inputs: list[Json], parameters: Json, text: bytes, tail: bytes) -> N
             )
         if datatype == "UINT8":
             return np.frombuffer(tail, np.uint8).reshape(shape)
-        return _whole(np.frombuffer(tail, FP32)).reshape(shape)
+        return _to_pixels(np.frombuffer(tail, FP32)).reshape(shape)
     flat = _flatten(data)
     if len(flat) != count:
         raise _invalid(f"The shape needs {count} values; `data` has {len(flat)}.")
@@ -213,7 +213,7 @@ def _pixels(inputs: list[Json], parameters: Json, text: bytes, tail: bytes) -> N
         numbers = np.frombuffer(array("d", flat))
     except TypeError:
         raise _invalid(NOT_PIXELS) from None
-    return _whole(numbers).reshape(shape)
+    return _to_pixels(numbers).reshape(shape)
 
 
 def _flatten(data: list[Any]) -> list[Any]:
@@ -225,7 +225,7 @@ def _flatten(data: list[Any]) -> list[Any]:
     return data
 
 
-def _whole(values: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+def _to_pixels(values: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
     """Convert numbers to pixels, or refuse them; NaN fails every comparison."""
     if values.min() >= 0 and values.max() <= 255:
         pixels = values.astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The page at /docs: what it shows is what the service answers, and it needs no other server."""
+"""The page at /docs shows what the service answers, and needs no other server."""
 
 import json
 import re
@@ -21,7 +21,7 @@ KEY = "secret"
 
 @pytest.fixture
 def docs(tab: Page, base_url: str) -> Iterator[Page]:
-    """Open the page; `visited` fails where it asks any other server."""
+    """Open the page; `visited` fails if it uses another server."""
     with visited(tab, base_url, "/docs") as page:
         expect(page.locator("#routes section").first).to_be_visible()
         yield page
@@ -34,7 +34,7 @@ def api(client: httpx.Client) -> dict[str, Any]:
 
 
 def commands(page: Page) -> list[str]:
-    """Return curl's line of each route, for each type of body."""
+    """Return the curl command of each route, for each type of body."""
     lines = []
     for section in page.locator("#routes section").all():
         types = section.locator("select option").all_inner_texts() or [""]
@@ -45,7 +45,7 @@ def commands(page: Page) -> list[str]:
     return lines
 
 
-def test_shows_every_route_with_its_words(docs: Page, api: dict[str, Any]) -> None:
+def test_shows_every_route_with_its_description(docs: Page, api: dict[str, Any]) -> None:
     shown = docs.locator("#routes h3").all_inner_texts()
     operations = {
         f"{method.upper()} {path}": operation
@@ -72,7 +72,7 @@ def test_shows_every_route_with_its_words(docs: Page, api: dict[str, Any]) -> No
     expect(predict).to_contain_text("request_id: string")
 
 
-def test_lines_for_curl_all_work(docs: Page, tmp_path: Path) -> None:
+def test_curl_commands_work(docs: Page, tmp_path: Path) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed: apt-get install curl")
     image = Image.new("RGB", (60, 80), "white")
@@ -95,7 +95,7 @@ def test_lines_for_curl_all_work(docs: Page, tmp_path: Path) -> None:
         assert done.stdout == "200", (line[:300], answer)
 
 
-def test_line_is_copied(docs: Page) -> None:
+def test_command_is_copied(docs: Page) -> None:
     docs.context.grant_permissions(["clipboard-read", "clipboard-write"])
     section = docs.locator("#routes section").last
     section.get_by_role("button", name="Copy").click()
@@ -104,7 +104,7 @@ def test_line_is_copied(docs: Page) -> None:
     assert copied == section.locator(".curl").inner_text()
 
 
-def test_line_names_the_key_where_one_is_needed(context: BrowserContext, serve: Serve) -> None:
+def test_command_has_the_key_if_it_is_needed(context: BrowserContext, serve: Serve) -> None:
     with serve(api_key=KEY) as (url, _), opened(context, url, "/docs") as page:
         expect(page.locator("#routes section").first).to_be_visible()
         needs = {
@@ -116,7 +116,7 @@ def test_line_names_the_key_where_one_is_needed(context: BrowserContext, serve: 
         assert not needs["/livez"]
 
 
-def test_takes_nothing_for_html(docs: Page, api: dict[str, Any]) -> None:
+def test_shows_html_as_text(docs: Page, api: dict[str, Any]) -> None:
     evil = "<img src=x onerror=alert(1)>"
     operation = api["paths"]["/livez"]["get"]
     operation["summary"] = operation["description"] = evil
@@ -140,7 +140,7 @@ def test_can_be_tried_again(docs: Page) -> None:
     expect(docs.get_by_role("alert")).to_be_empty()
 
 
-def test_can_be_read_by_day_and_night_on_any_screen(docs: Page) -> None:
+def test_can_be_read_in_both_schemes_on_any_screen(docs: Page) -> None:
     docs.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
     for scheme in ("light", "dark"):
         docs.emulate_media(color_scheme="dark" if scheme == "dark" else "light")

@@ -1,4 +1,4 @@
-"""The page at /inside: its numbers are those of the service and of torch, whatever the batch."""
+"""The page at /inside shows the numbers of the service and of torch, for any batch."""
 
 import json
 import re
@@ -37,7 +37,7 @@ STAGES = """async ([images, own, fold]) => {
 
 @pytest.fixture
 def images() -> NDArray[np.uint8]:
-    """Return the self-test's images, uint8 [6, 28, 28]: stripes, from a formula."""
+    """Return the self-test's images, uint8 [6, 28, 28]: stripes from a formula."""
     return self_test_pixels()
 
 
@@ -59,7 +59,7 @@ def answers(page: Page, column: str) -> list[float]:
 
 
 def look_at(page: Page, pixels: NDArray[np.uint8]) -> None:
-    """Give the page another picture, as a link does."""
+    """Give the page another picture, by its address."""
     _, _, fragment = in_hash(pixels.ravel()).partition("#")
     page.evaluate("(fragment) => { location.hash = fragment; }", fragment)
 
@@ -73,7 +73,7 @@ def served(client: httpx.Client, pixels: NDArray[np.uint8]) -> list[float]:
 
 
 def reference(images: NDArray[np.uint8], own: bool) -> dict[str, NDArray[np.float64]]:
-    """Return what torch has after each layer of the committed run, in float64, by layer."""
+    """Return torch's values after each layer of the committed run, in float64."""
     run = load_file(MODEL.parent / "run" / "checkpoint.safetensors")
     metadata = {entry.key: entry.value for entry in onnx.load(MODEL).metadata_props}
     network = BNLeNet()
@@ -141,7 +141,7 @@ def test_drawing_is_followed_live(inside: Page, client: httpx.Client) -> None:
         pixels = gray(inside, "given")
         assert answers(inside, "fixed") == pytest.approx(served(client, pixels), abs=1e-4)
     assert len(seen) == 3
-    assert requests == []  # it all happens in the browser
+    assert requests == []  # everything runs in the browser
     assert pixels.max() == 255
     assert pixels.any(axis=1).all() or pixels.any(axis=0).all()  # 28 pixels on the longer edge
 
@@ -159,7 +159,7 @@ def test_other_pictures_change_the_answer_of_batch_statistics_alone(
         for k in (1, 4)
     ]
     assert third[0] == third[1]
-    assert answers(inside, "batch") == pytest.approx(alone)  # of a batch of one: always the same
+    assert answers(inside, "batch") == pytest.approx(alone)  # a batch of one always gives the same
     fixed = answers(inside, "fixed")
     inside.get_by_role("list", name="Other pictures").get_by_role("button", name="Bag").click()
     with_bag = answers(inside, "batch")
@@ -198,7 +198,7 @@ def test_switch_shows_what_the_norms_do(inside: Page) -> None:
 def test_another_model_is_not_shown_as_this_one(
     context: BrowserContext, serve: Serve, tmp_path: Path
 ) -> None:
-    """The page has the committed run's weights, whatever is served."""
+    """The page shows the committed run, so it refuses other models."""
     model = onnx.load(MODEL)
     for entry in model.metadata_props:
         if entry.key == "seed":
@@ -240,7 +240,7 @@ def test_can_be_tried_again(inside: Page) -> None:
     expect(inside.locator("#verdict")).to_contain_text("%")
 
 
-def test_can_be_read_by_day_and_night_on_any_screen(inside: Page) -> None:
+def test_can_be_read_in_both_schemes_on_any_screen(inside: Page) -> None:
     for dark in (False, True):
         inside.emulate_media(color_scheme="dark" if dark else "light")
         texts = inside.evaluate(CONTRASTS)

@@ -1,4 +1,4 @@
-"""Other people's clients, unmodified, get from the server what they expect of theirs."""
+"""Other vendors' clients work unmodified."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ def images(fashion_mnist: FashionMNIST) -> Pixels:
 
 @pytest.fixture(scope="session")
 def predicted(client: httpx.Client, images: Pixels) -> NDArray[np.float32]:
-    """Return what `POST /predict` answers, float32 [64, 10]."""
+    """Return the answers of `POST /predict`, float32 [64, 10]."""
     headers = {"content-type": "application/octet-stream"}
     rows = []
     for image in images:
@@ -116,7 +116,7 @@ def test_a_batch_gives_the_same_bits_compressed_or_not(
 def test_without_outputs_everything_comes_in_binary(
     server: triton.InferenceServerClient, images: Pixels, predicted: NDArray[np.float32]
 ) -> None:
-    """The client then asks for it by a parameter of the request."""
+    """The client asks for binary output with a parameter of the request."""
     result = server.infer("bn-lenet", [given_input(images)])
     assert result.get_output("probabilities")["parameters"] == {"binary_data_size": 64 * 40}
     assert np.array_equal(result.as_numpy("probabilities"), predicted)
@@ -144,7 +144,7 @@ def test_classification(
 def test_what_tritons_image_client_does(
     server: triton.InferenceServerClient, images: Pixels, predicted: NDArray[np.float32]
 ) -> None:
-    """Its steps: find out from metadata and configuration what to send, then classify."""
+    """It reads metadata and configuration to learn what to send, then classifies."""
     metadata = server.get_model_metadata("bn-lenet", "1")
     config = server.get_model_config("bn-lenet", "1")
     (tensor,), (answered,), (form,) = metadata["inputs"], metadata["outputs"], config["input"]
@@ -191,7 +191,7 @@ def test_statistics_are_true_counts(server: triton.InferenceServerClient, images
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_stages_have_equal_counts_at_any_moment(serve: Serve, workers: int) -> None:
-    """`perf_analyzer` ends when they differ, which they may only do while requests come."""
+    """`perf_analyzer` stops if they differ."""
     body = {
         "inputs": [
             {"name": "pixels", "shape": [1, 1, 28, 28], "datatype": "UINT8", "data": [0] * 784}
@@ -234,7 +234,7 @@ def test_statistics_are_those_of_all_workers(serve: Serve) -> None:
         ]
     }
     with serve(workers=2) as (address, _):
-        for _ in range(20):  # each on a connection of its own, so that both workers get some
+        for _ in range(20):  # with new connections, so that both workers get some
             assert httpx.post(address + INFER, json=body).status_code == 200
         for _ in range(5):
             (counted,) = httpx.get(f"{address}/v2/models/stats").json()["model_stats"]
@@ -295,7 +295,7 @@ def test_wrong_requests_are_explained(server: triton.InferenceServerClient, imag
 
 
 def test_the_asyncio_client(base_url: str, images: Pixels, predicted: NDArray[np.float32]) -> None:
-    """It undoes compression by itself, and only where it expects some."""
+    """It decompresses answers itself, but only those of inference."""
 
     async def talk() -> None:
         address = httpx.URL(base_url).netloc.decode()
@@ -345,10 +345,10 @@ def message(pixels: Pixels, **extra: Any) -> dict[str, Any]:
         {"model_name": "bn-lenet", "model_version": None},
     ],
 )
-def test_what_other_clients_write_is_understood(
+def test_requests_of_other_clients_are_understood(
     client: httpx.Client, images: Pixels, predicted: NDArray[np.float32], extra: dict[str, Any]
 ) -> None:
-    """Fields that KServe's and MLServer's clients add, or send as null."""
+    """KServe's and MLServer's clients add fields, or send them as null."""
     document = message(images[:4], **extra)
     document["inputs"][0]["parameters"] = {"content_type": "np"}
     answer = client.post(INFER, json=document).raise_for_status().json()
@@ -357,7 +357,7 @@ def test_what_other_clients_write_is_understood(
     assert None not in answer.values()
 
 
-def test_without_a_content_type_it_is_served(base_url: str, images: Pixels) -> None:
+def test_a_request_without_content_type_is_served(base_url: str, images: Pixels) -> None:
     body = json.dumps(message(images[:1])).encode()
     request = httpx.Request("POST", base_url + INFER, content=body)
     assert "content-type" not in request.headers
@@ -375,7 +375,7 @@ def test_a_raw_body_is_answered_in_binary(
     assert answer.content[length:] == predicted[0].tobytes()
 
 
-def test_a_packed_binary_body_has_its_length_counted_unpacked(
+def test_the_json_length_of_a_compressed_body_is_the_unpacked_one(
     client: httpx.Client, images: Pixels, predicted: NDArray[np.float32]
 ) -> None:
     document = message(images)
@@ -394,7 +394,7 @@ def test_a_packed_binary_body_has_its_length_counted_unpacked(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_damage_never_fails_the_server(client: httpx.Client, data: st.DataObject) -> None:
-    """Any damage to a request is answered at once, by what was asked or by a refusal."""
+    """A damaged request gets an answer or a refusal at once."""
     sound = json.dumps(message(np.zeros((1, 1, 28, 28), np.uint8), id="1")).encode()
     begin = data.draw(st.integers(0, len(sound)))
     end = data.draw(st.integers(begin, min(len(sound), begin + 40)))

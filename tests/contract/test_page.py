@@ -1,4 +1,4 @@
-"""The page, as people meet it: in a real Chromium, with mouse, keyboard, clipboard and phone."""
+"""The page in a real Chromium, with mouse, keyboard, clipboard and phone."""
 
 import io
 import re
@@ -56,7 +56,7 @@ SQUARE = [(0.25, 0.25), (0.75, 0.25), (0.75, 0.75), (0.25, 0.75), (0.25, 0.25)]
 
 
 def symmetric(*half: tuple[float, float]) -> list[tuple[float, float]]:
-    """Return a closed line of its left half and that half's mirror image."""
+    """Return a closed outline, made from its left half and the mirror image."""
     return [*half, *((1 - x, y) for x, y in reversed(half)), half[0]]
 
 
@@ -125,7 +125,7 @@ def png(image: Image.Image) -> bytes:
 
 @pytest.fixture(scope="module")
 def trousers() -> bytes:
-    """Return a PNG of trousers, drawn here, dark on white."""
+    """Return a PNG of drawn trousers, dark on white."""
     image = Image.new("RGB", (300, 400), "white")
     outline = [(90, 40), (210, 40), (240, 360), (180, 360), (150, 140), (120, 360), (60, 360)]
     ImageDraw.Draw(image).polygon(outline, (60, 80, 130))
@@ -148,25 +148,25 @@ def percent(probability: float) -> str:
 
 
 def expect_answer(page: Page, answer: dict[str, Any]) -> None:
-    """Wait until the page shows this answer, and all of it."""
+    """Wait until the page shows the whole answer."""
     expected = {each["label"]: percent(each["probability"]) for each in answer["predictions"]}
     expect(page.locator("#bars .first span").first).to_have_text(answer["label"])
     unsure = any(note.startswith("Not sure") for note in answer.get("notes", []))
     verdict = f"Not sure: perhaps {answer['label']}" if unsure else answer["label"]
     expect(page.locator("#label")).to_have_text(verdict)
     rows = [re.split(r"\s*\n+\s*", row) for row in page.locator("#bars li").all_inner_texts()]
-    assert [tuple(row) for row in rows] == list(expected.items())  # by falling probability
+    assert [tuple(row) for row in rows] == list(expected.items())  # most probable first
     assert (gray(page, "seen") == np.array(answer["pixels"])).all()
 
 
 @pytest.fixture
 def answer(client: httpx.Client, trousers: bytes) -> dict[str, Any]:
-    """Return what the service says of the trousers."""
+    """Return the service's answer for the trousers."""
     return ask(client, trousers)
 
 
 class TestFiles:
-    def test_allow_nothing_but_this_server(self, client: httpx.Client) -> None:
+    def test_load_from_this_server_only(self, client: httpx.Client) -> None:
         for path in FILES:
             headers = client.get(f"/{path}").raise_for_status().headers
             rules = headers["content-security-policy"].split("; ")
@@ -183,7 +183,7 @@ class TestFiles:
             assert headers["x-content-type-options"] == "nosniff"
             assert headers["referrer-policy"] == "no-referrer"
 
-    def test_are_kept_by_browsers_but_asked_about(self, client: httpx.Client) -> None:
+    def test_are_cached_and_revalidated(self, client: httpx.Client) -> None:
         for path in FILES:
             first = client.get(f"/{path}")
             assert first.headers["cache-control"] == "no-cache"
@@ -220,7 +220,7 @@ class TestPicture:
         expect(page.locator("#accuracy")).to_have_text(percent(float(model["test_accuracy"])))
         assert model["provider"].startswith(page.locator("#provider").inner_text())
 
-    def test_has_bars_as_long_as_it_is_probable(
+    def test_has_bars_as_long_as_the_probabilities(
         self, page: Page, trousers: bytes, answer: dict[str, Any]
     ) -> None:
         choose(page, trousers)
@@ -232,7 +232,7 @@ class TestPicture:
         probable = [each["probability"] for each in answer["predictions"]]
         assert shares == pytest.approx(probable, abs=0.005)
 
-    def test_is_known_to_be_awaited_while_it_takes_long(
+    def test_that_takes_long_replaces_the_old_answer_by_a_message(
         self, page: Page, trousers: bytes, answer: dict[str, Any]
     ) -> None:
         choose(page, trousers)
@@ -241,12 +241,12 @@ class TestPicture:
         page.route("**/predict?echo=pixels", lambda route: held.append(route))  # noqa: PLW0108 - Playwright takes no methods of lists
         choose(page, trousers, "again.png")
         expect(page.locator("#label")).to_have_text("Looking …")
-        expect(page.locator("#bars .first")).to_have_count(0)  # it was the former picture's
+        expect(page.locator("#bars .first")).to_have_count(0)  # the old answer is gone
         expect(page.locator("#latency")).not_to_contain_text("ms")
         held[0].continue_()
         expect_answer(page, answer)
 
-    def test_chosen_anew_under_its_name_is_asked_anew(
+    def test_chosen_again_after_a_change_is_sent_again(
         self, page: Page, trousers: bytes, tmp_path: Path
     ) -> None:
         path = tmp_path / "same.png"
@@ -261,19 +261,19 @@ class TestPicture:
             expect(page.locator("#bars .first")).to_have_count(1)
         assert requests.count("POST") == 2
 
-    def test_may_be_named_like_a_page(self, page: Page, trousers: bytes) -> None:
+    def test_can_have_any_file_name(self, page: Page, trousers: bytes) -> None:
         name = "<img src=x onerror=alert(1)>&lt;b>.png"
         choose(page, trousers, name)
         expect(page.get_by_role("img", name=name)).to_be_visible()
         expect(page.locator("#command")).to_contain_text(f"'@{name}'")
         assert page.locator("img").count() == 1 + len(EXAMPLES)
 
-    def test_of_28_x_28_is_taken_as_it_came(self, page: Page) -> None:
+    def test_of_28_x_28_is_used_unchanged(self, page: Page) -> None:
         gray = (np.outer(np.arange(28), np.arange(28)) % 256).astype(np.uint8)
         choose(page, png(Image.fromarray(gray)))
         expect(page.locator("#preprocessing")).to_contain_text("Used unchanged")
 
-    def test_of_an_example_is_named_rightly(self, page: Page) -> None:
+    def test_of_an_example_is_classified_correctly(self, page: Page) -> None:
         """All ten of them, one for each class."""
         named = {}
         for label in EXAMPLES.values():
@@ -342,7 +342,7 @@ class TestPicture:
         expect(page.locator("#stage")).not_to_have_class(re.compile("over"))
         expect(page.get_by_role("img", name="trousers.png")).to_be_visible()
 
-    def test_dragged_over_one_element_and_the_next_is_expected_still(self, page: Page) -> None:
+    def test_dragged_from_one_element_to_the_next_keeps_the_mark(self, page: Page) -> None:
         page.evaluate(GIVE, ["dragenter", "image/png", "trousers.png", ""])
         leave = """(relatedTarget) => stage.dispatchEvent(
             new DragEvent("dragleave", { relatedTarget, bubbles: true }))"""
@@ -360,7 +360,7 @@ class TestPicture:
         expect(page.locator("#bars .first")).to_have_count(1)
         expect_answer(page, ask(client, sent(page)))
 
-    def test_that_comes_later_takes_the_place_of_one_still_under_way(
+    def test_that_comes_later_replaces_one_still_in_flight(
         self, page: Page, trousers: bytes, answer: dict[str, Any]
     ) -> None:
         held = iter(range(1))  # the first request gets no answer
@@ -377,7 +377,7 @@ class TestPicture:
 
 
 def sent(page: Page) -> bytes:
-    """Wait for the answer, and return the picture that it is about."""
+    """Wait for the answer, and return its picture."""
     expect(page.locator("#output")).to_have_attribute("aria-busy", "false")
     with page.expect_download() as download:
         page.get_by_role("link", name="Save the picture").click()
@@ -394,8 +394,8 @@ def ask(client: httpx.Client, picture: bytes) -> dict[str, Any]:
 
 
 class TestDrawing:
-    def test_is_answered_while_it_grows(self, page: Page, client: httpx.Client) -> None:
-        page.emulate_media(color_scheme="dark")  # what is sent must not depend on it
+    def test_is_classified_while_it_is_drawn(self, page: Page, client: httpx.Client) -> None:
+        page.emulate_media(color_scheme="dark")  # the sent picture must not depend on it
         requests: list[str] = []
         page.on("request", lambda request: requests.append(request.method))
         expect(page.get_by_role("button", name="Clear")).to_be_disabled()
@@ -411,7 +411,7 @@ class TestDrawing:
         for x, y, ink in ((0.5, 0.3, 0), (0.4, 0.65, 0), (0.1, 0.1, 255), (0.9, 0.9, 255)):
             assert paper[int(y * side), int(x * side)] == ink
 
-    def test_is_cleared_and_begun_anew(self, page: Page) -> None:
+    def test_can_be_cleared_and_started_again(self, page: Page) -> None:
         draw(page, (0.2, 0.2), (0.8, 0.8))
         expect(page.locator("#bars .first")).to_have_count(1)
         page.get_by_role("button", name="Clear").click()
@@ -422,10 +422,8 @@ class TestDrawing:
         paper = np.array(Image.open(io.BytesIO(sent(page))).convert("L"))
         assert 0 < (paper < 128).mean() < 0.02  # one dot, and nothing of the first drawing
 
-    def test_follows_the_mouse_where_pages_come_without_tls(
-        self, browser: Browser, base_url: str
-    ) -> None:
-        """To a browser 127.0.0.1 is secure and may do more than a phone on the same network."""
+    def test_follows_the_mouse_without_tls(self, browser: Browser, base_url: str) -> None:
+        """Browsers treat 127.0.0.1 as secure; other addresses without TLS have fewer functions."""
         url, found = re.subn(r"^http://(127\.0\.0\.1|localhost)\b", f"http://{INSECURE}", base_url)
         if not found:
             pytest.skip("the server under test is not on this machine, or has TLS")
@@ -449,7 +447,7 @@ class TestDrawing:
             assert page.evaluate("document.documentElement.scrollWidth") == 390
 
     def test_has_one_pen(self, page: Page) -> None:
-        """A second finger's touches are not joined to the first one's."""
+        """A second finger adds nothing to the first one's stroke."""
         box = page.locator("#paper").bounding_box()
         assert box is not None
         touches = [
@@ -484,7 +482,7 @@ class TestDrawing:
         draw(page, *SQUARE[:-1])
         assert ink(page)[280, 280] == 255
 
-    def test_hole_that_was_rubbed_stays(self, page: Page) -> None:
+    def test_erased_hole_stays(self, page: Page) -> None:
         draw(page, *SQUARE)
         page.get_by_label("Eraser").check()
         draw(page, (0.45, 0.5), (0.55, 0.5))
@@ -519,7 +517,7 @@ class TestDrawing:
         expect(page.locator("#bars .first")).to_have_count(0)
         expect(undo).to_be_disabled()
 
-    def test_is_mostly_right(self, page: Page) -> None:
+    def test_is_usually_classified_correctly(self, page: Page) -> None:
         """Ten simple drawings, outlines of a few lines each."""
         right = []
         for label, lines in DRAWINGS.items():
@@ -533,7 +531,7 @@ class TestDrawing:
 
 
 def ink(page: Page) -> NDArray[np.uint8]:
-    """Return what is drawn, 0 for black and 255 for white, [560, 560]."""
+    """Return the drawing's pixels [560, 560], 0 for black and 255 for white."""
     return gray(page, "paper")
 
 
@@ -562,7 +560,7 @@ class TestCommand:
         expect(page.get_by_text("Copied.")).to_be_visible()
         command = page.evaluate("navigator.clipboard.readText()")
         assert command.startswith("curl ")
-        assert command.count("\n") == 2  # none of the name's own, nor other steering of a terminal
+        assert command.count("\n") == 2  # the name's control characters are escaped
         assert re.findall(r"[\x00-\x09\x0b-\x1f\x7f]", command) == []
         done = subprocess.run(
             ["bash", "-c", command],  # noqa: S607 - whichever bash there is
@@ -576,7 +574,7 @@ class TestCommand:
     def test_is_copied_even_where_the_clipboard_is_denied(
         self, page: Page, trousers: bytes, answer: dict[str, Any]
     ) -> None:
-        page.evaluate("delete Navigator.prototype.clipboard")  # thus on insecure addresses
+        page.evaluate("delete Navigator.prototype.clipboard")  # as at insecure addresses
         choose(page, trousers)
         expect_answer(page, answer)
         page.get_by_role("button", name="Copy").click()
@@ -616,7 +614,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("status", "body"), [(200, "{}"), (200, "null"), (413, "<html>"), (502, '{"oops": 1}')]
     )
-    def test_are_sentences_when_something_else_answers(
+    def test_are_sentences_when_another_server_answers(
         self, page: Page, trousers: bytes, answer: dict[str, Any], status: int, body: str
     ) -> None:
         def other(route: Route) -> None:
@@ -642,7 +640,7 @@ class TestErrors:
             session.send("Input.dispatchDragEvent", event)
         expect(page.get_by_role("alert")).to_have_text("The file cannot be read; choose another.")
 
-    def test_about_the_key_ask_for_it_and_keep_it_nowhere(
+    def test_about_the_key_ask_for_it_and_do_not_store_it(
         self, context: BrowserContext, serve: Serve, trousers: bytes, answer: dict[str, Any]
     ) -> None:
         with (
@@ -670,7 +668,7 @@ class TestErrors:
             assert kept == [0, 0, ""]
             assert KEY not in page.content() + page.url
 
-    def test_are_tried_again_by_hand(
+    def test_have_a_button_to_try_again(
         self, page: Page, trousers: bytes, answer: dict[str, Any]
     ) -> None:
         retry = page.get_by_role("button", name="Try again")
@@ -689,7 +687,7 @@ class TestErrors:
         expect_answer(page, answer)
         expect(retry).to_be_hidden()
 
-    def test_end_by_themselves_when_the_service_is_back(
+    def test_disappear_when_the_service_is_back(
         self, page: Page, trousers: bytes, answer: dict[str, Any]
     ) -> None:
         status = [503]
@@ -718,7 +716,7 @@ class TestErrors:
         page.wait_for_timeout(1500)
         assert requests == []
 
-    def test_of_what_another_picture_ended_are_not_shown(
+    def test_of_replaced_pictures_are_not_shown(
         self, page: Page, trousers: bytes, answer: dict[str, Any]
     ) -> None:
         page.route("**/predict?echo=pixels", lambda _: None, times=1)  # gets no answer
@@ -738,7 +736,7 @@ class TestErrors:
 
 
 class TestAnswer:
-    """What the service might say one day, word for word on the page."""
+    """The page shows any text from the service literally."""
 
     def meet(self, page: Page, answer: dict[str, Any], status: int = 200) -> None:
         page.route(
@@ -792,7 +790,7 @@ class TestAnswer:
         expect(page.get_by_role("alert")).not_to_be_empty()
         expect(page.locator("#notes li")).to_have_count(0)
 
-    def test_is_no_verdict_when_the_model_is_unsure(
+    def test_is_not_a_verdict_if_the_model_is_unsure(
         self, page: Page, trousers: bytes, answer: dict[str, Any]
     ) -> None:
         unsure = "Not sure: two classes are about as likely."
@@ -836,9 +834,9 @@ class TestAnswer:
         expect(page.locator("#heat")).to_be_visible()
         page.get_by_role("button", name="Bag", exact=True).click()
         expect(page.locator("#label")).to_have_text("Bag")
-        expect(page.locator("#heat")).to_be_hidden()  # it was the coat's
+        expect(page.locator("#heat")).to_be_hidden()  # the map was the coat's
 
-    def test_is_linked_with_what_happens_inside(
+    def test_has_a_link_that_opens_it_inside(
         self, page: Page, trousers: bytes, answer: dict[str, Any]
     ) -> None:
         choose(page, trousers)
@@ -851,7 +849,7 @@ class TestAnswer:
 def occluded(
     client: httpx.Client, pixels: NDArray[np.uint8]
 ) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], tuple[str, float]]]:
-    """Return, by place, what is lost in log-odds when it is covered, and the answer then."""
+    """Return, for each covered square, the loss in log-odds and the new answer."""
 
     def classify(image: NDArray[np.uint8]) -> dict[str, float]:
         headers = {"content-type": "application/octet-stream"}
@@ -876,7 +874,7 @@ def occluded(
 
 
 class TestEverybody:
-    def test_tabs_through_visible_places(self, page: Page, trousers: bytes) -> None:
+    def test_can_reach_every_control_with_the_tab_key(self, page: Page, trousers: bytes) -> None:
         choose(page, trousers)
         expect(page.get_by_role("button", name="Copy")).to_be_enabled()
         met = []
@@ -891,7 +889,7 @@ class TestEverybody:
             )
             met.append(name)
             assert outline == "solid", name
-        assert met == [  # and nothing that does nothing
+        assert met == [  # and no others
             *("Look inside", "Documentation"),
             *EXAMPLES.values(),
             *("fine", "clear", "why", "inside", "file", "camera", "copy"),
@@ -911,13 +909,13 @@ class TestEverybody:
         expect(page.get_by_role("heading", level=1)).to_have_count(1)
         bars = page.get_by_role("region", name="The answer").get_by_role("listitem")
         expect(bars).to_have_count(10)
-        for name in ("The picture", "What the model saw", "The same from a terminal"):
+        for name in ("The picture", "What the model saw", "The same request from a terminal"):
             expect(page.get_by_role("region", name=name)).to_have_count(1)
         nameless = page.locator("button, a, input, canvas").filter(visible=True)
         for i in range(nameless.count()):
             expect(nameless.nth(i)).to_have_accessible_name(re.compile(r"\w"))
 
-    def test_can_read_it_by_day_and_by_night(
+    def test_can_read_it_in_light_and_dark_schemes(
         self, page: Page, trousers: bytes, answer: dict[str, Any]
     ) -> None:
         texts = []
@@ -964,11 +962,11 @@ class TestEverybody:
         paper, seen = (page.locator(name).bounding_box() for name in ("#paper", "#seen"))
         assert paper is not None
         assert seen is not None
-        assert seen["x"] >= paper["x"] + paper["width"]  # there a finger scrolls
+        assert seen["x"] >= paper["x"] + paper["width"]  # the space where a finger scrolls
         assert seen["width"] > 100
 
     def test_needs_few_bytes(self, client: httpx.Client) -> None:
-        """Of each page with all it asks for, weights apart."""
+        """Each page with all its files, except the weights."""
         sizes = {name: len(client.get(f"/{name}").content) for name in FILES}
         pictures = sum(size for name, size in sizes.items() if name.endswith(".svg"))
         shared = pictures + sizes["static/style.css"]
@@ -980,7 +978,7 @@ class TestEverybody:
         assert sum(sizes[name] for name in inside) + shared + drawing < 50_000
         assert sizes["docs"] + sizes["static/docs.js"] + sizes["static/docs.css"] + shared < 50_000
 
-    def test_sees_no_motion_who_wants_none(self, page: Page) -> None:
+    def test_sees_no_motion_with_reduced_motion(self, page: Page) -> None:
         bar = """getComputedStyle(document.querySelector("#bars i"), "::before")"""
         assert page.evaluate(f"{bar}.transitionDuration") == "0s"
         page.emulate_media(reduced_motion="no-preference")

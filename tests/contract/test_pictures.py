@@ -1,4 +1,4 @@
-"""Photographs on a real server: whoever sends large ones holds up nobody else."""
+"""Large photographs on a real server do not delay other requests."""
 
 import io
 import socket
@@ -19,7 +19,7 @@ PICTURE = {"Content-Type": "image/png"}
 
 @pytest.fixture(scope="module")
 def large() -> bytes:
-    """Save a PNG that takes long for its bytes: smooth, with a camera's noise."""
+    """Save a PNG that is slow for its size: smooth, with a camera's noise."""
     random = np.random.default_rng(0)
     pixels = np.linspace(90, 160, 1600)[None, :, None] + random.normal(0, 2, (1600, 1600, 3))
     file = io.BytesIO()
@@ -57,11 +57,11 @@ def test_small_requests_stay_quick_while_photographs_are_decoded(
         while not all(answer.done() for answer in answers):
             seconds.append(ask(client))
         assert {answer.result().status_code for answer in answers} == {200}
-    assert len(seconds) > 5 * len(answers)  # on the event loop, it would be about one each
+    assert len(seconds) > 5 * len(answers)  # on the event loop, there would be about one for each
     assert np.median(seconds) < alone / 4
 
 
-def test_photographs_that_waited_too_long_are_told_so(
+def test_photographs_that_wait_too_long_get_an_error(
     serve: Serve, large: bytes, pool: ThreadPoolExecutor
 ) -> None:
     with serve(request_timeout_seconds=0.5) as (url, _), httpx.Client(base_url=url) as client:
@@ -69,7 +69,7 @@ def test_photographs_that_waited_too_long_are_told_so(
         results = [answer.result() for answer in answers]
         late = [result for result in results if result.status_code == 504]
         assert late
-        # 408: even to be read took too long; 503: too many files waited already.
+        # 408: the upload took too long; 503: too many files wait already.
         assert {result.status_code for result in results} <= {200, 408, 503, 504}
         assert all(result.json()["code"] == "deadline_exceeded" for result in late)
         assert ask(client) < 0.5
@@ -77,7 +77,7 @@ def test_photographs_that_waited_too_long_are_told_so(
         assert f'bnlenet_rejected_total{{reason="deadline_exceeded"}} {len(late)}.0' in metrics
 
 
-def test_senders_who_leave_stop_nothing(serve: Serve, large: bytes) -> None:
+def test_senders_who_leave_do_not_stop_others(serve: Serve, large: bytes) -> None:
     with serve() as (url, _), httpx.Client(base_url=url) as client:
         host, port = url.removeprefix("http://").split(":")
         head = f"POST /predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\n"

@@ -1,4 +1,4 @@
-"""`POST /predict` answers what ONNX Runtime answers offline, whatever form the image comes in."""
+"""`POST /predict` gives the answers of ONNX Runtime, for every form of body."""
 
 import gzip
 import io
@@ -110,7 +110,7 @@ def test_the_answer_has_the_documented_shape(client: httpx.Client, images: Pixel
 
 
 def test_probabilities_are_whole_float32_values(client: httpx.Client, images: Pixels) -> None:
-    """What JSON carries is not rounded: it is a float32, to the last bit."""
+    """JSON carries exact float32 values, not rounded ones."""
     served = probabilities(client.post("/predict", **as_bytes(images[0])).json())
     assert np.array_equal(served.astype(np.float32).astype(np.float64), served)
 
@@ -157,15 +157,13 @@ def test_a_chunked_body_is_read_to_its_end(client: httpx.Client, images: Pixels)
     "content_type",
     ["APPLICATION/JSON", "application/json; charset=utf-8", "application/json ;charset=utf-8"],
 )
-def test_content_types_are_read_as_http_means_them(
-    client: httpx.Client, images: Pixels, content_type: str
-) -> None:
+def test_content_types_follow_http(client: httpx.Client, images: Pixels, content_type: str) -> None:
     body = json.dumps({"pixels": images[5].tolist()}, indent=2)
     answer = client.post("/predict", content=body, headers={"content-type": content_type})
     assert answer.status_code == 200
 
 
-def test_a_sound_request_id_comes_back_and_another_is_made(
+def test_a_valid_request_id_is_returned_and_others_are_replaced(
     client: httpx.Client, images: Pixels
 ) -> None:
     request = as_bytes(images[0])

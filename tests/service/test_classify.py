@@ -1,4 +1,4 @@
-"""The command line tells what the model says, of every file that it can, and why not of others."""
+"""`classify` prints the model's answer for every picture, or says why there is none."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def local(*arguments, local=module.local):
     once = iter([local(*arguments)])
     return lambda data: next(once, lambda _: signal.raise_signal(signal.SIGINT))(data)
 module.local = local
-"""  # at the second picture
+"""  # it stops at the second picture
 PROGRAM = "from service.__main__ import main; main(prog_name='python -m service')"
 
 
@@ -58,7 +58,7 @@ def pixels(fashion_mnist: FashionMNIST) -> NDArray[np.uint8]:
 
 @pytest.fixture
 def photos(pixels: NDArray[np.uint8], tmp_path: Path) -> list[Path]:
-    """Save the images as they are, which the model then sees unchanged."""
+    """Save the images as PNGs that the model sees unchanged."""
     paths = [tmp_path / f"{i}.png" for i in range(len(pixels))]
     for path, image in zip(paths, pixels, strict=True):
         Image.fromarray(image).save(path)
@@ -67,7 +67,7 @@ def photos(pixels: NDArray[np.uint8], tmp_path: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def service(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Run a real server that wants a key."""
+    """Run a real server that needs a key."""
     log = tmp_path_factory.mktemp("service") / "log"
     with serving(log, model_path=artefact, api_key=KEY) as (url, _):
         yield url
@@ -75,7 +75,7 @@ def service(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @contextmanager
 def stranger(status: int, body: bytes, **headers: str) -> Iterator[tuple[str, list[Any]]]:
-    """Run a server that is not this service; give its address and the headers that it gets."""
+    """Run another server; give its URL and the headers that it receives."""
     got: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -105,7 +105,7 @@ def stranger(status: int, body: bytes, **headers: str) -> Iterator[tuple[str, li
 
 
 class TestAnswers:
-    def test_are_the_models_to_the_very_pixels(
+    def test_are_those_of_the_network_in_float64(
         self,
         photos: list[Path],
         pixels: NDArray[np.uint8],
@@ -123,7 +123,7 @@ class TestAnswers:
             assert answer["label"] == CLASSES[expected.argmax()]
             assert answer["preprocessing"] == "none"
 
-    def test_are_columns_where_no_terminal_is(self, photos: list[Path]) -> None:
+    def test_are_columns_without_a_terminal(self, photos: list[Path]) -> None:
         answers = lines(classify("--json", "--top-k", 3, *photos))
         rows = [row.split("\t") for row in classify("--top-k", 3, *photos).stdout.splitlines()]
         assert rows == [
@@ -134,16 +134,18 @@ class TestAnswers:
         best = [row.split("\t")[1] for row in classify(*photos).stdout.splitlines()]
         assert best == [answer["label"] for answer in answers]
 
-    def test_of_standard_input_are_those_of_the_file(self, photos: list[Path]) -> None:
+    def test_are_the_same_from_standard_input(self, photos: list[Path]) -> None:
         (from_file,) = lines(classify("--json", photos[0]))
         (from_stdin,) = lines(classify("--json", "-", stdin=photos[0].read_bytes()))
         assert from_stdin == {**from_file, "file": "-"}
 
-    def test_tell_the_preprocessing_that_was_asked(self, photos: list[Path]) -> None:
+    def test_use_the_preprocessing_option(self, photos: list[Path]) -> None:
         (converted,) = lines(classify("--json", "--preprocessing", "dataset", photos[0]))
         assert converted["preprocessing"] == "dataset"
 
-    def test_name_the_file_as_it_is_named(self, photos: list[Path], tmp_path: Path) -> None:
+    def test_have_the_files_name_made_safe_to_print(
+        self, photos: list[Path], tmp_path: Path
+    ) -> None:
         names = [
             "Screenshot 1.23\u202fPM.png",
             "été 👩\u200d🎤.png",
@@ -158,17 +160,17 @@ class TestAnswers:
             *map(str, paths)
         ]
         shown = [row.split("\t")[0] for row in classify(*paths).stdout.splitlines()]
-        mark = "\N{REPLACEMENT CHARACTER}"  # for what would break the columns, or is no text
+        mark = "\N{REPLACEMENT CHARACTER}"  # for characters that break columns or are not text
         names[2:] = [f"tab{mark}.png", f"line{mark}paragraph{mark}.png", f"{mark}.png"]
         assert shown == [str(tmp_path / name) for name in names]
 
-    def test_are_given_for_pictures_larger_than_the_service_takes(self, tmp_path: Path) -> None:
-        """Nobody else waits; only the file's size is limited."""
+    def test_exist_for_pictures_above_the_services_limits(self, tmp_path: Path) -> None:
+        """The command delays no other requests, so only the file's size is limited."""
         wide = tmp_path / "wide.png"
         Image.new("L", (8200, 30)).save(wide)
         assert classify("--json", wide).exit_code == 0
 
-    def test_name_the_model_as_it_is_set(
+    def test_have_the_model_name_from_the_settings(
         self, photos: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("BNLENET_MODEL_NAME", "garments")
@@ -178,7 +180,7 @@ class TestAnswers:
 class TestFoldersAndPatterns:
     @pytest.fixture
     def folder(self, photos: list[Path], tmp_path: Path) -> Path:
-        """Return a folder with two pictures, and with other things."""
+        """Return a folder with two pictures and other files."""
         folder = tmp_path / "shop [1]"
         (folder / "more.png").mkdir(parents=True)
         for name in ("b.PNG", "a.png", ".hidden.png", "more.png/c.png"):
@@ -194,13 +196,13 @@ class TestFoldersAndPatterns:
         assert self.names(folder) == [first, second]
         assert self.names(second, folder, first) == [second, first, second, first]
 
-    def test_every_format_that_is_read_has_its_endings(self) -> None:
+    def test_every_format_has_its_file_endings(self) -> None:
         endings = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
         rare = {".apng", ".dib", ".jpe", ".avifs"}
         assert endings - rare <= set(SUFFIXES) <= endings | {".heic", ".heif"}
 
-    def test_a_pattern_means_what_a_shell_makes_of_it(self, folder: Path, tmp_path: Path) -> None:
-        """The folder's own name has brackets, and is taken literally because it exists."""
+    def test_a_pattern_means_what_it_means_in_a_shell(self, folder: Path, tmp_path: Path) -> None:
+        """The folder's name has brackets; it exists, so it is not a pattern."""
         pattern = f"{tmp_path}/shop*/*[a-m].png"
         assert self.names(pattern) == [str(folder / "a.png")]
         expected = [*map(str, (folder / "a.png", folder / "b.PNG", folder / "more.png/c.png"))]
@@ -210,7 +212,7 @@ class TestFoldersAndPatterns:
             "unsupported_media_type"
         ]
 
-    def test_without_pictures_are_named_in_a_sentence(self, folder: Path, tmp_path: Path) -> None:
+    def test_an_argument_without_pictures_is_an_error(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         result = classify(tmp_path / "empty", tmp_path / "no*", folder / "a.png")
         assert result.exit_code == 1
@@ -223,7 +225,7 @@ class TestFoldersAndPatterns:
         assert codes == ["no_pictures"] * 2
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
-    def test_that_may_not_be_read_are_named_too(self, folder: Path) -> None:
+    def test_an_unreadable_folder_is_an_error(self, folder: Path) -> None:
         folder.chmod(0)
         (line,) = lines(classify("--json", folder))
         folder.chmod(0o700)
@@ -248,7 +250,7 @@ class TestFailures:
             "unsupported_media_type": tmp_path / "text.jpg",
         }
 
-    def test_stop_no_other_file_and_are_sentences_on_standard_error(
+    def test_are_sentences_on_standard_error_and_stop_no_other_file(
         self, photos: list[Path], bad: dict[str, Path]
     ) -> None:
         result = classify(photos[0], *bad.values(), photos[1])
@@ -288,7 +290,7 @@ class TestFailures:
         assert error["code"] == "payload_too_large"
         assert error["error"] == f"The file has more than {size - 1:,} bytes."
 
-    def test_speak_of_the_file(self, bad: dict[str, Path], tmp_path: Path) -> None:
+    def test_name_the_file_and_not_a_body(self, bad: dict[str, Path], tmp_path: Path) -> None:
         (tmp_path / "empty.png").touch()
         files = (tmp_path / "empty.png", *bad.values())
         sentences = [error["error"] for error in lines(classify("--json", *files))]
@@ -299,7 +301,7 @@ class TestFailures:
         assert not any("body" in sentence for sentence in sentences)
         assert lines(classify("--json", "-"))[0]["error"] == "The file is empty."
 
-    def test_of_the_model_are_told_once(
+    def test_of_the_model_are_printed_once(
         self, photos: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("BNLENET_MODEL_PATH", "nowhere.onnx")
@@ -545,7 +547,7 @@ class TestTerminal:
         assert len(other.splitlines()) == 2
 
 
-def test_damaged_exif_is_told_to_nobody(photos: list[Path], tmp_path: Path) -> None:
+def test_damaged_exif_prints_no_warning(photos: list[Path], tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.jpg"
     Image.open(photos[0]).save(damaged, exif=b"Exif\0\0MM\0*rubbish")
     done = subprocess.run(
@@ -555,7 +557,7 @@ def test_damaged_exif_is_told_to_nobody(photos: list[Path], tmp_path: Path) -> N
     assert done.stdout.count(b"\n") == 1
 
 
-def test_serving_imports_nothing_of_it() -> None:
+def test_serving_does_not_import_what_classify_needs() -> None:
     code = (
         "import sys, service.__main__;"
         "print(*{'rich', 'numpy', 'PIL', 'urllib.request', 'service.classify'} & set(sys.modules))"

@@ -141,3 +141,12 @@ def test_only_a_terminal_gets_colours(no_color: str) -> None:
     assert "warning BNLENET_PROT" in plain
     assert "\x1b" not in plain
     assert ("\x1b[33m" in printed) == (no_color == "")
+
+
+def test_classify_takes_folders_and_patterns(tmp_path: Path) -> None:
+    done = service("classify", "docs", "docs/trou*.png", str(tmp_path))
+    files = [line.split("\t")[0] for line in done.stdout.splitlines()]
+    pictures = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.png"))
+    assert files == [*pictures, "docs/trousers.png"]
+    assert done.stderr.startswith(f"Error: {tmp_path}: The folder has no pictures; ")
+    assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Pillow is set up as the service sets it up."""
+"""Sets Pillow's options as the service does."""
 
 import pytest
 

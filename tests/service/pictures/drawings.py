@@ -1,4 +1,4 @@
-"""Pictures drawn for the tests: trousers before walls, boards and cloth, and their files."""
+"""Draws pictures for the tests: trousers on walls, boards and cloth."""
 
 import io
 from typing import Any
@@ -16,7 +16,7 @@ def encode(image: Image.Image, format_: str = "PNG", **options: Any) -> bytes:
 
 
 def stencil(turn: float = 0) -> Image.Image:
-    """Draw trousers, 200 x 240: a shape that is not its own mirror image either way up."""
+    """Draw trousers, 200 x 240; no mirror image or rotation of them looks the same."""
     image = Image.new("L", (200, 240), 0)
     ImageDraw.Draw(image).polygon(TROUSERS, 255)
     ImageDraw.Draw(image).rectangle((140, 20, 160, 60), 255)  # one pocket sticks out
@@ -32,7 +32,7 @@ def plain(colour: str = "white") -> Image.Image:
 
 
 def shaded() -> Image.Image:
-    """Light a wall unevenly, with a soft shadow of the garment and a camera's noise."""
+    """Draw an unevenly lit wall, with the garment's soft shadow and a camera's noise."""
     random = np.random.default_rng(0)
     y, x = np.mgrid[-1:1:240j, -1:1:200j]
     shadow = np.asarray(stencil().filter(ImageFilter.GaussianBlur(8)), float) / 255

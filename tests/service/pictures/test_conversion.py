@@ -1,4 +1,4 @@
-"""Pictures of every kind become what the data set's authors would have made of them."""
+"""Pictures of every kind are converted as the data set's authors did."""
 
 import json
 import struct
@@ -52,11 +52,11 @@ def overlap(decoded: ModelInput) -> float:
     return float((ideal & outline(decoded)).sum() / (ideal | outline(decoded)).sum())
 
 
-# Taken as it comes
+# Pictures used unchanged
 
 
 @pytest.mark.parametrize("format_", ["PNG", "BMP"])
-def test_28_by_28_grayscale_is_taken_as_it_is(fashion_mnist: FashionMNIST, format_: str) -> None:
+def test_28_by_28_grayscale_is_used_unchanged(fashion_mnist: FashionMNIST, format_: str) -> None:
     for image in fashion_mnist.test.images[:20]:
         data = encode(Image.fromarray(image), format_)
         for preprocessing in ("auto", "none"):
@@ -70,12 +70,12 @@ def test_28_by_28_grayscale_is_taken_as_it_is(fashion_mnist: FashionMNIST, forma
     [Image.new("L", (29, 28)), Image.new("RGB", (28, 28)), Image.new("I;16", (28, 28))],
     ids=["29 x 28", "colour", "16 bits"],
 )
-def test_without_preprocessing_anything_else_is_refused(image: Image.Image) -> None:
+def test_without_preprocessing_other_pictures_are_refused(image: Image.Image) -> None:
     with pytest.raises(InvalidInput, match="send 28 x 28 in 8-bit grayscale"):
         read_picture(encode(image), "none")
 
 
-def test_preprocessing_may_be_insisted_on(fashion_mnist: FashionMNIST) -> None:
+def test_preprocessing_can_be_forced(fashion_mnist: FashionMNIST) -> None:
     decoded = read_picture(encode(Image.fromarray(fashion_mnist.test.images[1])), "dataset")
     assert decoded.preprocessing == "dataset"
 
@@ -102,8 +102,8 @@ def test_the_longest_edge_becomes_28_and_the_extent_is_centred(
 
     rows, columns = (np.flatnonzero(garment.any(axis=axis)) for axis in (1, 0))
     longest = max(width, height)
-    tolerance = 1 + 28 * max(size) / 160 / longest  # half a pixel here, and one where it was cut
-    assert max(len(rows), len(columns)) >= 27  # the outermost may be mixed with background
+    tolerance = 1 + 28 * max(size) / 160 / longest  # half a pixel of scaling, one of the cut-out
+    assert max(len(rows), len(columns)) >= 27  # the outermost row may be mixed with background
     assert abs(len(rows) - 28 * height / longest) <= tolerance
     assert abs(len(columns) - 28 * width / longest) <= tolerance
     for edge in (rows, columns):
@@ -150,7 +150,7 @@ def test_a_white_shirt_on_white_is_not_lost() -> None:
     ids=["shaded wall", "dark boards", "checked cloth", "blue"],
 )
 def test_garments_are_cut_out(background: Image.Image, notes: tuple[str, ...], colour: str) -> None:
-    """Light garments and dark ones end up with the tones that they would have on white."""
+    """Light and dark garments get the same grey levels as on white."""
     decoded = read_picture(encode(worn(background, colour), "JPEG", quality=85))
     assert overlap(decoded) > 0.8
     assert decoded.notes == notes
@@ -158,7 +158,7 @@ def test_garments_are_cut_out(background: Image.Image, notes: tuple[str, ...], c
 
 
 @pytest.mark.parametrize("under", ["black", "gray", "white"])
-def test_what_is_under_transparency_does_not_matter(under: str) -> None:
+def test_colours_under_transparency_do_not_matter(under: str) -> None:
     image, on_white = worn(plain(under)), worn(plain())
     for picture in (image, on_white):
         picture.paste("black", (100, 24, 138, 60))  # a pocket, the brightest after negation
@@ -170,7 +170,7 @@ def test_what_is_under_transparency_does_not_matter(under: str) -> None:
 
 
 @pytest.mark.parametrize("colour", ["white", "#807060", "black"])
-def test_of_a_cut_out_in_one_shade_the_shape_is_seen(colour: str) -> None:
+def test_a_cut_out_of_one_shade_keeps_its_shape(colour: str) -> None:
     image = plain(colour)
     image.putalpha(stencil())
     decoded = read_picture(encode(image))
@@ -178,7 +178,7 @@ def test_of_a_cut_out_in_one_shade_the_shape_is_seen(colour: str) -> None:
     assert (decoded.pixels[outline(decoded)] > 127).mean() > 0.8
 
 
-def test_transparency_may_be_everywhere_or_nowhere() -> None:
+def test_full_transparency_and_full_opacity_are_not_cut_outs() -> None:
     expected = read_picture(encode(worn(plain())))
     opaque = worn(plain()).convert("RGBA")
     np.testing.assert_array_equal(read_picture(encode(opaque)).pixels, expected.pixels)
@@ -186,7 +186,7 @@ def test_transparency_may_be_everywhere_or_nowhere() -> None:
     assert read_picture(encode(opaque)).notes == (ONE_COLOUR,)
 
 
-def test_pictures_like_the_data_sets_own_are_not_negated(fashion_mnist: FashionMNIST) -> None:
+def test_pictures_on_black_like_the_data_set_are_not_negated(fashion_mnist: FashionMNIST) -> None:
     image = Image.fromarray(fashion_mnist.test.images[0]).convert("RGB")
     framed = Image.new("RGB", (34, 40), "black")
     framed.paste(image, (3, 5))
@@ -227,8 +227,8 @@ def test_the_form_of_a_picture_does_not_matter(name: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_cameras_are_held_in_all_eight_ways(orientation: int) -> None:
-    """The stored rows and columns are what EXIF 2.3's table of Orientation says they are."""
+def test_every_exif_orientation_is_turned_upright(orientation: int) -> None:
+    """The stored rows and columns follow EXIF 2.3's table of orientations."""
     upright = np.asarray(GRAY)
     stored = {
         1: upright,
@@ -248,7 +248,7 @@ def test_cameras_are_held_in_all_eight_ways(orientation: int) -> None:
 
 
 @pytest.mark.parametrize("format_", ["GIF", "WEBP", "PNG"])
-def test_of_an_animation_the_first_frame_counts(format_: str) -> None:
+def test_only_an_animations_first_frame_is_used(format_: str) -> None:
     data = encode(GRAY, format_, save_all=True, append_images=[plain().convert("L")], lossless=True)
     decoded = read_picture(data)
     assert decoded.notes == (FIRST_FRAME,)
@@ -256,7 +256,7 @@ def test_of_an_animation_the_first_frame_counts(format_: str) -> None:
 
 
 def png(samples: NDArray[np.uint8], depth: int, colour: int, transparent: bytes) -> bytes:
-    """Write the kinds of PNG that Pillow does not; samples are rows of bytes as in the file."""
+    """Write kinds of PNG that Pillow cannot; samples are rows of bytes as in the file."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(name + content))
@@ -269,8 +269,8 @@ def png(samples: NDArray[np.uint8], depth: int, colour: int, transparent: bytes)
 
 
 @pytest.mark.parametrize("kind", ["gray of 4 bits", "gray", "gray of 16 bits", "colour of 16 bits"])
-def test_a_transparent_colour_is_the_background_whatever_the_depth(kind: str) -> None:
-    """What is around the transparent trousers is seen, which by colour alone nothing would tell."""
+def test_a_transparent_colour_is_background_at_every_depth(kind: str) -> None:
+    """The trousers are transparent: only transparency, not colour, shows what is around them."""
     inside = np.asarray(stencil()) < 128
     if kind == "gray of 4 bits":
         nibbles = np.where(inside, 3, 9).astype(np.uint8)
@@ -290,13 +290,13 @@ def test_a_transparent_colour_is_the_background_whatever_the_depth(kind: str) ->
 
 
 @pytest.mark.parametrize("format_", ["PNG", "JPEG", "WEBP"])
-def test_damaged_exif_is_no_reason_to_refuse_a_picture(format_: str) -> None:
+def test_damaged_exif_is_ignored(format_: str) -> None:
     data = encode(GRAY, format_, quality=95, exif=b"Exif\0\0MM\0*rubbish")
     assert overlap(read_picture(data)) > 0.9
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P"])
-def test_28_by_28_without_colours_is_taken_as_it_is_in_any_mode(
+def test_28_by_28_without_colours_is_used_unchanged_in_any_mode(
     fashion_mnist: FashionMNIST, mode: str
 ) -> None:
     image = fashion_mnist.test.images[0]
@@ -326,10 +326,10 @@ def test_any_shape_becomes_28_by_28(size: tuple[int, int], mode: str) -> None:
         assert read_picture(encode(image, format_, quality=50)).pixels.shape == (28, 28)
 
 
-# When no garment can be told
+# Pictures without a clear garment
 
 
-def test_a_picture_without_a_border_is_taken_whole_and_says_so() -> None:
+def test_a_picture_without_a_garment_is_used_whole_with_a_note() -> None:
     random = np.random.default_rng(0)
     clouds = Image.fromarray(random.integers(0, 256, (4, 4, 3), np.uint8)).resize((200, 240))
     decoded = read_picture(encode(clouds.crop((60, 60, 90, 64))))
@@ -356,7 +356,7 @@ def test_an_empty_or_noisy_picture_gets_no_verdict(kind: str) -> None:
     assert note.startswith("Not sure")
 
 
-def test_a_picture_of_one_colour_has_nothing_to_see() -> None:
+def test_a_picture_of_one_colour_is_empty_with_a_note() -> None:
     decoded = read_picture(encode(plain("red")))
     assert not decoded.pixels.any()
     assert decoded.notes == (ONE_COLOUR,)
@@ -364,7 +364,7 @@ def test_a_picture_of_one_colour_has_nothing_to_see() -> None:
 
 @pytest.mark.parametrize("transparent", [False, True])
 @pytest.mark.parametrize("smaller", [0.8, 1])
-def test_of_two_similar_objects_the_larger_is_taken_and_one_is_asked_for(
+def test_the_larger_of_two_similar_objects_is_used_with_a_note(
     transparent: bool, smaller: float
 ) -> None:
     both, alone = (Image.new("L", (500, 300)) for _ in range(2))
@@ -389,7 +389,7 @@ def on_white(shape: Image.Image, transparent: bool) -> Image.Image:
     return picture
 
 
-def test_a_small_thing_beside_the_garment_is_not_a_second_object() -> None:
+def test_a_small_part_near_the_garment_is_not_a_second_object() -> None:
     picture = Image.new("L", (500, 300))
     picture.paste(stencil(), (30, 30))
     picture.paste(stencil().resize((100, 120)), (270, 30))
@@ -400,7 +400,7 @@ def test_a_small_thing_beside_the_garment_is_not_a_second_object() -> None:
     ("picture", "mirror", "sure"),
     [(0.5, 0.5, True), (0.9, 0.49, False), (0.49, 0.9, False)],
 )
-def test_the_model_is_unsure_where_a_picture_and_its_mirror_image_disagree(
+def test_the_model_is_unsure_if_a_picture_and_its_mirror_image_disagree(
     picture: float, mirror: float, sure: bool
 ) -> None:
     converted = ModelInput(np.zeros((28, 28), np.uint8), "dataset", (GUESSED,))
@@ -412,7 +412,7 @@ def test_the_model_is_unsure_where_a_picture_and_its_mirror_image_disagree(
     assert as_it_came.notes_for(np.full((1, 10), 0.1, np.float32)) == ()
 
 
-def test_the_model_sees_the_mirror_image_of_a_converted_picture_alone() -> None:
+def test_only_converted_pictures_add_their_mirror_image() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
     np.testing.assert_array_equal(ModelInput(pixels, "none").images, pixels[None, None])
     both = np.stack([pixels, np.fliplr(pixels)])[:, None]
@@ -420,8 +420,8 @@ def test_the_model_sees_the_mirror_image_of_a_converted_picture_alone() -> None:
 
 
 def test_enlarged_test_images_keep_their_accuracy(fashion_mnist: FashionMNIST) -> None:
-    """On white and black, as PNG and JPEG, 1.5 points at most are lost of 1,000 images."""
-    del fashion_mnist  # asked for, so that the test is left out where there is no data
+    """On white and on black, as PNG and as JPEG, 1,000 images lose at most 1.5 points."""
+    del fashion_mnist  # needed only to skip the test without the data set
     command = [sys.executable, "-m", "benchmarks.photos", "1000", "--no-scenes"]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = json.loads(table.splitlines()[-1])["rows"]

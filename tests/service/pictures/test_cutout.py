@@ -1,4 +1,4 @@
-"""Garments are told from their background: compared with where they were laid."""
+"""Cut-outs are compared with the places where the test put the garments."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def overlap(cutout: Cutout | None, mask: Mask) -> float:
 
 
 def ends(cutout: Cutout | None, mask: Mask) -> int:
-    """Return by how many pixels, at most, the extents differ."""
+    """Return the largest difference between the extents, in pixels."""
     assert cutout is not None
     differences = []
     for axis in (0, 1):
@@ -65,7 +65,7 @@ def test_real_garments_are_found_in_scenes(scene: str, fashion_mnist: FashionMNI
 
 
 def ground(*places: tuple[slice, slice], level: int = 30) -> NDArray[np.int_]:
-    """Return a light background with something darker at some places."""
+    """Return a light background with darker areas."""
     picture = np.full((160, 120), 235)
     for place in places:
         picture[place] = level
@@ -84,21 +84,21 @@ ALL = slice(None)
     ],
     ids=["joints between boards", "things that the border cuts off", "a small thing below"],
 )
-def test_what_else_lies_there_is_not_the_garments(others: NDArray[np.int_]) -> None:
+def test_other_objects_are_not_part_of_the_garment(others: NDArray[np.int_]) -> None:
     mask = coat()
     found = cut_out(laid(mask, others))
     assert overlap(found, mask) > 0.9
     assert ends(found, mask) <= 2
 
 
-def test_dust_beside_the_garment_is_not_its_own() -> None:
+def test_dust_near_the_garment_is_not_part_of_it() -> None:
     dusty = ground((slice(100, 102), slice(25, 27)))  # under a sleeve
     found = cut_out(laid(coat(), dusty))
     assert found is not None
     assert not found.mask[95:107, 20:32].any()
 
 
-def test_a_part_that_came_off_beside_the_garment_is_kept() -> None:
+def test_a_separate_part_near_the_garment_is_kept() -> None:
     mask = coat()
     mask[:, 36:39] = False  # a sleeve's seam, as light as the background
     found = cut_out(laid(mask))
@@ -112,14 +112,14 @@ def test_both_shoes_of_a_pair_are_kept() -> None:
     assert overlap(cut_out(laid(mask)), mask) > 0.9
 
 
-def test_a_garment_that_the_picture_does_not_hold_whole_is_kept() -> None:
+def test_a_garment_that_the_picture_cuts_off_is_kept() -> None:
     mask = np.zeros((160, 120), np.bool_)
     mask[40:, 20:100] = True  # down to the border and beyond
     assert overlap(cut_out(laid(mask)), mask) > 0.9
 
 
-def test_a_rim_around_nothing_is_filled() -> None:
-    """A dark coat on a dark wall, of which the light shows the edge alone."""
+def test_a_garment_with_only_a_visible_edge_is_filled() -> None:
+    """A dark coat on a dark wall: only its lit edge differs from the background."""
     mask = coat()
     rim = mask.copy()
     rim[1:-1, 1:-1] &= ~(mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:])
@@ -141,18 +141,18 @@ def test_the_handle_of_a_bag_is_open() -> None:
 
 
 @pytest.mark.parametrize("shape", [(7, 100), (100, 7), (1, 1)])
-def test_of_a_sliver_nothing_is_told(shape: tuple[int, int]) -> None:
+def test_a_very_narrow_picture_has_no_cutout(shape: tuple[int, int]) -> None:
     mask = np.zeros(shape, np.bool_)
     mask[shape[0] // 4 : -shape[0] // 4, shape[1] // 4 : -shape[1] // 4] = True
     assert cut_out(laid(mask)) is None
 
 
-def test_where_all_is_alike_nothing_is_told() -> None:
+def test_a_picture_of_one_colour_has_no_cutout() -> None:
     assert cut_out(laid(np.zeros((100, 100), np.bool_))) is None
 
 
 @pytest.mark.parametrize("radius", [1, 2, 3, 5, 8])
-def test_a_pixel_survives_erosion_where_all_around_it_are_in_the_mask(radius: int) -> None:
+def test_erosion_keeps_pixels_whose_whole_neighbourhood_is_in_the_mask(radius: int) -> None:
     mask = np.random.default_rng(0).random((40, 30)) < 1 - 0.3 / radius**2
     beyond = np.pad(mask, radius, mode="edge")
     windows = sliding_window_view(beyond, (2 * radius + 1, 2 * radius + 1))

@@ -1,4 +1,4 @@
-"""Pictures are opened within limits; damage of any kind ends in pixels or in our errors."""
+"""Pictures are opened within limits; damaged files give pixels or one of the service's errors."""
 
 import io
 import struct
@@ -36,7 +36,7 @@ from tests.service.pictures.drawings import GRAY, encode, plain, shaded, stencil
 ROOT = Path(__file__).parents[3]
 
 
-# What is told from bytes alone
+# Raw 28 x 28 PNGs
 
 
 def chunk(name: bytes, content: bytes = b"") -> bytes:
@@ -70,7 +70,7 @@ def test_a_raw_28_by_28_png_is_recognised(level: int) -> None:
 def test_a_raw_png_is_decoded_as_pillow_decodes_its_file(
     level: int, seed: int, damage: list[tuple[int, int]]
 ) -> None:
-    """Whole or damaged: the same pixels, or no pixels."""
+    """Valid or damaged: both give the same pixels, or both an error."""
     noise = np.random.default_rng(seed).integers(0, 256, (28, 28), np.uint8)
     data = bytearray(encode(Image.fromarray(noise), compress_level=level))
     for place, value in damage:
@@ -107,7 +107,7 @@ def outcome(decode: Callable[[bytes], Pixels], data: bytes) -> bytes | str:
     ],
     ids=["nothing", "cut", "BMP", "28x29", "colour", "deep", "EXIF", "text", "two", "long"],
 )
-def test_a_file_with_anything_else_is_not_raw(data: bytes) -> None:
+def test_a_file_with_other_chunks_is_not_raw(data: bytes) -> None:
     assert not is_raw_28x28(data)
 
 
@@ -123,7 +123,7 @@ def with_exif(entries: list[tuple[int, int, int, int]], padding: int = 0) -> byt
 
 
 def test_oversized_exif_is_not_read() -> None:
-    """Where a JPEG could not hold it, the orientation in it does not count either."""
+    """EXIF data too long for a JPEG is ignored in other formats too."""
     orientation = [(0x0112, 3, 1, 3)]
     upright = np.asarray(reduced(open_picture(encode(GRAY)), 160))
     turned = upright[::-1, ::-1]
@@ -133,10 +133,10 @@ def test_oversized_exif_is_not_read() -> None:
         np.testing.assert_array_equal(np.asarray(picture), expected)
 
 
-def test_no_warning_about_a_file_gets_out(
+def test_pillows_warnings_are_not_logged(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Pillow warns of each damaged tag; a client could fill the log with them."""
+    """Pillow warns of each damaged tag; a client could flood the log."""
     damaged = [(number, 2, 2**31, 0) for number in range(1, 1000)]
     jpeg = encode(GRAY, "JPEG")
     tags = b"".join(struct.pack("<HHII", *entry) for entry in damaged)
@@ -153,10 +153,10 @@ def test_no_warning_about_a_file_gets_out(
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 @pytest.mark.parametrize("size", [(200, 240), (1000, 1200)])
-def test_colours_under_transparency_do_not_get_into_a_reduced_picture(
+def test_colours_under_transparency_do_not_change_a_reduced_picture(
     mode: str, size: tuple[int, int]
 ) -> None:
-    """Not at the outline either, where means are taken of garment and background."""
+    """The outline too, where a mean covers garment and background."""
     alpha = stencil().resize(size)
     seen = alpha.point(lambda value: 255 * (value > 0))
     pictures = []
@@ -175,7 +175,7 @@ def test_colours_under_transparency_do_not_get_into_a_reduced_picture(
     assert 0 < pictures[0][..., 3].mean() < 255
 
 
-# What is refused
+# Refused pictures
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_colours_under_transparency_do_not_get_into_a_reduced_picture(
     ],
     ids=["TIFF", "nothing", "text", "SVG", "PDF", "zeros"],
 )
-def test_what_is_no_picture_is_an_unsupported_media_type(data: bytes) -> None:
+def test_other_files_are_an_unsupported_media_type(data: bytes) -> None:
     with pytest.raises(UnsupportedMediaType, match="PNG, JPEG"):
         read_picture(data)
 
@@ -203,7 +203,7 @@ def png_header(width: int, height: int) -> bytes:
     "size", [(4000, 2500), (8193, 1), (1, 8193), (10000, 10000), (65000, 65000)]
 )
 def test_bombs_are_refused_by_their_header(size: tuple[int, int]) -> None:
-    """The files end after the header: had they been decoded, they would be called damaged."""
+    """The files end after the header: decoding them would give another error, "damaged"."""
     with pytest.raises(PayloadTooLarge):
         read_picture(png_header(*size))
     with pytest.raises(InvalidInput, match="damaged"):
@@ -223,7 +223,7 @@ def test_bombs_are_refused_by_their_header(size: tuple[int, int]) -> None:
         ("AVIF", "RGB", (4000, 3000), {"speed": 10}),
     ],
 )
-def test_what_phones_and_shops_make_is_taken_and_what_takes_too_long_is_not(
+def test_usual_pictures_are_taken_and_slow_ones_are_not(
     format_: str, mode: str, size: tuple[int, int], options: dict[str, Any]
 ) -> None:
     picture = Image.new(mode, size, 255)
@@ -259,10 +259,10 @@ def jpeg(side: int, scans: list[list[int]], frame: int = 0xC0, more: bytes = b""
 
 
 @pytest.mark.parametrize("scans", [[[1], [2], [3]], [[1, 2], [3]]])
-def test_a_jpeg_whose_components_come_apart_is_limited_as_progressive_ones(
+def test_a_jpeg_with_separate_components_has_the_limit_of_progressive_ones(
     scans: list[list[int]],
 ) -> None:
-    """Its decoder keeps all coefficients, six bytes a pixel."""
+    """The decoder keeps all coefficients in memory, six bytes a pixel."""
     assert open_picture(jpeg(7072, [[1, 2, 3]])).size == (7072, 7072)
     assert read_picture(jpeg(64, scans)).notes == read_picture(jpeg(64, [[1, 2, 3]])).notes
     with pytest.raises(PayloadTooLarge, match=r"12\.6 million in all"):
@@ -270,7 +270,7 @@ def test_a_jpeg_whose_components_come_apart_is_limited_as_progressive_ones(
 
 
 def test_a_jpeg_of_very_many_scans_is_refused() -> None:
-    """Each of these few bytes is a pass over the picture."""
+    """A scan has only a few bytes, but takes a pass over the picture."""
     table = segment(0xC4, bytes([0x10, 1, *[0] * 15, 0xE0]))  # one code: a run of blocks without
     scan = segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + b"\x7f\xfe"
     begin = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(8)
@@ -280,7 +280,7 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
         read_picture(many)
 
 
-def test_files_of_very_many_pieces_are_refused() -> None:
+def test_files_with_very_many_parts_are_refused() -> None:
     whole = encode(GRAY)
     piece = struct.pack(">I", 0) + b"prVt" + struct.pack(">I", zlib.crc32(b"prVt"))
     data = [whole[:33] + piece * count + whole[33:] for count in (1_000, 20_000)]
@@ -289,14 +289,14 @@ def test_files_of_very_many_pieces_are_refused() -> None:
         read_picture(data[1])
 
 
-def test_of_a_gif_of_very_many_pieces_the_first_frame_is_taken() -> None:
+def test_a_gif_with_very_many_parts_gives_its_first_frame() -> None:
     whole = encode(GRAY, "GIF")
     assert whole.endswith(b"\0;")
     assert read_picture(whole[:-2] + b"\1\0" * 100_000 + b"\0;").notes == ()
 
 
 def test_a_run_length_encoded_bmp_is_refused() -> None:
-    """Pillow decodes these in Python, half a microsecond a pixel."""
+    """Pillow decodes them in Python, at half a microsecond a pixel."""
     data = bytearray(encode(GRAY.quantize(16), "BMP"))
     data[30] = 1  # the header's compression
     with pytest.raises(UnsupportedMediaType, match="run-length"):
@@ -310,7 +310,7 @@ def test_a_run_length_encoded_bmp_is_refused() -> None:
         ("AVIF", {"quality": 95, "speed": 10}),
     ],
 )
-def test_formats_that_cost_by_the_byte_are_limited_in_bytes(
+def test_formats_whose_bytes_are_slow_are_limited_in_bytes(
     format_: str, options: dict[str, Any]
 ) -> None:
     data = encode(worn(plain()), format_, **options)
@@ -336,7 +336,7 @@ data = Path(sys.argv[1]).read_bytes()
 read_picture(Path(sys.argv[2]).read_bytes())  # loads the libraries
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 before = status("VmRSS")
 read_picture(data)
 print((status("VmHWM") - before) * 1024)
@@ -359,7 +359,7 @@ print((status("VmHWM") - before) * 1024)
 def test_the_largest_picture_of_a_kind_takes_less_than_150_megabytes(
     tmp_path: Path, format_: str, mode: str, options: dict[str, Any]
 ) -> None:
-    """Measured by the pixel on smaller ones."""
+    """Measured on smaller pictures, as bytes for each pixel."""
     large, small, size = tmp_path / "large", tmp_path / "small", (2048, 1536)
     noise = Image.effect_noise((256, 256), 60).convert("RGB")
     picture = Image.new("RGB", size)
@@ -371,7 +371,7 @@ def test_the_largest_picture_of_a_kind_takes_less_than_150_megabytes(
     command = [sys.executable, "-c", PEAK, str(large), str(small)]
     peak = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     kind = "progressive JPEG" if format_ == "JPEG" else format_
-    # PNG's limit is one of cost: gray ones may have the most pixels.
+    # PNG's limit counts cost, so gray PNGs may have the most pixels.
     max_pixels = MAX_PIXELS.get(kind, MAX_PNG_COST / 4)
     assert float(peak) / (size[0] * size[1]) * max_pixels < 150e6
 
@@ -380,7 +380,7 @@ SAMPLES = {format_: encode(worn(shaded()), format_) for format_ in FORMATS}
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_a_file_that_is_cut_short_is_told(format_: str) -> None:
+def test_a_truncated_file_is_an_error(format_: str) -> None:
     data = SAMPLES[format_]
     with pytest.raises((InvalidInput, UnsupportedMediaType)):
         read_picture(data[: len(data) * 2 // 3])
@@ -397,7 +397,7 @@ def test_a_png_without_pixels_is_damaged(data: bytes, preprocessing: Preprocessi
         read_picture(data, preprocessing)
 
 
-def test_heic_is_read_where_its_package_is_installed_and_refused_by_its_name_else() -> None:
+def test_heic_is_read_if_its_package_is_installed_else_the_error_names_it() -> None:
     if find_spec("pillow_heif"):
         assert read_picture(encode(worn(plain()), "HEIF")).notes == ()
     else:
@@ -413,7 +413,7 @@ def test_a_png_that_does_not_begin_with_its_header_is_damaged() -> None:
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_damage_of_any_kind_ends_in_pixels_or_in_one_of_the_services_errors(format_: str) -> None:
+def test_damaged_files_give_pixels_or_one_of_the_services_errors(format_: str) -> None:
     random = np.random.default_rng(0)
     sound = np.frombuffer(SAMPLES[format_], np.uint8)
     outcomes: set[object] = set()

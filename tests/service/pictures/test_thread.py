@@ -1,4 +1,4 @@
-"""Pictures that take long are read in a thread, one by one, and only if they are still wanted."""
+"""Slow pictures are read in a thread, one at a time; abandoned ones are skipped."""
 
 import asyncio
 import io
@@ -25,7 +25,7 @@ def photo() -> bytes:
 
 @pytest.fixture
 def turn(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[bytes]]:
-    """Hold the decoder up until the event; list what it was given."""
+    """Make the decoder wait for the event; list the files it gets."""
     event, decoded = threading.Event(), list[bytes]()
 
     def decode(data: bytes, _: str) -> ModelInput:
@@ -37,7 +37,7 @@ def turn(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[bytes]]
     return event, decoded
 
 
-async def test_of_the_waiting_only_those_still_wanted_are_decoded(
+async def test_abandoned_pictures_are_not_decoded(
     photo: bytes, turn: tuple[threading.Event, list[bytes]]
 ) -> None:
     event, decoded = turn
@@ -54,7 +54,7 @@ async def test_of_the_waiting_only_those_still_wanted_are_decoded(
 async def test_only_a_raw_28_by_28_png_is_decoded_on_the_event_loop(
     photo: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Metadata is parsed in the pictures' thread, however small the file."""
+    """The picture thread parses all metadata, even in small files."""
     threads: list[int] = []
     decoded = ModelInput(np.zeros((28, 28), np.uint8), "none")
 

@@ -1,4 +1,4 @@
-"""The protocol's routes tell the truth about the model, and its way is the one of `/predict`."""
+"""The protocol's routes describe the model correctly, and run it like `/predict`."""
 
 import gzip
 import json
@@ -59,7 +59,7 @@ def signature(values: Any) -> list[dict[str, Any]]:
     ]
 
 
-async def test_the_server_tells_its_extensions(make_app: MakeApp) -> None:
+async def test_the_server_lists_its_extensions(make_app: MakeApp) -> None:
     metadata = await get(make_app(), "/v2")
     assert set(metadata) == {"name", "version", "extensions"}
     assert sorted(metadata["extensions"]) == [
@@ -100,7 +100,7 @@ async def test_metadata_and_configuration_are_those_of_the_file(
 
 
 @VERSIONS
-async def test_draining_takes_readiness_away_and_nothing_else(make_app: MakeApp, path: str) -> None:
+async def test_draining_changes_only_readiness(make_app: MakeApp, path: str) -> None:
     app = make_app()
     assert await get(app, "/v2/health/ready") == {"ready": True}
     assert await get(app, f"{path}/ready") == {"name": "bn-lenet", "ready": True}
@@ -131,7 +131,7 @@ async def test_other_models_and_versions_are_not_found(
 
 
 @VERSIONS
-async def test_wrong_methods_are_told_the_right_one(make_app: MakeApp, path: str) -> None:
+async def test_a_wrong_method_gets_405_with_the_allowed_ones(make_app: MakeApp, path: str) -> None:
     answer = await ask(make_app(), b"", method="GET", target=f"{path}/infer")
     assert (answer.status, answer.headers["allow"]) == (405, "POST")
 
@@ -157,7 +157,7 @@ async def test_infer_gives_the_classifiers_own_bits(
     }
 
 
-async def test_the_framework_and_the_hot_path_give_the_same(make_app: MakeApp) -> None:
+async def test_the_framework_and_the_hot_path_give_the_same_answer(make_app: MakeApp) -> None:
     hot, documented = make_app(), through_framework(make_app())
     binary = message(outputs=[{"name": "probabilities", "parameters": {"binary_data": True}}])
     requests: list[dict[str, Any]] = [
@@ -217,7 +217,7 @@ async def test_short_answers_and_errors_are_not_compressed(make_app: MakeApp) ->
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])
-async def test_packed_requests_are_limited_as_unpacked(
+async def test_compressed_requests_are_limited_by_their_unpacked_size(
     make_app: MakeApp, pack: Callable[[bytes], bytes]
 ) -> None:
     app = make_app(max_body_bytes=5_000)
@@ -243,7 +243,9 @@ async def test_a_damaged_request_for_the_index_is_refused(make_app: MakeApp, bod
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/v2/models"])
-async def test_statistics_count_every_way_to_the_model(make_app: MakeApp, path: str) -> None:
+async def test_statistics_count_every_route_that_runs_the_model(
+    make_app: MakeApp, path: str
+) -> None:
     app = make_app()
     (idle,) = (await get(app, f"{path}/stats"))["model_stats"]
     assert (idle["inference_count"], idle["last_inference"]) == (0, 0)
@@ -271,7 +273,7 @@ async def test_statistics_count_every_way_to_the_model(make_app: MakeApp, path: 
     }
     parts = sum(stages[n]["ns"] for n in ("compute_input", "compute_infer", "compute_output"))
     assert 0 < parts + stages["queue"]["ns"] < stages["success"]["ns"] < 60e9
-    assert stages["compute_infer"]["ns"] > 1_000  # a run takes microseconds, told in nanoseconds
+    assert stages["compute_infer"]["ns"] > 1_000  # a run takes microseconds; this is in nanoseconds
     assert stages["fail"]["ns"] > 0
 
 
@@ -279,7 +281,7 @@ async def test_statistics_count_every_way_to_the_model(make_app: MakeApp, path: 
 async def test_each_stage_has_its_own_time(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    """Each is made slower than all the others together; a busy machine only adds."""
+    """The test slows one stage by more than all others take; a busy machine only adds time."""
 
     def slowed(function: Any, seconds: float) -> Any:
         def slow(*arguments: Any, **options: Any) -> Any:
@@ -311,8 +313,8 @@ async def test_each_stage_has_its_own_time(
         assert batch[stage] == {"count": 1, "ns": stages[stage]}
 
 
-async def test_another_name_is_the_models_everywhere(artefact: Path) -> None:
-    """As KServe has it: its clients use the name of the service, not that in the file."""
+async def test_a_set_model_name_is_used_everywhere(artefact: Path) -> None:
+    """KServe's clients use the name of the service, not the name in the file."""
     app = create_app(Settings(), Classifier.load(artefact, name="garments"))
     assert (await infer(app, message(), "/v2/models/garments")).status == 200
     assert (await infer(app, message())).status == 404

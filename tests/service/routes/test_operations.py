@@ -1,4 +1,4 @@
-"""Health is about the process, readiness about traffic, and both tell the truth."""
+"""Health describes the process, readiness describes traffic."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ async def get(app: Gate, target: str) -> Conversation:
     return await ask(app, b"", method="GET", target=target)
 
 
-async def test_readiness_tells_the_model_and_its_real_provider(
+async def test_readiness_names_the_model_and_its_provider(
     make_app: Callable[..., Gate], classifier: Classifier
 ) -> None:
     ready = json.loads((await get(make_app(), "/readyz")).body)
@@ -44,7 +44,7 @@ async def test_a_draining_server_is_alive_but_not_ready(make_app: Callable[..., 
 
 
 async def test_requests_in_flight_are_shown(make_app: Callable[..., Gate]) -> None:
-    """A request is in flight when all of it has come, not before."""
+    """A request is in flight once it has arrived completely."""
     app = make_app()
     requests = [Conversation(app, send_headers=BYTES) for _ in range(2)]
     requests[0].send(bytes(783))

@@ -1,4 +1,4 @@
-"""`POST /predict` in detail: any body of any type, ties, and what never gets to the model."""
+"""`POST /predict` in detail: any body of any type, ties, and refused requests."""
 
 import gzip
 import io
@@ -130,7 +130,7 @@ async def ask_latin(app: Gate, body: bytes, target: str, headers: dict[str, str]
 
 
 def is_an_image(document: Any) -> bool:
-    """Tell by the documentation's words, slowly, what the service tells by tricks, quickly."""
+    """Check the documented form in a slow and simple way."""
 
     def is_pixel(value: Any) -> bool:
         whole = type(value) is int or (type(value) is float and value.is_integer())
@@ -150,7 +150,7 @@ def is_an_image(document: Any) -> bool:
 async def test_whole_numbers_may_be_written_as_floats(
     app: Gate, nested: bool, change: list[Any]
 ) -> None:
-    """As clients do that are made from a document where a pixel is a number."""
+    """Generated clients do this, because the document says `number`."""
     flat = [float(i % 256) for i in range(784)]
     flat[: len(change)] = change
     pixels = [flat[i : i + 28] for i in range(0, 784, 28)] if nested else flat
@@ -230,7 +230,7 @@ def test_the_record_and_the_json_say_the_same(
         record = Prediction.of(classifier.info, probabilities, image, top_k)
         body = Renderer(classifier.info)(probabilities, image, top_k, echo=False)
         expected = json.dumps(record.model_dump(exclude_none=True))
-        assert json.dumps(json.loads(body)) == expected  # the members' order too
+        assert json.dumps(json.loads(body)) == expected  # in the same order
 
 
 def test_notes_of_the_conversion_are_passed_on(classifier: Classifier) -> None:
@@ -259,10 +259,10 @@ def test_the_documented_example_is_a_ring_with_its_real_answer(classifier: Class
 
 
 @pytest.mark.parametrize("filling", [b"\r\n--bx", b"\r\n--b\r\n"])
-async def test_a_form_of_nothing_but_delimiters_is_refused_unread(
+async def test_a_form_full_of_delimiters_is_refused_without_parsing(
     app: Gate, filling: bytes
 ) -> None:
-    """Ten megabytes of them would hold up the event loop for seconds."""
+    """Ten megabytes of delimiters would block the event loop for seconds."""
     head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
     body = head + filling * 1_000_000 + b"\r\n--b--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=b"}

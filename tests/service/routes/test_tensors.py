@@ -1,4 +1,4 @@
-"""Inference requests are read as the protocol means them, and answered to the last bit."""
+"""Inference requests are read as the protocol says; answers keep every bit."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ SOME = arrays(np.uint8, st.tuples(*map(st.just, (3, 1, 28, 28))), elements=st.in
 
 
 def request(pixels: Pixels = IMAGE, **tensor: Any) -> Json:
-    """Return a sound JSON request, unless a keyword changes its tensor; None leaves a field out."""
+    """Return a valid JSON request; keywords change fields of its tensor, None removes them."""
     fields = {"name": "pixels", "shape": list(pixels.shape), "datatype": "UINT8"} | {
         "data": pixels.ravel().tolist(),
         **tensor,
@@ -62,10 +62,8 @@ LAYOUTS: dict[str, Callable[[Pixels], Any]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(pixels=SOME)
 @settings(max_examples=10)
-def test_json_pixels_arrive_however_they_are_nested(
-    datatype: str, layout: str, pixels: Pixels
-) -> None:
-    """Whole numbers may be written as 3 or as 3.0, which some clients do for every datatype."""
+def test_json_pixels_are_read_with_any_nesting(datatype: str, layout: str, pixels: Pixels) -> None:
+    """Whole numbers may be written as 3 or as 3.0; some clients write 3.0 for every datatype."""
     for number in (np.uint8, np.float64):
         data = LAYOUTS[layout](pixels.astype(number))
         read = decode(dump(request(pixels, datatype=datatype, data=data)))
@@ -122,7 +120,7 @@ def test_a_raw_body_is_one_image_and_answered_in_binary() -> None:
         ),
     ],
 )
-def test_what_is_asked_for_is_understood_and_the_unknown_ignored(
+def test_known_parameters_are_used_and_others_ignored(
     extra: Json, wanted: tuple[str | None, bool, int]
 ) -> None:
     assert decode(dump({**request(parameters={"content_type": "np"}), **extra}))[1:] == wanted
@@ -136,7 +134,7 @@ def test_the_largest_batch_is_taken_and_one_more_is_not() -> None:
 
 
 def ragged(level: int) -> Any:
-    """Return nested pixels with a number moved from one list of some level to the next."""
+    """Return nested pixels, with one number moved to the next list of the same level."""
     data = IMAGE.reshape(28, 28).tolist()
     data[1].append(data[2].pop())
     return [[data]] if level else data
@@ -272,7 +270,7 @@ def test_other_documents_are_refused(document: Any) -> None:
 
 
 def test_values_given_twice_are_refused_and_neither_is_taken() -> None:
-    """As `data` and as bytes, the sizes of both being right."""
+    """The values come as `data` and as bytes, both with the right size."""
     text = dump(request(parameters={"binary_data_size": 784}))
     for body, length in [(text + bytes(784), b"%d" % len(text)), (text, None)]:
         with pytest.raises(ServiceError, match="as `data`, or after the JSON"):
@@ -305,14 +303,14 @@ def test_json_nested_120_deep_is_refused_as_data() -> None:
         assert refused.value.code == "invalid_input"
 
 
-def test_json_beyond_any_sound_request_is_not_parsed() -> None:
+def test_json_above_the_limit_is_not_parsed() -> None:
     with pytest.raises(PayloadTooLarge):
         decode(dump(request()) + b" " * MAX_JSON_BYTES)
 
 
 @pytest.mark.parametrize("piece", ["[]", "{}"])
-def test_json_in_more_pieces_than_any_sound_request_is_not_parsed(piece: str) -> None:
-    """A million empty arrays would hold up the event loop for more than half a second."""
+def test_json_with_too_many_brackets_is_not_parsed(piece: str) -> None:
+    """A million empty arrays would block the event loop for more than half a second."""
     largest = json.dumps(request(np.zeros((256, 1, 28, 28), np.uint8)))
     assert largest.count("[") < MAX_JSON_BRACKETS / 2
     with pytest.raises(BadRequest, match="at most"):
@@ -327,7 +325,7 @@ def test_damaged_json_has_a_code_of_its_own(body: bytes) -> None:
 
 
 def test_the_longest_json_is_parsed_and_one_byte_more_is_not() -> None:
-    """The limit leaves 20 bytes for a number of the largest batch."""
+    """The limit has room for 20 bytes for each number of the largest batch."""
     batch = np.full((256, 1, 28, 28), 255, np.uint8)
     wide = json.dumps(request(batch), indent=17).encode()  # a line break, 17 spaces or more, 255,
     assert len(wide) > 20 * batch.size
@@ -341,7 +339,7 @@ def test_the_longest_json_is_parsed_and_one_byte_more_is_not() -> None:
         decode(longest + b" ")
 
 
-def test_the_json_of_most_brackets_is_parsed_and_one_more_is_not() -> None:
+def test_json_at_the_limit_of_brackets_is_parsed_and_one_more_is_not() -> None:
     most = b'{"inputs":[' + b",".join([b"[]"] * (MAX_JSON_BRACKETS - 2)) + b"]}"
     assert most.count(b"[") + most.count(b"{") == MAX_JSON_BRACKETS
     with pytest.raises(BadRequest, match="name it once"):
@@ -408,7 +406,7 @@ def test_a_binary_size_that_disagrees_is_refused(size: int) -> None:
         assert refused.value.status == 400
 
 
-def test_bytes_after_json_that_nobody_claims_are_refused() -> None:
+def test_unannounced_bytes_after_the_json_are_refused() -> None:
     text = dump(request())
     with pytest.raises(ServiceError, match="3 bytes"):
         decode(text + b"abc", b"%d" % len(text))
@@ -445,7 +443,7 @@ def sound(tail: bytes) -> Json:
 
 
 def put(document: Any, place: list[Any], value: Any) -> None:
-    """Change a document at a place, if it still has that place."""
+    """Change a document at this path, if it has the path."""
     *path, last = place
     with contextlib.suppress(KeyError, IndexError, TypeError):
         for step in path:
@@ -455,7 +453,7 @@ def put(document: Any, place: list[Any], value: Any) -> None:
 
 @st.composite
 def mutated(draw: st.DrawFn) -> tuple[bytes, bytes | None]:
-    """Return a body and the length of its JSON, sound but for a few changes."""
+    """Return a valid body with a few changes, and the length of its JSON."""
     tail = bytes(784) if draw(st.booleans()) else b""
     document = sound(tail)
     changes = draw(st.lists(st.tuples(st.sampled_from(PLACES), JUNK), max_size=3))
@@ -551,7 +549,7 @@ def test_the_answer_names_the_model_that_gave_it(
 def test_classification_lists_the_most_probable_classes(
     classifier: Classifier, probabilities: NDArray[np.float32], count: int
 ) -> None:
-    """As value, index and label; no more than there are, like Triton."""
+    """An entry has value, index and label; like Triton, at most all classes are listed."""
     expected = [
         f"{float(row[i])!r}:{i}:{classifier.info.classes[i]}"
         for row in probabilities
@@ -575,7 +573,7 @@ def test_classification_lists_the_most_probable_classes(
     assert texts == expected
 
 
-def test_equally_probable_classes_come_by_their_number(classifier: Classifier) -> None:
+def test_equally_probable_classes_are_listed_by_number(classifier: Classifier) -> None:
     even = np.full((1, 10), 0.1, np.float32)
     body, _ = encode(classifier.info, InferenceRequest(IMAGE, classification=4), even)
     assert [text.split(":")[1] for text in json.loads(body)["outputs"][0]["data"]] == list("0123")
