@@ -24,27 +24,37 @@ Mask = NDArray[np.bool_]
 Labels = NDArray[np.integer]
 
 MIN_SIDE = 8  # pixels; a smaller picture is mostly border
-BORDER = 0.02  # thickness of the border that the background model is fitted to
-PLAIN_SPREAD = 4.0  # a plain background is nearer to its model, in the median
-PLAIN_SHARE = 0.5  # a plain background's model fits more of the border
-FIT_ROUNDS = 4  # of fitting the model, then leaving out outliers
-MIN_DISTANCE = 3.0  # from the background; a smaller one may be noise
-NOISE_FACTOR = 3.5  # times the border's median distance; a smaller distance is noise
+BORDER = 0.02  # thickness of the border, to which the background model is fitted
+PLAIN_SPREAD = 4.0  # largest median distance of a plain background's border from its model
+PLAIN_SHARE = 0.5  # smallest share of the border that fits a plain background's model
+FIT_ROUNDS = 4  # of fitting the model and removing outliers
+MIN_DISTANCE = 3.0  # smallest distance from the background that is not noise
+NOISE_FACTOR = 3.5  # a distance is also noise below this many times the border's median
 LEVELS = 9  # thresholds to try
 MIN_LEVEL_PIXELS = 8  # fewer are not enough for a mean steepness
 # Holes' share of the outline's area. With more, the "holes" are the garment, in the background's
 # colour, and only its edge stands out.
 MAX_HOLES = 0.4
 BINS = 16  # of the colour histogram, on each of three axes
-ROUNDS = 3  # of learning the colours; six and ten rounds gave no better accuracy
+COLOUR_ROUNDS = 3  # of learning the colours; six and ten rounds gave no better accuracy
+# Where a pixel's weight as border begins, by its distance from the middle, and over how much of
+# that distance it grows to 1. At the border, the distance is 1.
+BORDER_FROM, BORDER_OVER = 0.88, 0.15
+# The garment's prior probability, in the middle and how much less at the border; clipped.
+PRIOR, PRIOR_DROP, PRIOR_RANGE = 0.5, 0.4, (0.03, 0.97)
+FIRST_EVIDENCE = 1  # log-likelihood ratio that a colour of the garment exceeds in the first round
+MAX_EVIDENCE = 3  # log-likelihood ratio; larger ones are clipped
+# Pillow blurs 8-bit images, so evidence is scaled to grey levels: zero, and levels for one unit.
+ZERO_LEVEL, UNIT_LEVELS = 128, 42
+LEVELS_PER_LOG_ODDS = 7  # of blurred evidence
 SPECK_RADIUS = 0.008  # on a plain background, thinner parts are noise
 BUSY_SPECK_RADIUS = 0.02  # the same on any other background
 LINE_RADIUS = 0.02  # half the thickness of lines such as joints between boards
-NEIGHBOURHOOD = 0.04  # a part that begins this near the main part belongs to it
-KEPT_AREA = 0.4  # of the main part's area; other parts, if larger together, are kept
-SIMILAR_AREA = 0.5  # of the largest part's area; a larger part is a second object, such as a shoe
+NEIGHBOURHOOD = 0.04  # parts that are this near to the main part belong to it
+KEPT_AREA = 0.4  # times the main part's area; distant parts are kept if together larger
+SIMILAR_AREA = 0.5  # times the largest part's area; a second part, if larger, is a second object
 MIN_AREA, MAX_AREA = 0.01, 0.95  # the garment's share of the picture
-MAX_RIM = 0.7  # a garment that covers more of the outermost pixels is really the background
+MAX_RIM = 0.7  # share of the outermost pixels; a mask with more of them is the background
 MAX_RAGGEDNESS = 20.0  # perimeter / sqrt(area); a square has 4, and 499 photographs at most 18
 
 
@@ -218,17 +228,18 @@ def _unlike_background(colours: Floats) -> Mask:
 
     y, x = np.abs(np.linspace(-1, 1, height))[:, None], np.abs(np.linspace(-1, 1, width))[None]
     outward = np.maximum(y, x).astype(np.float32)  # 0 in the middle, 1 on the border
-    border = np.clip((outward - 0.88) / 0.15, 0, 1)
-    prior = np.clip(0.5 - 0.4 * outward**2, 0.03, 0.97)
+    border = np.clip((outward - BORDER_FROM) / BORDER_OVER, 0, 1)
+    prior = np.clip(PRIOR - PRIOR_DROP * outward**2, *PRIOR_RANGE)
     prior_odds = np.log(prior / (1 - prior))
     all_counts = counted(np.ones_like(luma))
     everywhere, edge = histogram(all_counts), histogram(counted(border))
-    evidence = np.log((everywhere + 1e-6) / (edge + 1e-6 + 0.02 * everywhere)) - 1
-    for _ in range(ROUNDS):
-        scaled = (np.clip(evidence, -3, 3) * 42 + 128).astype(np.uint8)[bins].reshape(luma.shape)
+    evidence = np.log((everywhere + 1e-6) / (edge + 1e-6 + 0.02 * everywhere)) - FIRST_EVIDENCE
+    for _ in range(COLOUR_ROUNDS):
+        clipped = np.clip(evidence, -MAX_EVIDENCE, MAX_EVIDENCE)
+        scaled = (clipped * UNIT_LEVELS + ZERO_LEVEL).astype(np.uint8)[bins].reshape(luma.shape)
         box = ImageFilter.BoxBlur(2)  # neighbouring pixels usually belong together
         smoothed = np.asarray(Image.fromarray(scaled).filter(box).filter(box), np.float32)
-        garment = 1 / (1 + np.exp((128 - smoothed) / 7 - prior_odds))
+        garment = 1 / (1 + np.exp((ZERO_LEVEL - smoothed) / LEVELS_PER_LOG_ODDS - prior_odds))
         garment_counts = counted(garment)
         background = histogram(counted(border * (1 - garment))) + histogram(
             all_counts - garment_counts

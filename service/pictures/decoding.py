@@ -20,8 +20,8 @@ from PIL import AvifImagePlugin, Image, PngImagePlugin, UnidentifiedImageError
 
 from service.errors import InvalidInput, PayloadTooLarge, ServiceError, UnsupportedMediaType
 
-STRIP_PIXELS = 2**17  # converted at once; so many fit into the CPU's caches
-CLOSE_ENOUGH = 1.02  # times the size asked for
+STRIP_PIXELS = 2**17  # pixels to convert at once; so many fit into the CPU's caches
+CLOSE_ENOUGH = 1.02  # a JPEG decoded at up to this times the wanted size is not reduced again
 # File names' endings, in lower case. HEIC is here so that its error can name the missing package.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".avif", ".heic", ".heif")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")  # not TIFF: damaged files take long
@@ -48,8 +48,8 @@ MAX_BYTES = {
     "HEIF": 4_000_000,
     "progressive JPEG": 6_000_000,
 }
-MAX_SCANS = 50  # passes over a progressive JPEG; usual are 10, and 10 for its thumbnail
-MAX_READS = 20_000  # of a file, by Pillow's parsers; they take about 50 ms
+MAX_SCANS = 50  # of a progressive JPEG; usual are 10, and 10 more in its thumbnail
+MAX_READS = 20_000  # of a file by Pillow's parsers; so many take about 50 ms
 # A PNG's pixel costs as much as three bytes, plus its own bytes when unpacked. The limit is a
 # screenshot of 3840 x 2160 pixels with transparency (four bytes a pixel).
 MAX_PNG_COST = 3840 * 2160 * 7
@@ -58,7 +58,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # The first 33 bytes of a 28 x 28 PNG in 8-bit grayscale, not interlaced (PNG, section 11.2.1).
 RAW_HEADER = PNG_SIGNATURE + bytes.fromhex("0000000d49484452 0000001c0000001c0800000000 57668048")
 PNG_END = bytes.fromhex("0000000049454e44ae426082")
-MAX_RAW_BYTES = 2048  # of a 28 x 28 PNG; it has about 880, even uncompressed
+MAX_RAW_BYTES = 2048  # of a 28 x 28 PNG; uncompressed, it has about 880
 ORIENTATION = 0x0112  # EXIF's tag
 UPRIGHT = {  # how to turn a picture upright, by its orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,

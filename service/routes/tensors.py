@@ -158,7 +158,7 @@ def _parsed(text: bytes) -> Json:
 def _only_tensor(tensors: list[Any], what: str, name: str) -> Json:
     """Check that the list has the model's only tensor, once; return its parameters."""
     if len(tensors) != 1 or type(tensors[0]) is not dict or tensors[0].get("name") != name:
-        raise _invalid(f"The model has one {what}, `{name}`; send it once, and no others.")
+        raise _invalid(f"The model has one {what}, `{name}`; name it once, and no other.")
     parameters = _optional(tensors[0], "parameters", dict) or {}
     if "shared_memory_region" in parameters:
         raise _invalid("Shared memory is not supported; send tensors in the body.")

@@ -273,7 +273,7 @@ def test_values_given_twice_are_refused_and_neither_is_taken() -> None:
     """The values come as `data` and as bytes, both with the right size."""
     text = dump(request(parameters={"binary_data_size": 784}))
     for body, length in [(text + bytes(784), b"%d" % len(text)), (text, None)]:
-        with pytest.raises(ServiceError, match="as `data`, or after the JSON"):
+        with pytest.raises(ServiceError, match="as `data`; or as binary data after the JSON"):
             decode(body, length)
 
 
@@ -360,12 +360,15 @@ def test_the_length_of_the_json_may_be_all_of_the_body_and_have_nine_digits() ->
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        ((dump(request(data=[0] * 785)), None), "There are 785 values, but the shape says 784."),
-        ((dump(request(data=[])), None), "There are 0 values, but the shape says 784."),
-        (binary(bytes(784), datatype="FP32"), "784 bytes are not the 784 values that the shape"),
-        (binary(bytes(3136)), "3136 bytes are not the 784 values that the shape says."),
-        (binary(bytes(784), 785), "come 784 bytes; its `binary_data_size` says 785."),
-        ((dump(request()) + b"ab", b"%d" % len(dump(request()))), "come 2 bytes; its .* says 0."),
+        ((dump(request(data=[0] * 785)), None), "The shape needs 784 values; `data` has 785."),
+        ((dump(request(data=[])), None), "The shape needs 784 values; `data` has 0."),
+        (
+            binary(bytes(784), datatype="FP32"),
+            "The shape needs 784 values of FP32; 784 bytes do not",
+        ),
+        (binary(bytes(3136)), "The shape needs 784 values of UINT8; 3136 bytes do not"),
+        (binary(bytes(784), 785), "come 784 bytes, but `binary_data_size` is 785."),
+        ((dump(request()) + b"ab", b"%d" % len(dump(request()))), "come 2 bytes, but .* is 0."),
         ((dump(request(datatype=1)), None), "must be UINT8, or FP32 with whole numbers"),
         ((dump(request(shape=[1])), None), r"must be \[n, 1, 28, 28\], n from 1 to 256."),
         ((dump(request(name="x")), None), "The model has one input, `pixels`; name it once"),
