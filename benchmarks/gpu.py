@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.load import BenchmarkError, Cores, Requests, Server, free_port, measure, serving
+from benchmarks.page import with_section
 from benchmarks.training import CHAPTER, OURS, PLAIN, first, machine, measure_loops
 from service.model.artefact import ModelError, check_artefact, read_file
 from service.model.classifier import Classifier, Device
@@ -118,7 +119,8 @@ def main(device: Device, quick: bool, write: Path | None) -> None:
     conditions = machine(load_before)
     text = table(figures, device, conditions)
     if write:
-        write.write_text(with_section(write.read_text(encoding="utf-8"), text), encoding="utf-8")
+        page = with_section(write.read_text(encoding="utf-8"), text, BEGIN, END)
+        write.write_text(page, encoding="utf-8")
     click.echo(text)
     click.echo(json.dumps({"benchmark": "gpu", "machine": conditions, "rows": figures}))
     if failed:
@@ -235,19 +237,6 @@ def table(
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     where = ", ".join(f"{name} {value}" for name, value in (conditions or {}).items())
     return f"{rows}\n\nMeasured on: {where or 'nothing yet'}.\n"
-
-
-def with_section(page: str, text: str) -> str:
-    """Return the page with the text between its two marks.
-
-    Raises:
-        ValueError: the page has not both.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the page lacks {BEGIN.strip()} or {END}")
-    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from benchmarks import gpu
 from benchmarks.load import BenchmarkError
+from benchmarks.page import with_section
 from benchmarks.training import first
 from training.dataset import FashionMNIST
 
@@ -97,11 +98,11 @@ def test_the_committed_page_has_a_table_of_every_row() -> None:
     names = [line.split("|")[1] for line in committed.splitlines() if line.startswith("|")]
     wanted = [line.split("|")[1] for line in gpu.table({}).splitlines() if line.startswith("|")]
     assert names == wanted
-    assert gpu.with_section(PAGE.read_text(encoding="utf-8"), committed.strip("\n") + "\n") == (
-        PAGE.read_text(encoding="utf-8")
-    )
+    assert with_section(
+        PAGE.read_text(encoding="utf-8"), committed.strip("\n") + "\n", gpu.BEGIN, gpu.END
+    ) == (PAGE.read_text(encoding="utf-8"))
 
 
 def test_a_page_without_marks_is_not_written() -> None:
     with pytest.raises(ValueError, match="the page lacks"):
-        gpu.with_section("# Speed\n", "text")
+        with_section("# Speed\n", "text", gpu.BEGIN, gpu.END)

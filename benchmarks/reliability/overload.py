@@ -1,0 +1,227 @@
+"""Ten times what the service can do: refused quickly, and over when it is over.
+
+Photographs arrive at ten times the capacity whether earlier ones are answered or not; for 784
+bytes, more clients than a worker lets in ask again at once, which no Python client is quick enough
+to do: `wrk` does that.
+"""
+
+import asyncio
+import json
+import math
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from benchmarks.load import SCRIPT, BenchmarkError, Cores, Requests, pinned
+from benchmarks.reliability.report import Options, Row
+from benchmarks.reliability.service import Service, apart, serving
+from benchmarks.reliability.soak import log_row
+from benchmarks.reliability.traffic import LOST, Client, Outcome, photograph, post
+
+TIMES = 10
+IN_FLIGHT = 32  # photographs: some 200 ms of work
+GOODPUT = 0.8
+RECOVERY_SECONDS = 1.0
+SLOWER = 2.0  # p99, times the quiet one, that counts as recovered
+WRK_CONNECTIONS = 960  # a worker lets 512 in; most shells allow 1,024 descriptors
+OCTETS = {"Content-Type": "application/octet-stream"}
+
+
+def run(options: Options) -> list[Row]:
+    """Overload a service with one worker in both ways."""
+    seconds = 2.0 if options.quick else 20.0
+    return [*open_loop(seconds), *closed_loop(max(1, int(seconds / 2)))]
+
+
+def open_loop(seconds: float) -> list[Row]:
+    """Let photographs arrive at ten times the capacity."""
+    request = post("/predict", {"Content-Type": "image/jpeg"}, photograph())
+    with serving(workers=1, max_in_flight=IN_FLIGHT) as service, apart(service):
+        asyncio.run(probe(service, request, 0.2))  # warm
+        quiet = percentile([o.seconds for o in asyncio.run(probe(service, request, seconds / 4))])
+        capacity = asyncio.run(measure_capacity(service, request, seconds / 4))
+        outcomes, end = asyncio.run(arrive(service, request, TIMES * capacity, seconds))
+        probes = asyncio.run(probe(service, request, 3.0, to_the_end=False))
+        return [
+            *overload_rows(outcomes, capacity, seconds),
+            Row.at_most(
+                "photographs: seconds until p99 is twice the quiet one or less",
+                recovery(probes, end, SLOWER * quiet),
+                RECOVERY_SECONDS,
+            ),
+            log_row(service),
+        ]
+
+
+def overload_rows(outcomes: Sequence[Outcome], capacity: float, seconds: float) -> list[Row]:
+    """Return what became of the photographs."""
+    counts = Counter(outcome.error or str(outcome.status) for outcome in outcomes)
+    others = {name: count for name, count in counts.items() if name not in ("200", "503")}
+    told = "; ".join(f"{count:,} x {name}" for name, count in counts.most_common())
+    refused = [outcome.seconds for outcome in outcomes if outcome.status == 503]
+    return [
+        Row(
+            "photographs a second: the capacity, and what arrived",
+            f"{capacity:,.0f}; {len(outcomes) / seconds:,.0f}",
+        ),
+        Row.holds("photographs: answers", told, "200 or 503", not others),
+        Row.at_least(
+            "photographs: good answers a second, of the capacity",
+            counts["200"] / seconds / capacity,
+            GOODPUT,
+        ),
+        Row("photographs: median until a 503", f"{1e3 * percentile(refused, 50):.1f} ms"),
+    ]
+
+
+async def measure_capacity(service: Service, request: bytes, seconds: float) -> float:
+    """Return the good answers a second for 16 clients that ask in turn."""
+    found = await asyncio.gather(*(probe(service, request, seconds) for _ in range(16)))
+    return sum(map(len, found)) / seconds
+
+
+async def probe(
+    service: Service, request: bytes, seconds: float, to_the_end: bool = True
+) -> list[Outcome]:
+    """Ask again and again on one connection; return what is answered well, or all outcomes."""
+    client, outcomes = Client(service.port), []
+    end = time.monotonic() + seconds
+    while (began := time.monotonic()) < end:
+        status, _ = await client.ask(request)
+        outcomes.append(Outcome(began, time.monotonic() - began, status))
+        if to_the_end and status != 200:
+            raise BenchmarkError(f"the answer to a lone request was {status}")
+    client.close()
+    return outcomes
+
+
+async def arrive(
+    service: Service, request: bytes, rate: float, seconds: float
+) -> tuple[list[Outcome], float]:
+    """Send requests at a rate, each on a free connection or a new one.
+
+    Returns:
+        what became of them, and when the last was sent.
+    """
+    free: list[Client] = []
+    outcomes: list[Outcome] = []
+    running: set[asyncio.Task[None]] = set()
+
+    async def ask() -> None:
+        client = free.pop() if free else Client(service.port)
+        began, status, error = time.monotonic(), 0, ""
+        try:
+            status, _ = await client.ask(request)
+        except LOST as exc:
+            error = type(exc).__name__
+        outcomes.append(Outcome(began, time.monotonic() - began, status, error))
+        free.append(client)
+
+    begin, sent = time.monotonic(), 0
+    while (now := time.monotonic()) < begin + seconds:
+        while sent < (now - begin) * rate:
+            task = asyncio.create_task(ask())
+            running.add(task)
+            task.add_done_callback(running.discard)
+            sent += 1
+        await asyncio.sleep(0.001)
+    end = time.monotonic()
+    await asyncio.gather(*running)
+    for client in free:
+        client.close()
+    return outcomes, end
+
+
+def recovery(probes: Sequence[Outcome], end: float, limit: float) -> float:
+    """Return after how many seconds the p99 of the following second is within the limit.
+
+    Args:
+        probes: asked one after the other, from the overload's end on.
+        end: of the overload.
+        limit: in seconds.
+    """
+    for first in probes:
+        window = [o for o in probes if first.began <= o.began < first.began + 1]
+        if (
+            all(o.status == 200 for o in window)
+            and percentile([o.seconds for o in window]) <= limit
+        ):
+            return max(0.0, first.began - end)
+    return math.inf
+
+
+def percentile(seconds: Sequence[float], percent: float = 99) -> float:
+    """Return the least value that so many per cent do not exceed; NaN of none."""
+    if not seconds:
+        return math.nan
+    return sorted(seconds)[math.ceil(percent / 100 * len(seconds)) - 1]
+
+
+def closed_loop(seconds: int) -> list[Row]:
+    """Let more clients than are let in ask for 784 bytes, each again at once."""
+    what = f"784 bytes, {WRK_CONNECTIONS} connections"
+    try:
+        cores = Cores.choose()
+    except (BenchmarkError, AttributeError) as exc:  # macOS knows no affinity
+        return [Row.not_measured(what, str(exc))]
+    requests = Requests("/predict", OCTETS, [bytes(range(196)) * 4])
+    with serving(workers=1) as service, apart(service), requests.folder:
+        _wrk(service, requests, 64, 1, cores)  # warm
+        capacity, _ = _wrk(service, requests, 64, seconds, cores)
+        before = statuses(service)
+        rate, lost = _wrk(service, requests, WRK_CONNECTIONS, seconds, cores)
+        counted = statuses(service) - before
+        again, _ = _wrk(service, requests, 64, 1, cores)
+        told = "; ".join(f"{count:,} x {status}" for status, count in counted.most_common())
+        return [
+            Row(
+                f"{what}: the capacity (64 connections), and answers of any status",
+                f"{capacity:,.0f}; {rate:,.0f} a second",
+            ),
+            Row.holds(f"{what}: answers", told, "200 or 503", counted.keys() <= {"200", "503"}),
+            Row.at_most(f"{what}: connections that failed", lost, 0),
+            Row.at_least(
+                f"{what}: good answers a second, of the capacity",
+                counted["200"] / seconds / capacity,
+                GOODPUT,
+            ),
+            Row.at_least("784 bytes: the same in the second after it", again / capacity, GOODPUT),
+            log_row(service),
+        ]
+
+
+def _wrk(
+    service: Service, requests: Requests, connections: int, seconds: int, cores: Cores
+) -> tuple[float, int]:
+    """Return the answers a second, of any status, and how many connections failed."""
+    script = SCRIPT.replace("errors.timeout,", "errors.timeout - errors.status,")
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
+        file.write(script)
+        file.flush()
+        headers = [part for item in requests.headers.items() for part in ("-H", ": ".join(item))]
+        done = subprocess.run(
+            pinned(
+                cores.load,
+                *("wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}"),
+                *("--latency", "--timeout=10s", f"--script={file.name}", *headers),
+                f"http://127.0.0.1:{service.port}{requests.path}",
+                *("--", requests.folder.name, str(len(requests.bodies))),
+            ),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode != 0:
+        raise BenchmarkError(f"wrk failed: {done.stderr or done.stdout}")
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    return outcome["requests"] / outcome["microseconds"] * 1e6, outcome["failed"]
+
+
+def statuses(service: Service) -> Counter[str]:
+    """Return how many answers of `/predict` the service has counted, by status."""
+    line = r'^http_requests_total\{method="POST",route="/predict",status="(\d+)"\} (\S+)$'
+    found = re.findall(line, service.get("/metrics"), re.MULTILINE)
+    return Counter({status: int(float(count)) for status, count in found})

@@ -1,0 +1,157 @@
+"""What the campaigns find: rows with goals, the file they are kept in, and the page's tables."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+CAMPAIGNS = {
+    "soak": "80 % of capacity, every form of body, some bad and some cut off",
+    "overload": "ten times capacity",
+    "fuzz": "the decoders of pictures, bodies and tensors, in the process",
+    "requests": "mutated requests over sockets",
+    "faults": "processes, files, disks and descriptors that fail",
+    "artefacts": "mutated model files",
+    "training": "kill -9 at random moments, resume",
+    "scale": "real containers behind HAProxy",
+}
+"""Each is a module of this package with a function `run`; here is what it attacks."""
+BEGIN = "<!-- written by `python -m benchmarks.reliability` -->\n"
+END = "<!-- end -->"
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much a campaign does.
+
+    Attributes:
+        minutes: how long the soak lasts.
+        inputs: how many inputs, requests, files or kills; None for the campaign's own number.
+        quick: little of everything, to see that it runs.
+        failures: the folder where inputs are saved that broke something.
+    """
+
+    minutes: float = 30
+    inputs: int | None = None
+    quick: bool = False
+    failures: Path = Path(".cache") / "reliability"
+
+    def count(self, full: int, quick: int) -> int:
+        """Return how many inputs: as asked for, or the campaign's own number."""
+        return self.inputs or (quick if self.quick else full)
+
+    def save(self, name: str, data: bytes) -> None:
+        """Keep an input that broke something."""
+        self.failures.mkdir(parents=True, exist_ok=True)
+        (self.failures / name).write_bytes(data)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    Attributes:
+        what: was measured.
+        figure: as it is to be read.
+        goal: as it is to be read; empty for none.
+        met: whether the figure meets the goal; None without a goal, or when not measured.
+    """
+
+    what: str
+    figure: str
+    goal: str = ""
+    met: bool | None = None
+
+    @classmethod
+    def at_most(cls, what: str, value: float, limit: float, unit: str = "") -> "Row":
+        """Return the row of a figure that must not exceed a limit; NaN does."""
+        goal = "0" if limit == 0 else f"≤ {_number(limit)}{unit}"
+        return cls(what, f"{_number(value)}{unit}", goal, value <= limit)
+
+    @classmethod
+    def at_least(cls, what: str, value: float, limit: float, unit: str = "") -> "Row":
+        """Return the row of a figure that must reach a limit."""
+        return cls(what, f"{_number(value)}{unit}", f"≥ {_number(limit)}{unit}", value >= limit)
+
+    @classmethod
+    def holds(cls, what: str, figure: str, goal: str, met: bool) -> "Row":
+        """Return the row of something that is so or not."""
+        return cls(what, figure, goal, met)
+
+    @classmethod
+    def not_measured(cls, what: str, reason: str) -> "Row":
+        """Return the row of something that cannot be had here."""
+        return cls(what, f"{NOT_MEASURED}: {reason}")
+
+    @property
+    def verdict(self) -> str:
+        """`met`, `missed`, or nothing."""
+        return {True: "met", False: "missed", None: ""}[self.met]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished campaign: its rows, and under what conditions they were measured."""
+
+    campaign: str
+    command: str
+    machine: str
+    seconds: float
+    rows: tuple[Row, ...]
+
+
+def append(file: Path, record: Record) -> None:
+    """Add a finished campaign to the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+
+
+def read(file: Path) -> dict[str, Record]:
+    """Return the last record of each campaign; none where there is no file."""
+    records = {}
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            fields = json.loads(line)
+            rows = tuple(Row(**row) for row in fields.pop("rows"))
+            records[fields["campaign"]] = Record(**fields, rows=rows)
+    return records
+
+
+def section(records: Mapping[str, Record]) -> str:
+    """Return the page's tables: the figures, and how each campaign was run."""
+    figures = [["campaign", "", "figure", "goal", ""]]
+    runs = [["campaign", "command", "minutes", "machine"]]
+    for name, attacks in CAMPAIGNS.items():
+        record = records.get(name)
+        rows = record.rows if record else [Row(attacks, NOT_MEASURED)]
+        figures += [[name, row.what, row.figure, row.goal, row.verdict] for row in rows]
+        if record:
+            minutes = f"{record.seconds / 60:.1f}"
+            runs.append([name, f"`{record.command}`", minutes, record.machine])
+    return f"{_table(figures)}\n" + (f"\n{_table(runs)}\n" if len(runs) > 1 else "")
+
+
+def machine() -> str:
+    """Return what the figures were measured on, and how busy it is: more than 0.5 spoils them."""
+    names = []
+    if (info := Path("/proc/cpuinfo")).exists():
+        lines = info.read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    libraries = " ".join(f"{name} {version(name)}" for name in ("onnxruntime", "uvicorn", "pillow"))
+    processor = f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
+    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    return f"{processor}, load {os.getloadavg()[0]:.1f}, {system}, {libraries}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, f"|{' --- |' * len(lines[0])}", *rest])
