@@ -64,7 +64,7 @@ MAX_UNSENT_BYTES = 4096  # above this, the next answer waits until the client ha
 CLOSE = (b"connection", b"close")
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
-WITHOUT_LENGTH = (204, 304)  # statuses whose answers have no body
+WITHOUT_LENGTH = (204, 304)  # answers without a body (RFC 9110, section 8.6)
 EMPTY = memoryview(b"")
 # RFC 9112, section 3.2, and RFC 3986, section 3.2.2; an empty host is allowed.
 HOST = re.compile(rb" *([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)? *")
@@ -182,7 +182,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Parse the bytes, unless a request is being answered."""
         if self._closing:
-            return  # only read, so that no reset overtakes the last answer
+            return  # drop them: unread bytes would reset the connection when it closes
         self._unparsed = memoryview(b"".join((self._unparsed, data)) if self._unparsed else data)
         self._advance()
 
@@ -260,20 +260,15 @@ class Connection(asyncio.Protocol):
         parser = self._parser
         if self._parsing_ended or self._closing:
             return
-        if parser.should_upgrade():
-            if parser.get_method() == b"CONNECT":
-                self._refuse_last(
-                    BadRequest(
-                        "Send requests with another method than CONNECT.", code="invalid_http"
-                    )
-                )
-            else:
-                self._upgrade_offered = True
-            return
         headers, version = self._headers, parser.get_http_version()
         try:
             if self._head_bytes > MAX_HEAD_BYTES:
                 raise _head_too_large()
+            if parser.should_upgrade():
+                if parser.get_method() == b"CONNECT":
+                    raise BadRequest("Send another method than CONNECT.", code="invalid_http")
+                self._upgrade_offered = True
+                return
             _check_head(version, headers)
             method, (path, query) = parser.get_method().decode("ascii"), _split_target(self._url)
         except ServiceError as error:
@@ -334,7 +329,7 @@ class Connection(asyncio.Protocol):
             self._apply_backpressure()
 
     def _apply_backpressure(self) -> None:
-        """Set reading, the read deadline and the budget to what is waiting now.
+        """Pause or resume reading, set or clear the read deadline, and update the budget.
 
         `_advance` skips this for a client that sends one complete request at a time.
         """
@@ -413,6 +408,7 @@ class Connection(asyncio.Protocol):
                 self._gate.admit(exchange)
             if exchange.answer is None:
                 self._answering = True
+                # Hold the task: asyncio itself has only a weak reference to it.
                 self._task = self._loop.create_task(self._answer(exchange))
             else:
                 self._send(exchange, exchange.answer)
@@ -463,7 +459,7 @@ class Connection(asyncio.Protocol):
         self._gate.record(exchange, CLIENT_CLOSED_REQUEST, self._client)
 
     def _close(self) -> None:
-        """Close the connection, after a moment if the client may still be sending.
+        """Close the connection; if the client may still be sending, read for a second before.
 
         Closing a socket with unread data resets the connection, and the client may then lose the
         last answer.

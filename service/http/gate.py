@@ -104,7 +104,7 @@ class Gate:
                 exchange.route = exchange.path
                 exchange.handler, body_limit = hot_path
             elif exchange.path in self._open_paths:
-                exchange.route = exchange.path  # FastAPI does not report the routes of its pages
+                exchange.route = exchange.path  # FastAPI reports no template for /openapi.json
             exchange.answer = self._cross_origin.preflight(exchange.method, headers)
             if exchange.answer is None:
                 self._api_key.check(exchange.path, headers)

@@ -276,7 +276,7 @@ class Supervisor:
 
     def _stop(self, number: int) -> None:
         self._stopping.set()
-        for listener in self._listeners:  # else the port would stay open after the workers close it
+        for listener in self._listeners:  # an open copy would keep the port open
             listener.close()
         for worker in self._workers:
             worker.send_signal(number)

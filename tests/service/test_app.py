@@ -1,4 +1,4 @@
-"""The application as a whole: its document, its errors, and what it does not need."""
+"""The application as a whole: its OpenAPI document, its errors, its imports."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ async def schema(app: Gate) -> Any:
 
 
 async def test_answers_keep_the_documented_schema(make_app: Callable[..., Gate]) -> None:
-    """Strictly: no field too many, none missing, no type converted."""
+    """Strictly: no extra field, no missing one, no converted type."""
     app = make_app()
     for target in ("/predict", "/predict?top_k=1", "/predict?echo=pixels"):
         body = (await ask(app, target=target)).body
@@ -60,23 +60,24 @@ async def test_the_document_has_every_body_form_and_every_error(
         assert reference == {"$ref": "#/components/schemas/Error"}
 
 
-async def test_every_documented_path_is_counted_by_its_template(
+async def test_every_path_is_counted_by_its_template(
     make_app: Callable[..., Gate],
 ) -> None:
     app = make_app()
     paths = (await schema(app))["paths"]
     templates = [path for path, operations in paths.items() if "get" in operations]
     assert len([template for template in templates if "{" in template]) == 8
+    templates += ["/", "/inside", "/docs", "/static/{name}"]
     for template in templates:
-        target = template.format(model_name="bn-lenet", model_version="1")
+        target = template.format(model_name="bn-lenet", model_version="1", name="app.js")
         assert (await ask(app, b"", method="GET", target=target)).status == 200
     text = (await ask(app, b"", method="GET", target="/metrics")).body.decode()
-    for template in templates:
+    for template in [*templates, "/openapi.json"]:
         assert f'http_requests_total{{method="GET",route="{template}",status="200"}} 1.0' in text
 
 
-async def test_every_path_to_get_takes_head_and_says_so(make_app: Callable[..., Gate]) -> None:
-    """As RFC 9110 asks (9.1), and load balancers do."""
+async def test_every_path_with_get_has_head(make_app: Callable[..., Gate]) -> None:
+    """RFC 9110, section 9.1, demands it, and load balancers use it."""
     app = make_app()
     paths = [path for path, found in (await schema(app))["paths"].items() if "get" in found]
     paths += ["/", "/docs", "/openapi.json", "/static/app.js", "/v2/"]
@@ -90,10 +91,10 @@ async def test_every_path_to_get_takes_head_and_says_so(make_app: Callable[..., 
         assert (other.status, other.headers["allow"]) == (405, "GET, HEAD"), path
 
 
-async def test_a_gpu_is_told_wherever_the_provider_is_and_gives_each_its_own_answer(
+async def test_a_gpu_is_reported_everywhere_and_gives_each_request_its_answer(
     artefact: Path, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shown on the CPU, whose session here says that it has CUDA."""
+    """On the CPU: the session here only claims to have CUDA."""
     cuda = "CUDAExecutionProvider"
     monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda _: [cuda])
     app = create_app(Settings(), Classifier.load(artefact))
@@ -117,7 +118,7 @@ async def test_a_gpu_is_told_wherever_the_provider_is_and_gives_each_its_own_ans
         r"^bnlenet_inference_duration_seconds_count (.*)", await get("/metrics"), re.MULTILINE
     )
     assert runs
-    assert float(runs[1]) < 60  # they went together
+    assert float(runs[1]) < 60  # some shared a run
 
 
 WITHOUT = """

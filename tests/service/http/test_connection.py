@@ -279,6 +279,15 @@ class TestHead:
         assert transport.ended == bool(more)
         transport.close()
 
+    async def test_an_offered_upgrade_does_not_lift_the_limit(self, make_app: MakeApp) -> None:
+        """Without it, the last fields were lost, and the body was taken for a request."""
+        offer = HEAD + b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
+        many = b"".join(b"%x:\r\n" % i for i in range(MAX_HEAD_BYTES // FIELD_OVERHEAD_BYTES))
+        body = GET.ljust(784)
+        transport = await talk(make_app(), offer + many + b"Content-Length: 784\r\n\r\n" + body)
+        assert statuses(transport) == [431]
+        transport.close()
+
     async def test_the_values_of_a_repeated_field_are_joined(self, make_app: MakeApp) -> None:
         """RFC 9110, section 5.3. Two ids become one that is not well-formed: neither is used."""
         ids = b"X-Request-ID: one\r\nx-request-id: two\r\n\r\n"
