@@ -255,7 +255,7 @@ def test_several_seeds_get_a_run_folder_each(
         ("²-5", "is not a list of seeds"),
         ("5-3", "is not a list of seeds"),
         ("-1-2", "is not a list of seeds"),
-        ("3-3", "at least two of them"),
+        ("3-3", "name at least two seeds"),
         ("0-1000", "'0-1000' is too much: at most 1,000 seeds, none above 2147483648"),
         ("0,2147483649", "is too much: at most 1,000 seeds"),
         ("9" * 5000, "is not a list of seeds"),

@@ -1,6 +1,6 @@
-"""The chapter's questions, answered by experiment; one file each.
+"""The chapter's questions, answered by experiment; one file for each question.
 
-`python -m training study --list` names them.
+`python -m training study --list` lists them.
 """
 
 from training.studies import (

@@ -1,8 +1,8 @@
-"""Do batches of 50 to 100 inject just the right noise (the chapter's claim).
+"""Do batches of 50 to 100 images inject just the right amount of noise? The chapter claims so.
 
-Three sweeps: batch sizes at equal epochs, batch sizes at equal steps, and ghost batch norm (Hoffer
-et al., 2017): batches of 256 whose statistics are taken over groups. Only the last changes the
-noise of the statistics and leaves the optimisation alone.
+The study has three sweeps: batch sizes at equal epochs, batch sizes at equal steps, and ghost batch
+norm (Hoffer et al., 2017): batches of 256 whose statistics are computed over groups of images. Only
+the last sweep changes the noise of the statistics without changing the optimisation.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ SWEEPS = {
 
 
 def normalise_in_groups(x: Tensor, layer: nn.BatchNorm1d | nn.BatchNorm2d, group: int) -> Tensor:
-    """Normalise a batch in groups of so many images, each by its own mean and variance."""
+    """Normalise a batch in groups of `group` images; every group has its own mean and variance."""
     return torch.cat(
         [
             F.batch_norm(part, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
@@ -51,7 +51,7 @@ def normalise_in_groups(x: Tensor, layer: nn.BatchNorm1d | nn.BatchNorm2d, group
 
 
 class GhostNorm1d(nn.BatchNorm1d):
-    """torch's batch norm, whose training statistics are those of groups of the batch."""
+    """torch's batch norm, with training statistics of groups of the batch; input [n, C]."""
 
     group = GHOST_BATCH
 
@@ -61,7 +61,7 @@ class GhostNorm1d(nn.BatchNorm1d):
 
 
 class GhostNorm2d(nn.BatchNorm2d):
-    """The same for [n, C, H, W]."""
+    """torch's batch norm, with training statistics of groups of the batch; input [n, C, H, W]."""
 
     group = GHOST_BATCH
 
@@ -71,7 +71,7 @@ class GhostNorm2d(nn.BatchNorm2d):
 
 
 def ghost_norm(group: int) -> Norm:
-    """Return a maker of ghost batch norms for groups of so many images."""
+    """Return a function that makes ghost batch norms for groups of `group` images."""
 
     def make(channels: int, dims: int) -> nn.Module:
         layer = GhostNorm2d(channels) if dims == 4 else GhostNorm1d(channels)
@@ -92,7 +92,7 @@ def tasks(scale: Scale) -> list[Task]:
 
 
 def measure(data: FashionMNIST, task: Task) -> Line:
-    """Fit LeNet with this batch size, or with groups of this size within batches of 256."""
+    """Fit LeNet with batches of this size, or with groups of this size in batches of 256."""
     parts = samples(data, task["images"])
     is_ghost = task["sweep"] == "ghost"
     network = lenet([ghost_norm(task["size"]) if is_ghost else batch_norm] * 4)
@@ -116,12 +116,22 @@ def report(lines: Sequence[Line]) -> Report:
     best = {s: max(sizes[s], key=lambda n, s=s: fmean(value(s, n))) for s in SWEEPS}  # type: ignore[misc] # a default binds the loop's value
     whole, right = max(sizes["ghost"]), best["ghost"]
     noise = paired_difference(value("ghost", right), value("ghost", whole))
-    helps = "helps a little" if noise.low > 0 else "does not measurably help"
+    if right == whole:
+        verdict = "No"
+        found = "the statistics of the whole batch are best, so more noise does not help"
+    else:
+        helps = noise.low > 0
+        verdict = "Not measurably"
+        if helps:
+            verdict = "Yes" if 50 <= right <= 100 else f"Noise helps, but the best size is {right}"
+        found = (
+            f"the statistics of groups of {right} images are best, {noise:+.4f} compared with the "
+            f"whole batch, so noise alone {'helps' if helps else 'does not measurably help'}"
+        )
     answer = (
-        f"No: at equal epochs the best batch size is {best['equal epochs']}, at equal steps "
-        f"{best['equal steps']}; that is optimisation, not noise. With the batch held at "
-        f"{GHOST_BATCH}, statistics of groups of {right} do best, {noise:+.4f} against the whole "
-        f"batch: noise by itself {helps}."
+        f"{verdict}: with batches of {GHOST_BATCH}, {found}. The best batch size is "
+        f"{best['equal epochs']:,} at equal epochs and {best['equal steps']:,} at equal steps, but "
+        f"the batch size changes the optimisation as well as the noise."
     )
     tables = "\n\n".join(
         f"## {name[0].upper()}{name[1:]}\n\n"

@@ -1,4 +1,4 @@
-"""`python -m training study`: parses, shows progress, prints answers."""
+"""The command `python -m training study`: parses, shows progress, prints answers."""
 
 import json
 from dataclasses import asdict, replace
@@ -17,20 +17,26 @@ from training.studies.study import QUICK, Line, Scale
 @click.command("study")
 @click.argument("names", metavar="NAME...", nargs=-1, type=click.Choice(list(STUDIES)))
 @click.option("--list", "show", is_flag=True, help="List the studies and their questions.")
-@click.option("--all", "everything", is_flag=True, help="Run all of them.")
-@click.option("--seeds", type=click.IntRange(2), help="Fits of each arm.  [default: 5]")
-@click.option("--quick", is_flag=True, help="Tiny fits: shows that a study runs, answers nothing.")
+@click.option("--all", "everything", is_flag=True, help="Run all studies.")
+@click.option(
+    "--seeds", type=click.IntRange(2), help="The number of fits of each arm.  [default: 5]"
+)
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Tiny fits, to show that a study runs; their answers mean nothing.",
+)
 @click.option(
     "--jobs",
     type=click.IntRange(-1),
     default=-1,
     show_default=True,
-    help="Processes at once; -1 is one a core.",
+    help="The number of processes; -1 means one for each core.",
 )
 @click.option(
     "--cluster",
     metavar="ADDRESS",
-    help="Send the fits to this Dask scheduler instead of processes.",
+    help="Send the fits to this Dask scheduler, instead of local processes.",
 )
 @click.option(
     "--out",
@@ -59,12 +65,12 @@ def study(
 ) -> None:
     """Answer questions about batch norm by experiment.
 
-    Each study writes NAME.md, NAME.png and NAME.jsonl. A study that was stopped goes on where it
-    was; finished fits are never repeated.
+    A study writes NAME.md, NAME.png and NAME.jsonl. If it is stopped, the next run continues it:
+    finished fits are not repeated.
     """
     if show:
-        for each in STUDIES.values():
-            click.echo(f"{each.name:20} {each.title}")
+        for known in STUDIES.values():
+            click.echo(f"{known.name:20} {known.title}")
         return
     chosen = list(STUDIES) if everything else list(dict.fromkeys(names))
     if not chosen:

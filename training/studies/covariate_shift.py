@@ -1,8 +1,8 @@
-"""Does batch norm work by reducing internal covariate shift (most of the chapter's discussion).
+"""Does batch norm work by reducing internal covariate shift? The chapter discusses this.
 
-After Santurkar et al., "How Does Batch Normalization Help Optimization?" (2018): the drift of the
-pre-activations while fitting; batch norm with noise injected behind it, which brings the shift
-back; and how the loss varies along the gradient.
+The study follows Santurkar et al., "How Does Batch Normalization Help Optimization?" (2018). It
+measures the drift of the pre-activations during a fit, and the change of the loss along the
+gradient. One arm adds noise after batch norm, which brings the shift back.
 """
 
 import copy
@@ -25,17 +25,17 @@ from training.studies.study import Line, Report, Scale, Study, Task, arms, by_se
 RATE = 0.5
 LOOK_EVERY = 25
 STEP_SIZES = (0.1, 0.25, 0.5, 1.0, 2.0)
-"""How far the loss is followed along the negative gradient."""
+"""The steps along the negative gradient at which the loss is measured."""
 
 
 class Jitter(nn.Module):
-    """Scales and shifts every channel anew in each training step, differently each time.
+    """Scales and shifts every channel by random amounts, new ones in each training step.
 
-    The scale is 1 + N(0, 0.5), the shift N(0, 0.5): a covariate shift between any two steps.
+    The scale is 1 + N(0, 0.5), the shift N(0, 0.5), so any two steps differ by a covariate shift.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shift in training; return `x` in prediction."""
+        """Scale and shift in training; return `x` in prediction."""
         if not self.training:
             return x
         shape = (1, x.shape[1]) + (1,) * (x.ndim - 2)
@@ -43,7 +43,7 @@ class Jitter(nn.Module):
 
 
 def noisy(channels: int, dims: int) -> nn.Module:
-    """Make a batch norm with `Jitter` behind it."""
+    """Make a batch norm that `Jitter` follows."""
     return nn.Sequential(batch_norm(channels, dims), Jitter())
 
 
@@ -60,7 +60,7 @@ def tasks(scale: Scale) -> list[Task]:
 
 
 def measure(data: FashionMNIST, task: Task) -> Line:
-    """Fit, and look from time to time at the pre-activations and along the gradient."""
+    """Fit; every 25 steps, measure the drift, the loss along the gradient and the accuracy."""
     parts = samples(data, task["images"])
     torch.manual_seed(task["seed"])  # the noise draws from the global generator
     network = lenet([NORMS[task["norm"]]] * 4)
@@ -116,10 +116,10 @@ def last_pre_activation(network: nn.Sequential, images: Tensor) -> Tensor:
 
 
 def loss_range(network: nn.Sequential, images: Tensor, labels: Tensor) -> float:
-    """Return by how much the loss varies along its own negative gradient, in nats.
+    """Return the range of the loss along its own negative gradient, in nats.
 
-    The difference of the largest and smallest loss over `STEP_SIZES` (Santurkar et al., section
-    3.1). The network is not changed.
+    This is the largest minus the smallest loss over `STEP_SIZES` (Santurkar et al., section 3.1).
+    The network does not change.
     """
     network = copy.deepcopy(network).train()
     loss = F.cross_entropy(network(images), labels)
@@ -146,13 +146,12 @@ def report(lines: Sequence[Line]) -> Report:
     cost = paired_difference(value(noise, "accuracy"), value(plain, "accuracy"))
     gain = paired_difference(value(noise, "accuracy"), value(none, "accuracy"))
     drifts = {norm: fmean(value(norm, "drift")) for norm in NORMS}
-    verdict = (
-        "No" if more.low > 0 and gain.low > 0 else "These figures do not separate the explanations"
-    )
+    verdict = "No" if more.low > 0 and gain.low > 0 else "These figures do not decide it"
     answer = (
-        f"{verdict}: noise behind batch norm raises the drift of the last hidden layer from "
-        f"{drifts[plain]:.2f} to {drifts[noise]:.2f} deviations, and the fit still ends "
-        f"{gain:+.3f} above the one without batch norm ({cost:+.3f} against batch norm alone)."
+        f"{verdict}: noise after batch norm changes the drift of the last hidden layer from "
+        f"{drifts[plain]:.2f} to {drifts[noise]:.2f} standard deviations. The accuracy at the end "
+        f"is then {gain:+.3f} compared with no batch norm, and {cost:+.3f} compared with batch "
+        f"norm alone."
     )
     rows = []
     for norm in NORMS:
@@ -173,16 +172,16 @@ def report(lines: Sequence[Line]) -> Report:
         f"""{table(heading, rows)}
 
 - Drift: how far the mean of a unit of the last hidden layer moves in {LOOK_EVERY} steps, in
-  deviations of that unit; mean over units and steps.
-- Range of the loss: how much it varies along its own negative gradient, for steps of up to
-  {max(STEP_SIZES):g}; the mean while fitting. A small range is a smooth landscape, or a flat
-  one: without batch norm the fit stays long where the gradient is nearly zero.
-- SGD with a rate of {RATE:g}, {lines[0]["steps"]:,} steps. Accuracy is that on 1,000 held-out
-  images with their own statistics; the noise is on there as well.
+  standard deviations of that unit; the mean over units and steps.
+- Range of the loss: the largest minus the smallest loss along its own negative gradient, for
+  steps of up to {max(STEP_SIZES):g}; the mean during the fit. A small range means a smooth or a
+  flat loss: without batch norm, the gradient is nearly zero for a long time.
+- SGD with a learning rate of {RATE:g}, {lines[0]["steps"]:,} steps. Accuracy is on 1,000 held-out
+  images with their own statistics, and with the noise.
 
-The drift is also no covariate shift in the word's own sense, which is a change of the inputs'
-distribution between training and use while the labelling rule stays. So the name is not
-justified, as the chapter says.""",
+The name "covariate shift" does not fit the drift, as the chapter says. Covariate shift is a change
+of the inputs' distribution between training and use, while the rule for the labels stays the
+same.""",
     )
 
 

@@ -1,7 +1,7 @@
-"""Can batch norm replace dropout (exercise 6, and the claim that it regularises).
+"""Can batch norm replace dropout? Exercise 6, and the claim that batch norm regularises.
 
-On 5,000 images, where a network of this size can overfit. Adam, because without batch norm plain
-SGD does not leave chance in so few steps.
+The fits use 5,000 images, so that a network of this size can overfit. They use Adam, because
+without batch norm plain SGD stays at chance for more steps than these fits have.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def measure(data: FashionMNIST, task: Task) -> Line:
 
 
 def report(lines: Sequence[Line]) -> Report:
-    """Return accuracies and gaps of all six arms."""
+    """Return the accuracies and gaps of all six arms."""
 
     def held_out(norm: str, dropout: float) -> list[float]:
         return by_seed(lines, "held_out", norm=norm, dropout=dropout)
@@ -66,12 +66,18 @@ def report(lines: Sequence[Line]) -> Report:
     best = {norm: max(SHARES, key=lambda share: fmean(held_out(norm, share))) for norm in NORMS}
     swap = paired_difference(held_out("batch norm", 0.0), held_out("none", best["none"]))
     narrower = paired_difference(gap("batch norm", 0.0), gap("none", 0.0))
-    regularises = "narrows" if narrower.high < 0 else "does not narrow"
-    verdict = "Yes, here" if swap.low > 0 else "No" if swap.high < 0 else "It makes no difference"
+    verdict = (
+        "Yes, here" if swap.low > 0 else "No" if swap.high < 0 else "The figures show no difference"
+    )
+    if narrower.high < 0:
+        regularises = "so batch norm acts as one"
+    else:
+        regularises = "so batch norm does not measurably act as one"
     answer = (
-        f"{verdict}: batch norm alone changes held-out accuracy by {swap:+.4f} against the best "
-        f"dropout without it ({best['none']:g}). But batch norm {regularises} the gap between "
-        f"fitted and held-out images ({narrower:+.4f}), which is what a regulariser does."
+        f"{verdict}: the held-out accuracy of batch norm without dropout is {swap:+.4f} compared "
+        f"with the best network without batch norm (dropout {best['none']:g}). A regulariser "
+        f"narrows the gap between fitted and held-out images; batch norm changes it by "
+        f"{narrower:+.4f}, {regularises}."
     )
     rows = [
         [
@@ -89,8 +95,8 @@ def report(lines: Sequence[Line]) -> Report:
     epochs = lines[0]["epochs"]
     return Report(
         answer,
-        f"{lines[0]['images']:,} training images, {epochs} epochs of Adam (0.003). Dropout is "
-        f"behind the two hidden linear layers.\n\n{table(heading, rows)}",
+        f"{lines[0]['images']:,} training images, {epochs} epochs of Adam (learning rate 0.003). "
+        f"Dropout follows the two hidden linear layers.\n\n{table(heading, rows)}",
     )
 
 

@@ -1,7 +1,7 @@
-"""The small fits of the studies: LeNet with what is studied in it, and a plain loop.
+"""The small fits of the studies: LeNet with any normalisation, and a plain loop.
 
-The loop is the chapter's: softmax cross-entropy, images divided by 255, shuffled anew each epoch.
-Arms with the same seed see the same images in the same order and start from the same weights.
+The loop is the chapter's: softmax cross-entropy, pixels divided by 255, a new random order in each
+epoch. Arms with the same seed start from the same weights and see the images in the same order.
 """
 
 from collections import OrderedDict
@@ -17,10 +17,11 @@ from training.fitting.population import population_statistics, with_statistics
 from training.model import initialise, norm_layers
 
 Norm = Callable[[int, int], nn.Module]
-"""Makes a normalisation for so many channels of inputs with 2 or 4 dimensions."""
+"""Makes a normalisation layer from the number of channels and of dimensions, 2 or 4."""
 
 HELD_OUT = 10_000
-"""The last training images: studies compare on these, and use the test set for a last line only."""
+"""Studies make comparisons on this many training images, the last ones; the test set decides
+nothing."""
 
 
 def batch_norm(channels: int, dims: int) -> nn.Module:
@@ -35,12 +36,12 @@ def lenet(
     bias: bool = True,
     dropout: float = 0.0,
 ) -> nn.Sequential:
-    """Return the chapter's LeNet with a normalisation, or none, in each of its four places.
+    """Return the chapter's LeNet with a normalisation, or none, in each of four places.
 
     Args:
-        norms: for conv1, conv2, linear1 and linear2.
+        norms: the normalisations after conv1, conv2, linear1 and linear2.
         after_activation: normalise after the sigmoid instead of before it.
-        bias: whether layers before a normalisation have a bias.
+        bias: whether a layer directly before a normalisation has a bias.
         dropout: share of the hidden linear layers' activations that training drops.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -70,7 +71,7 @@ def lenet(
 
 @dataclass(frozen=True)
 class Sample:
-    """Images and labels as a study uses them.
+    """Images and labels as tensors.
 
     Attributes:
         pixels: uint8 [n, 1, 28, 28].
@@ -89,7 +90,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """The three samples of a study: to fit on, to compare on, and for the last line."""
+    """The three samples of a study: to fit on, to compare on, and to report the test accuracy."""
 
     train: Sample
     held_out: Sample
@@ -97,7 +98,10 @@ class Samples:
 
 
 def samples(data: FashionMNIST, images: int) -> Samples:
-    """Return the first `images` training images, the held-out ones (fewer if few), the test set."""
+    """Return the first `images` training images, the held-out ones, and the test set.
+
+    A small fit gets fewer held-out and test images: at most ten times `images`.
+    """
     count = len(data.train.labels)
     held_out = min(HELD_OUT, count - images, 10 * images)
     test = min(len(data.test.labels), 10 * images)
@@ -111,8 +115,8 @@ def samples(data: FashionMNIST, images: int) -> Samples:
 def batches(sample: Sample, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches without end: floats [n, 1, 28, 28] in [0, 1], and labels [n].
 
-    Each epoch is shuffled anew. A last batch of one image is left out: batch norm cannot train on
-    it.
+    Each epoch has a new random order. A last batch of one image is left out, because batch norm
+    cannot train on it.
     """
     images = sample.pixels.float().div_(255)
     generator = torch.Generator().manual_seed(seed)
@@ -141,12 +145,12 @@ def train(
     """Fit a network in place.
 
     Args:
-        network: gives logits [n, 10].
-        sample: to fit on.
-        seed: of the order of the images.
-        steps: how many.
-        batch_size: images a step.
-        optimizer: the chapter's SGD with a learning rate of 0.1 when None.
+        network: returns logits [n, 10].
+        sample: the images to fit on.
+        seed: decides the order of the images.
+        steps: the number of steps.
+        batch_size: images in a step.
+        optimizer: None means the chapter's SGD with a learning rate of 0.1.
         after_step: called with the number of steps done and the loss; stops the fit by returning
             True.
     """
@@ -166,7 +170,7 @@ def train(
 def fitted(
     network: nn.Sequential, sample: Sample, *, seed: int, epochs: int, batch_size: int = 128
 ) -> nn.Sequential:
-    """Initialise a network from `seed`, fit it as the chapter does, and return it settled."""
+    """Initialise a network from `seed`, fit it as the chapter does, and return it `settled`."""
     initialise(network, seed)
     steps = epochs * steps_per_epoch(sample, batch_size)
     train(network, sample, seed=seed, steps=steps, batch_size=batch_size)
@@ -174,10 +178,10 @@ def fitted(
 
 
 def settled(network: nn.Sequential, sample: Sample) -> nn.Sequential:
-    """Return a copy whose batch norms carry the statistics of all images of `sample`.
+    """Return a copy whose batch norms have the statistics of all images of `sample`.
 
-    The spread between seeds is then a fifth of what moving averages give, so that a study needs
-    fewer fits. Without a batch norm, it is the network itself.
+    The spread between seeds is then a fifth of the spread with moving averages, so a study needs
+    fewer fits. A network without batch norm is returned as it is.
     """
     network.eval()
     if not norm_layers(network):
@@ -199,7 +203,7 @@ def accuracy(network: nn.Module, sample: Sample) -> float:
 
 
 def scores(network: nn.Sequential, parts: Samples) -> dict[str, float]:
-    """Return the accuracies on the images fitted, held out and tested."""
+    """Return the accuracies on the fitted, held-out and test images."""
     return {
         "train": accuracy(network, parts.train),
         "held_out": accuracy(network, parts.held_out),

@@ -1,9 +1,9 @@
-"""Before or after the activation, and with or without the bias before it (exercise 1).
+"""Batch norm before or after the activation, with or without the bias before it (exercise 1).
 
-Both positions fold away exactly: before the sigmoid into the layer before it
-(`training/folding.py`), behind the sigmoid into the layer after it (`fold_forward`). Average
-pooling commutes with an affine map of a channel, so it may lie between. Padding may not: the zeros
-that it adds would have to become the channel's shift.
+In both positions it folds exactly. Batch norm before the sigmoid folds into the layer before it
+(`training/folding.py`), batch norm after the sigmoid into the next layer (`fold_forward`). Average
+pooling may lie between, because it commutes with an affine map of a channel. Padding may not: its
+zeros would have to become the channel's shift.
 """
 
 import copy
@@ -24,17 +24,17 @@ from training.studies.study import Line, Report, Scale, Study, Task, arms, by_se
 
 @torch.no_grad()
 def fold_forward(network: nn.Sequential) -> nn.Sequential:
-    """Return a new network without batch norm, each folded into the next affine layer.
+    """Return a new network without batch norm: each one is folded into the next affine layer.
 
-    With `y = s * a + t` behind the activation, `W y + b = (W diag(s)) a + (b + W t)`. Average
-    pooling and flattening may lie between the two. Computed in float64 and cast back once.
+    For `y = s * a + t` after the activation, `W y + b = (W diag(s)) a + (b + W t)`. Average pooling
+    and flattening may lie between the two. Computed in float64 and cast back once.
 
     Raises:
-        ValueError: the network is in training mode, a layer between the two is of another kind, or
+        ValueError: the network is in training mode, another kind of layer lies between the two, or
             the next layer pads its input.
     """
     if network.training:
-        raise ValueError("only fixed statistics can be folded: call eval() first")
+        raise ValueError("cannot fold a network in training mode: call eval() first")
     folded = nn.Sequential()
     scale = shift = None
     for name, original in network.named_children():
@@ -60,8 +60,8 @@ def _absorb(layer: nn.Conv2d | nn.Linear, scale: torch.Tensor, shift: torch.Tens
     if isinstance(layer, nn.Conv2d) and layer.padding != (0, 0):
         raise ValueError("a batch norm cannot be folded through padding")
     weight = layer.weight.double()
-    places = weight.shape[1] // len(scale)  # after flattening, a channel has several inputs
-    scale, shift = scale.repeat_interleave(places), shift.repeat_interleave(places)
+    inputs = weight.shape[1] // len(scale)  # of one channel: after flattening, several
+    scale, shift = scale.repeat_interleave(inputs), shift.repeat_interleave(inputs)
     per_input = (1, -1) + (1,) * (weight.ndim - 2)
     bias = (weight * shift.view(per_input)).flatten(1).sum(1)
     if layer.bias is not None:
@@ -71,13 +71,13 @@ def _absorb(layer: nn.Conv2d | nn.Linear, scale: torch.Tensor, shift: torch.Tens
 
 
 def tasks(scale: Scale) -> list[Task]:
-    """Return a fit for each position, with and without the bias before it, and seed."""
+    """Return a fit for each seed and arm: before with a bias, before without, and after."""
     before = arms(scale, position=["before"], bias=[True, False])
     return before + arms(scale, position=["after"], bias=[True])
 
 
 def measure(data: FashionMNIST, task: Task) -> Line:
-    """Fit LeNet with batch norm in this position; for "after", also measure the fold's error."""
+    """Fit LeNet with batch norm in this position; after the sigmoid, also measure the fold."""
     parts = samples(data, task["images"])
     after = task["position"] == "after"
     network = lenet([batch_norm] * 4, after_activation=after, bias=task["bias"])
@@ -100,11 +100,14 @@ def report(lines: Sequence[Line]) -> Report:
     idle = paired_difference(value("before", False), value("before", True))
     moved = paired_difference(value("after", True), value("before", True))
     error = max(line["fold_error"] for line in lines if "fold_error" in line)
-    better = "worse" if moved.high < 0 else "better" if moved.low > 0 else "no different"
+    better = "not measurably different"
+    if moved.excludes(0):
+        better = "better" if moved.mean > 0 else "worse"
     answer = (
-        f"The bias before a batch norm can go: batch norm subtracts it (accuracy changes by "
-        f"{idle:+.4f}). Behind the activation, batch norm is {better} ({moved:+.4f}), and still "
-        f"folds away: into the layer after it, to within {error:.0e} of a logit."
+        f"Batch norm after the activation is {better} ({moved:+.4f}). It still folds, into the "
+        f"next layer: no logit changes by more than {error:.0e}. The bias before a batch norm is "
+        f"not needed, because batch norm subtracts it: without it, accuracy changes by "
+        f"{idle:+.4f}."
     )
     rows = [
         [
@@ -120,14 +123,14 @@ def report(lines: Sequence[Line]) -> Report:
         answer,
         f"""{table(["batch norm", "held-out accuracy", "test"], rows)}
 
-Why the bias is idle: batch norm of `x + c` is batch norm of `x`, since `c` is in the mean that
-is subtracted. So its gradient is zero, and with `track_running_stats` the moving mean absorbs
-it in prediction. Behind the activation this does not hold: the sigmoid lies between, so that
-arm always has its bias.
+The bias has no effect because the batch norm of `x + c` is the batch norm of `x`: the mean
+contains `c`, and is subtracted. So the bias has gradient zero, and in prediction the moving mean
+absorbs it. With the sigmoid between the two this does not hold, so the arm "after" always has the
+bias.
 
-Both folds are identities, `W(su + t) + b = (W diag(s))u + (b + Wt)` and `s(Wu + b - m) + t =
-(sW)u + (s(b - m) + t)`; `tests/training/studies/test_order.py` holds each of them to float64's
-last digits.""",
+Both folds are identities: `W(su + t) + b = (W diag(s))u + (b + Wt)` and `s(Wu + b - m) + t =
+(sW)u + (s(b - m) + t)`. `tests/training/studies/test_layers.py` checks both to the last digits of
+float64.""",
     )
 
 

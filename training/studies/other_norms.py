@@ -1,7 +1,7 @@
-"""Layer, group and instance norm in place of batch norm, also with batches of 1 and 2.
+"""Layer, group and instance norm instead of batch norm, also with batches of 1 and 2.
 
-These take their statistics over one image, so they train with any batch and predict as they
-train. Sources: Ba et al. (2016), Wu and He (2018), Ulyanov et al. (2016).
+They compute their statistics over one image, so they train with a batch of any size, and predict
+as they train. Sources: Ba et al. (2016), Wu and He (2018), Ulyanov et al. (2016).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import nn
 
 from training.dataset import FashionMNIST
 from training.evaluation.card import table
-from training.evaluation.intervals import mean_interval
+from training.evaluation.intervals import mean_interval, paired_difference
 from training.model import initialise
 from training.studies.fits import (
     Norm,
@@ -28,11 +28,11 @@ from training.studies.fits import (
 from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
 
 SIZES = {128: 0.1, 2: 0.01, 1: 0.01}
-"""Batch sizes, and the learning rate of each: noisy gradients need a lower one."""
+"""The learning rate by batch size: noisy gradients need a lower one."""
 
 
 def layer_norm(channels: int, dims: int) -> nn.Module:  # noqa: ARG001 - a `Norm`
-    """Make a layer norm over all channels and places of an image."""
+    """Make a layer norm over all channels and positions of an image."""
     return nn.GroupNorm(1, channels)
 
 
@@ -42,7 +42,7 @@ def group_norm(channels: int, dims: int) -> nn.Module:
 
 
 def instance_norm(channels: int, dims: int) -> nn.Module:
-    """Make an instance norm; a unit of a linear layer has one value, so it gets none."""
+    """Make an instance norm; none for a linear layer, whose units have one value for each image."""
     return nn.InstanceNorm2d(channels, affine=True) if dims == 4 else nn.Identity()
 
 
@@ -91,11 +91,16 @@ def report(lines: Sequence[Line]) -> Report:
     others = ("layer", "group", "instance")
     best = max(others, key=lambda norm: fmean(value(norm, 128)))
     small = max(others, key=lambda norm: fmean(value(norm, 1)))
+    change = paired_difference(value(best, 128), value("batch", 128))
+    verdict = "Yes, here"
+    if change.excludes(0):
+        verdict = "They do better" if change.mean > 0 else "No"
     answer = (
-        f"With batches of 128, batch norm gives {mean_interval(value('batch', 128)):.3f} and the "
-        f"best other norm ({best}) {mean_interval(value(best, 128)):.3f}. With a batch of 1 batch "
-        f"norm cannot train at all; {small} norm gives {mean_interval(value(small, 1)):.3f}. With "
-        f"a batch of 2 batch norm gives {mean_interval(value('batch', 2)):.3f}."
+        f"{verdict}: with batches of 128, the accuracy of the best other norm ({best}) is "
+        f"{mean_interval(value(best, 128)):.3f}, {change:+.3f} compared with batch norm. With "
+        f"batches of 2, batch norm gives {mean_interval(value('batch', 2)):.3f}. With a batch of "
+        f"1, batch norm cannot train, and {small} norm gives "
+        f"{mean_interval(value(small, 1)):.3f}."
     )
     rows = [
         [
@@ -111,8 +116,8 @@ def report(lines: Sequence[Line]) -> Report:
     heading = ["norm", *(f"batch of {size}" for size in SIZES), "test, batch of 128"]
     return Report(
         answer,
-        "Held-out accuracy. Plain SGD, rate 0.1; batches of 1 and 2 get one epoch and a rate of "
-        f"0.01.\n\n{table(heading, rows)}",
+        "Held-out accuracy. Plain SGD with a learning rate of 0.1; fits with batches of 1 and 2 "
+        f"have one epoch and a learning rate of 0.01.\n\n{table(heading, rows)}",
     )
 
 
@@ -121,13 +126,13 @@ def draw(lines: Sequence[Line], figure: Figure) -> None:
     figure.set_size_inches(8, 3.2)
     axes = figure.subplots()
     for index, norm in enumerate(NORMS):
-        for place, size in enumerate(SIZES):
+        for x, size in enumerate(SIZES):
             values = by_seed(lines, "held_out", norm=norm, batch_size=size)
             axes.scatter(
-                [place + (index - 2) * 0.12] * len(values),
+                [x + (index - 2) * 0.12] * len(values),
                 values,
                 color=f"C{index}",
-                label=norm if place == 0 else None,
+                label=norm if x == 0 else None,
                 s=16,
             )
     axes.set_xticks(range(len(SIZES)), [f"batch of {size}" for size in SIZES])

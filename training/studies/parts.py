@@ -1,8 +1,8 @@
 """Which part of batch norm does the work (exercises 4 and 5).
 
-Batch norm subtracts the batch's mean, divides by its deviation, then scales by gamma and shifts by
-beta. Each arm leaves something out: the division, the subtraction, or the learning of gamma, of
-beta, or of both.
+Batch norm subtracts the batch's mean, divides by its standard deviation, then scales by gamma and
+shifts by beta. Every arm leaves out one part: the division, the subtraction, or the learning of
+gamma, of beta, or of both.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,10 @@ class MeanOnly(BatchNorm):
 
 
 class VarianceOnly(BatchNorm):
-    """Batch norm that divides by the deviation and does not subtract the mean."""
+    """Batch norm that divides by the standard deviation and does not subtract the mean."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Divide by the deviation from the batch's own mean, which stays."""
+        """Divide by the standard deviation about the mean; the mean itself is not subtracted."""
         axes = [axis for axis in range(x.ndim) if axis != 1]
         shape = (1, -1) + (1,) * (x.ndim - 2)
         variance = x.var(axes, correction=0) if self.training else self.moving_variance
@@ -48,7 +48,7 @@ class VarianceOnly(BatchNorm):
 
 
 def fixed(gamma: bool, beta: bool) -> Norm:
-    """Return a maker of batch norms whose gamma stays 1, or whose beta stays 0, or both."""
+    """Return a function that makes batch norms with gamma fixed at 1, beta fixed at 0, or both."""
 
     def make(channels: int, dims: int) -> nn.Module:
         layer = batch_norm(channels, dims)
@@ -71,7 +71,7 @@ NORMS: dict[str, Norm | None] = {
 
 
 def tasks(scale: Scale) -> list[Task]:
-    """Return a fit for each part and seed."""
+    """Return a fit for each arm and seed."""
     return arms(scale, norm=list(NORMS))
 
 
@@ -89,12 +89,18 @@ def report(lines: Sequence[Line]) -> Report:
         n: paired_difference(by_seed(lines, "held_out", norm=n), full) for n in NORMS if n != "full"
     }
     mean, variance = loss["mean only"], loss["variance only"]
-    part, other = ("division", mean) if mean.mean < variance.mean else ("subtraction", variance)
+    apart = paired_difference(
+        by_seed(lines, "held_out", norm="mean only"),
+        by_seed(lines, "held_out", norm="variance only"),
+    )
+    verdict = "The figures do not show which part matters most"
+    if apart.excludes(0) and min(mean.high, variance.high) < 0:
+        verdict = f"The {'division' if apart.mean < 0 else 'subtraction'} matters most"
     affine = loss["both fixed"]
-    small = "costs" if affine.excludes(0) and affine.mean < 0 else "does not measurably cost"
     answer = (
-        f"The {part} does most of the work: without it accuracy changes by {other:+.3f}. Fixing "
-        f"gamma at 1 and beta at 0 {small} accuracy ({affine:+.3f})."
+        f"{verdict}: accuracy changes by {mean:+.3f} without the division, and by {variance:+.3f} "
+        f"without the subtraction. With gamma fixed at 1 and beta at 0 it changes by {affine:+.3f}"
+        f"{'' if affine.excludes(0) else ', which may be chance'}."
     )
     rows = [
         [

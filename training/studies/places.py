@@ -1,8 +1,8 @@
 """Does every layer need batch norm (exercise 3).
 
-All 16 subsets of the four places, as a two-level factorial design: the main effect of a place is
-the mean change of accuracy when it gets batch norm, over all settings of the other three; an
-interaction of two places is how much the effect of one changes with the other.
+The study fits all 16 subsets of the four places: a two-level factorial design. The main effect of
+a place is the change of accuracy when this place gets batch norm, averaged over all settings of the
+other three. An interaction of two places is how much the effect of one changes with the other.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from training.dataset import FashionMNIST
 from training.evaluation.card import table
-from training.evaluation.intervals import Interval, mean_interval
+from training.evaluation.intervals import Interval, mean_interval, paired_difference
 from training.studies.fits import batch_norm, fitted, lenet, samples, scores
 from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
 
@@ -22,7 +22,7 @@ SUBSETS = ["".join(bits) for bits in product("01", repeat=4)]
 
 
 def tasks(scale: Scale) -> list[Task]:
-    """Return a fit for each subset and seed; "1010" has batch norm behind conv1 and linear1."""
+    """Return a fit for each subset and seed; "1010" has batch norm after conv1 and linear1."""
     return arms(scale, places=SUBSETS)
 
 
@@ -37,7 +37,7 @@ def measure(data: FashionMNIST, task: Task) -> Line:
 def effect(lines: Sequence[Line], places: Sequence[int]) -> Interval:
     """Return a main effect (one place) or an interaction (several), with its interval over seeds.
 
-    A contrast of a 2^4 factorial: each subset counts with the product of its signs at the places
+    It is a contrast of a 2^4 factorial: a subset's sign is the product of its signs at the places
     (Box, Hunter and Hunter, "Statistics for Experimenters", chapter 5).
     """
     contrasts = [0.0] * len(by_seed(lines, "held_out", places=SUBSETS[0]))
@@ -54,23 +54,31 @@ def report(lines: Sequence[Line]) -> Report:
     """Return the effects, and the accuracy of each subset."""
     main = {name: effect(lines, [i]) for i, name in enumerate(PLACES)}
     best = max(main, key=lambda name: main[name].mean)
-    each = {s: mean_interval(by_seed(lines, "held_out", places=s)) for s in SUBSETS}
-    singles = {s: each[s] for s in SUBSETS if s.count("1") == 1}
-    single = max(singles, key=lambda s: singles[s].mean)
-    full, none = each["1111"], each["0000"]
-    share = (singles[single].mean - none.mean) / (full.mean - none.mean)
-    gained = "all" if share >= 1 else f"{share:.0%}"
-    answer = (
-        f"No: one batch norm, behind {PLACES[single.index('1')]}, brings {gained} of what all four "
-        f"bring ({none.mean:.3f} without, {singles[single].mean:.3f} with one, {full.mean:.3f} "
-        f"with four). The place that matters most on average is {best} ({main[best]:+.3f})."
+    accuracies = {s: mean_interval(by_seed(lines, "held_out", places=s)) for s in SUBSETS}
+    singles = {s: accuracies[s].mean for s in SUBSETS if s.count("1") == 1}
+    single = max(singles, key=lambda s: singles[s])
+    where, one = PLACES[single.index("1")], singles[single]
+    full, none = accuracies["1111"].mean, accuracies["0000"].mean
+    gain = paired_difference(
+        *(by_seed(lines, "held_out", places=subset) for subset in ("1111", "0000"))
     )
-    if singles[single].mean < none.mean + 0.5 * (full.mean - none.mean):
+    if gain.low <= 0:
+        answer = "No: batch norm in all four places does not measurably raise the accuracy here"
+    elif one >= full:
+        answer = f"No: one batch norm, after {where}, raises the accuracy as much as all four"
+    elif one >= none + 0.5 * (full - none):
+        share = (one - none) / (full - none)
+        answer = f"No: one batch norm, after {where}, gives {share:.0%} of the gain of all four"
+    else:
+        share = max(0.0, (one - none) / (full - none))
         answer = (
-            f"More than one does: the best single place, {PLACES[single.index('1')]}, brings only "
-            f"{share:.0%} of what all four bring ({none.mean:.3f} without, {full.mean:.3f} with "
-            "four)."
+            f"One is not enough: the best single place, after {where}, gives only {share:.0%} of "
+            "the gain of all four"
         )
+    answer += (
+        f" (accuracy {none:.3f} without batch norm, {one:.3f} with one, {full:.3f} with four). The "
+        f"largest main effect is that of {best} ({main[best]:+.3f})."
+    )
     effects = [[name, f"{value:+.4f}"] for name, value in main.items()]
     effects += [
         [" and ".join(PLACES[i] for i in pair), f"{effect(lines, pair):+.4f}"]
@@ -79,10 +87,10 @@ def report(lines: Sequence[Line]) -> Report:
     rows = [
         [
             ", ".join(p for p, bit in zip(PLACES, s, strict=True) if bit == "1") or "none",
-            f"{each[s]:.4f}",
+            f"{accuracies[s]:.4f}",
             f"{fmean(by_seed(lines, 'test', places=s)):.4f}",
         ]
-        for s in sorted(SUBSETS, key=lambda s: each[s].mean)
+        for s in sorted(SUBSETS, key=lambda s: accuracies[s].mean)
     ]
     return Report(
         answer,
@@ -90,17 +98,17 @@ def report(lines: Sequence[Line]) -> Report:
 
 {table(["effect", "change of held-out accuracy"], effects)}
 
-A main effect is the mean change when the place gets batch norm, over all settings of the other
-three. An interaction is negative where two places do each other's work.
+A main effect is the change of accuracy when the place gets batch norm, averaged over all settings
+of the other three. A negative interaction means that two places partly replace each other.
 
 ## All 16 subsets
 
-{table(["batch norm behind", "held-out accuracy", "test"], rows)}""",
+{table(["batch norm after", "held-out accuracy", "test"], rows)}""",
     )
 
 
 def draw(lines: Sequence[Line], figure: Figure) -> None:
-    """Draw the accuracy of each subset, in order, with one row of marks for each place."""
+    """Draw the accuracies in ascending order; below, a row of marks for each place."""
     figure.set_size_inches(8, 4)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     values = {s: mean_interval(by_seed(lines, "held_out", places=s)) for s in SUBSETS}

@@ -1,8 +1,8 @@
 """What if prediction used the statistics of its own batch (the chapter's two modes).
 
-One model answers held-out and test images in batches, each normalised by its own mean and
-variance; then once with fixed statistics. Images are dealt at random from all classes, or so that
-a batch holds one class only.
+A model answers the test images in batches, normalised by the mean and variance of the batch; then
+once with fixed statistics. The batches are drawn at random from all classes, or from one class
+only.
 """
 
 import copy
@@ -28,9 +28,9 @@ SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 10_000)
 
 
 def deal(labels: Tensor, size: int, among: str, seed: int) -> list[Tensor]:
-    """Return all row numbers once, in random order, in batches of `size`; the rest is smaller.
+    """Return batches of row numbers: every row once, in random order; the last may be smaller.
 
-    A rest of one image joins the batch before it, since it would have no variance.
+    A last batch of one image joins the batch before it, because its variance would be zero.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     groups = [order]
@@ -47,7 +47,7 @@ def deal(labels: Tensor, size: int, among: str, seed: int) -> list[Tensor]:
 
 @torch.no_grad()
 def answers(model: nn.Module, images: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """Return the class numbers, int64 [n], that batch statistics give uint8 images in batches."""
+    """Return the answers, int64 [n], to uint8 images [n, 1, 28, 28] with batch statistics."""
     model = copy.deepcopy(model).train()
     found = torch.empty(len(images), dtype=torch.int64)
     for rows in parts:
@@ -56,7 +56,10 @@ def answers(model: nn.Module, images: Tensor, parts: Sequence[Tensor]) -> Tensor
 
 
 def tasks(scale: Scale) -> list[Task]:
-    """Return all sizes of one model and deal as one task; the seeds are the deals."""
+    """Return a task for each model, kind of batch and random order; it covers all sizes.
+
+    The seeds are the random orders.
+    """
     sizes = SIZES[::3] if scale.quick else SIZES
     return [
         task | {"sizes": list(sizes)} for task in arms(scale, model=list(MODELS), among=list(DEALS))
@@ -64,7 +67,7 @@ def tasks(scale: Scale) -> list[Task]:
 
 
 def measure(data: FashionMNIST, task: Task) -> Line:
-    """Deal the test images once, and answer them at all sizes."""
+    """Answer the test images in batches of all sizes, in one random order."""
     parts = samples(data, task["images"])
     if task["model"] == "committed":
         run = Run(COMMITTED)
@@ -98,12 +101,13 @@ def report(lines: Sequence[Line]) -> Report:
     last = len(sizes) - 1
     fixed = {m: by_seed(lines, "fixed", model=m)[0] for m in MODELS}
     answer = (
-        f"Its answers would depend on their neighbours: in batches of {sizes[0]} the committed "
-        f"model is right {value('committed', 'any', 'accuracy', 0):.2f} of the time instead of "
-        f"{fixed['committed']:.4f}, and when a batch holds one class only, even large batches give "
-        f"{value('committed', 'same', 'accuracy', last):.2f}. With the whole test set as one batch "
-        f"{value('committed', 'any', 'changed', last):.1%} of its answers still differ, "
-        f"and {value('chapter', 'any', 'changed', last):.1%} of those of the chapter's recipe."
+        f"An answer would depend on the other images of its batch. In batches of {sizes[0]}, the "
+        f"accuracy of the committed model is {value('committed', 'any', 'accuracy', 0):.4f} "
+        f"instead of {fixed['committed']:.4f}. In the largest batches of one class it is "
+        f"{value('committed', 'same', 'accuracy', last):.4f}. With the whole test set as one "
+        f"batch, {value('committed', 'any', 'changed', last):.1%} of its answers change, and "
+        f"{value('chapter', 'any', 'changed', last):.1%} of the answers of a model by the "
+        "chapter's recipe."
     )
     body = ""
     for model, name in MODELS.items():
@@ -124,15 +128,15 @@ def report(lines: Sequence[Line]) -> Report:
     return Report(
         answer,
         body
-        + '"Changed" is the share of answers that differ from those of the fixed statistics. Means '
-        "over the deals; a batch cannot be larger than its class. What is left at the largest "
-        "batch is not noise: the committed model was fitted on augmented images, so its weights "
-        "do not expect the statistics of plain ones.",
+        + '"Changed" is the share of answers that differ from those with the fixed statistics. The '
+        "figures are means over the random orders (seeds). A batch of one class cannot be larger "
+        "than the class. Answers of the committed model change even with the largest batch, "
+        "because it was fitted on augmented images: plain images have other statistics.",
     )
 
 
 def draw(lines: Sequence[Line], figure: Figure) -> None:
-    """Draw errors and changed answers by batch size, both on logarithmic axes."""
+    """Draw the share of changed answers by batch size, on logarithmic axes."""
     figure.set_size_inches(9, 3.2)
     sizes = lines[0]["sizes"]
     for axes, (model, name) in zip(figure.subplots(1, 2, sharey=True), MODELS.items(), strict=True):

@@ -1,4 +1,4 @@
-"""What a study measured: JSON lines, written as they come, so that a killed study goes on."""
+"""The measurements of a study: JSON lines, written at once, so that a killed study can go on."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from training.fitting.run import RunError
 
 
 def conditions(**settings: Any) -> dict[str, Any]:
-    """Return what figures depend on: the settings, this machine and the versions."""
+    """Return the conditions that figures depend on: settings, this machine, versions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -30,7 +30,7 @@ def conditions(**settings: Any) -> dict[str, Any]:
 
 
 def in_words(conditions: dict[str, Any]) -> str:
-    """Return machine and versions for a page."""
+    """Return machine and versions as a phrase for a page."""
     return (
         "{processor} ({instructions}), {cores} cores, {threads} thread; "
         "Python {python}, torch {torch}".format(**conditions)
@@ -38,15 +38,14 @@ def in_words(conditions: dict[str, Any]) -> str:
 
 
 class Records:
-    """A file of JSON lines: the first has the conditions, each other one measurement.
+    """A file of JSON lines: the first has the conditions, every other line a measurement.
 
     Attributes:
-        conditions: of all measurements.
+        conditions: the conditions of all measurements.
         lines: the measurements so far.
 
     Raises:
-        RunError: the file was begun under other conditions, is damaged, or cannot be read or
-            written.
+        RunError: the file has other conditions, is damaged, or cannot be read or written.
     """
 
     def __init__(self, file: Path, conditions: dict[str, Any] | None = None) -> None:
@@ -58,22 +57,22 @@ class Records:
             raise RunError(
                 f"cannot read {file} ({error.strerror}): choose another --out."
             ) from error
-        except ValueError as error:  # no JSON, no text, or no line at all
+        except ValueError as error:  # not JSON, not text, or empty
             raise RunError(f"{file} is damaged ({error}): delete it.") from error
         for name, value in (conditions or {}).items():
             if self.conditions.get(name) != value:
                 raise RunError(
-                    f"{file} was begun with {name} {self.conditions.get(name)}, not {value}: "
+                    f"{file} was started with {name} {self.conditions.get(name)}, not {value}: "
                     "choose another --out."
                 )
 
-    def add(self, line: dict[str, Any]) -> None:
-        """Write one more measurement; the file on disk is never half written."""
-        self.lines.append(line)
-        whole = "".join(json.dumps(each) + "\n" for each in (self.conditions, *self.lines))
+    def add(self, measurement: dict[str, Any]) -> None:
+        """Add a measurement; the file on disk is always complete."""
+        self.lines.append(measurement)
+        text = "".join(json.dumps(line) + "\n" for line in (self.conditions, *self.lines))
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.file, whole.encode())
+            write_whole(self.file, text.encode())
         except OSError as error:
             raise RunError(
                 f"cannot write {self.file} ({error.strerror}): choose another --out."

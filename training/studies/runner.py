@@ -1,6 +1,6 @@
 """Runs a study's tasks on all cores or on a cluster, and writes its page.
 
-Each finished measurement is written at once, so that a study that is stopped goes on where it was.
+Every measurement is written at once, so that a stopped study can go on where it was.
 """
 
 from collections.abc import Callable
@@ -47,16 +47,16 @@ def run(
     """Take all missing measurements of a study.
 
     Args:
-        study: which.
-        records: where measurements are read and added.
-        scale: how large its fits are.
-        data_dir: where the data set is, also on the workers; None for the usual places.
-        jobs: how many processes; -1 for one a core. A timed study uses one.
-        cluster: the address of a Dask scheduler to send the tasks to, such as tcp://host:8786.
+        study: the study.
+        records: the measurements so far; new ones are added.
+        scale: the size of the fits.
+        data_dir: the folder of the data set, also on the workers; None: see `dataset.load`.
+        jobs: the number of processes; -1 means one for each core. A timed study uses one.
+        cluster: the address of a Dask scheduler that gets the tasks, such as tcp://host:8786.
         on_line: called with each measurement.
 
     Raises:
-        ClusterError: no scheduler answers there, or its package is not installed.
+        ClusterError: no scheduler answers at this address, or Dask's package is not installed.
         RunError: the measurements cannot be written.
     """
     todo = missing(study, records, scale)
@@ -112,8 +112,9 @@ def lines_of(study: Study, records: Records, scale: Scale) -> list[Line]:
 
 
 def page(study: Study, report: Report, records: Records, scale: Scale) -> str:
-    """Return a study's page in Markdown: the answer first."""
+    """Return a study's page in Markdown; the answer comes first."""
     options = "" if scale == Scale() else f" --seeds {scale.seeds}"
+    task = study.tasks(scale)[0]
     return f"""# {study.title}
 
 **{report.answer}**
@@ -126,11 +127,10 @@ From the chapter: {study.source}.
 
 ## How it was measured
 
-{scale.images:,} training images, {scale.epochs} epochs, {scale.seeds} seeds, unless the page says \
-otherwise. Arms with
-the same seed start from the same weights and see the same images in the same order. Intervals are
-95 % t-intervals over the seeds. Accuracy is that on 10,000 held-out training images; "test" is that
-on the test set, which nothing was chosen by.
+{task["images"]:,} training images, {task["epochs"]} epochs and {scale.seeds} seeds. Arms with the
+same seed start from the same weights and see the same images in the same order. Intervals are 95 %
+t-intervals over the seeds. Accuracy is on 10,000 held-out training images; "test" is accuracy on
+the test set, and no choice was made by it. Where the text above says otherwise, the text is right.
 
 {in_words(records.conditions)}.
 
@@ -143,7 +143,7 @@ All measurements: [{study.name}.jsonl]({study.name}.jsonl).
 
 
 def write(study: Study, records: Records, scale: Scale, out: Path) -> Report:
-    """Write a study's page and figure into a folder; return what it found."""
+    """Write a study's page and figure into a folder; return its report."""
     lines = lines_of(study, records, scale)
     report = study.report(lines)
     figure = Figure(layout="constrained")
@@ -154,10 +154,10 @@ def write(study: Study, records: Records, scale: Scale, out: Path) -> Report:
 
 
 def begin(study: Study, out: Path, dataset_sha256: str) -> Records:
-    """Open a study's measurements in a folder, or begin them.
+    """Open the measurements of a study in a folder; an empty record if there are none.
 
     Raises:
-        RunError: they were begun under other conditions, or cannot be read.
+        RunError: they were started under other conditions, or cannot be read.
     """
-    given = conditions(dataset_sha256=dataset_sha256) | {"threads": 1}  # as `_measure` has it
+    given = conditions(dataset_sha256=dataset_sha256) | {"threads": 1}  # as in `_measure`
     return Records(out / f"{study.name}.jsonl", given)

@@ -1,7 +1,7 @@
-"""Moving averages against statistics of the whole training set, after each epoch.
+"""Moving averages, compared with statistics of the whole training set, after each epoch.
 
-Moving averages do not influence training, so one fit gives those of every momentum. The learning
-trend is taken out of each fit's last epochs before the spread between epochs is measured.
+Moving averages do not influence training, so one fit gives those of every momentum. The spread
+between epochs is measured after the learning trend of the last epochs is subtracted.
 """
 
 import copy
@@ -33,12 +33,12 @@ from training.studies.fits import (
 from training.studies.study import Line, Report, Scale, Study, Task, arms
 
 MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.99)
-"""Shares of the old value that are kept; the chapter's is 0.9."""
+"""Shares of the old value in the new moving average; the chapter's is 0.9."""
 FEW = 2_432
-"""As many images as moving averages with momentum 0.9 effectively see: weights 0.1 * 0.9^k have the
-variance of an equal mean of (1 + 0.9) / (1 - 0.9) = 19 batches of 128."""
+"""The number of images that moving averages with momentum 0.9 effectively use: with weights
+0.1 * 0.9^k, an average has the variance of an equal mean of (1 + 0.9) / (1 - 0.9) = 19 batches."""
 LAST = 5
-"""How many epochs at the end of each fit the spread is taken over."""
+"""The number of epochs, at the end of each fit, in the tables."""
 KINDS = {
     **{f"momentum {momentum}": f"moving averages, momentum {momentum}" for momentum in MOMENTA},
     "few": f"{FEW:,} images",
@@ -48,7 +48,7 @@ CHAPTER = "momentum 0.9"
 
 
 class MovingAverages:
-    """The moving averages that a batch norm would hold with each of several momenta."""
+    """The moving averages of every batch norm, with several momenta at once."""
 
     def __init__(self, network: nn.Sequential) -> None:
         self._network = network
@@ -71,7 +71,7 @@ class MovingAverages:
                 moving_variance.lerp_(variance, 1 - momentum)
 
     def applied(self, index: int) -> nn.Sequential:
-        """Return a copy of the network that predicts with those of one momentum."""
+        """Return a copy of the network with the moving averages of one momentum."""
         network = copy.deepcopy(self._network).eval()
         with torch.no_grad():
             for name, layer in norm_layers(network).items():
@@ -146,10 +146,10 @@ def report(lines: Sequence[Line]) -> Report:
     gain = mean_interval([fmean(x["all"][-LAST:]) - fmean(x[CHAPTER][-LAST:]) for x in lines])
     best = max((k for k in KINDS if k.startswith("momentum")), key=lambda k: means[k].mean)
     answer = (
-        f"Statistics of the whole training set gain {gain:+.4f} over moving averages with momentum "
-        f"0.9, and the accuracy varies {chapter:.1f} times less between epochs "
-        f"(95 % interval {low:.1f} to {high:.1f}). The best momentum here is "
-        f"{best.removeprefix('momentum ')}."
+        f"With statistics of the whole training set instead of moving averages (momentum 0.9), "
+        f"held-out accuracy changes by {gain:+.4f}. Between epochs, the accuracy with moving "
+        f"averages varies {chapter:.1f} times as much (95 % interval {low:.1f} to {high:.1f}). The "
+        f"best momentum here is {best.removeprefix('momentum ')}."
     )
     rows = []
     for kind, name in KINDS.items():
@@ -171,7 +171,7 @@ def report(lines: Sequence[Line]) -> Report:
         "statistics",
         "mean",
         "between epochs",
-        "times that of all",
+        "ratio to all images",
         "between seeds",
         "lowest",
     ]
@@ -181,12 +181,12 @@ def report(lines: Sequence[Line]) -> Report:
 
 {table(heading, rows)}
 
-Recipe of the chapter: batch 128, SGD with a rate of 0.1, {lines[0]["images"]:,} images,
-{lines[0]["epochs"]} epochs. Held-out accuracy. "Between epochs" is the standard deviation
-around each fit's own straight line, "between seeds" that after the last epoch. {FEW:,} images
-are as many as moving averages with momentum 0.9 effectively hold, but all of them are seen by
-the final weights: if these do as well as all images, moving averages fail not because they see
-too few images, but because these are out of date.""",
+The chapter's recipe: batch 128, SGD with a learning rate of 0.1. "Between epochs" is the standard
+deviation about a straight line through each fit's accuracies, and the next column is its ratio to
+that of all training images. "Between seeds" is the standard deviation after the last epoch. {FEW:,}
+images are as many as moving averages with momentum 0.9 effectively use, but all of them are seen
+with the final weights. If this row is as good as that of all images, moving averages do not lack
+images; they are out of date.""",
     )
 
 

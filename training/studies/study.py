@@ -1,8 +1,8 @@
-"""What a study is: a question, the tasks that answer it, and the page that says the answer.
+"""What a study is: a question, the tasks that answer it, and the page with the answer.
 
-A study is one file of this folder. It names its tasks; `runner.py` measures them, on all cores
-or on a cluster, and never one twice; the study then turns the measurements into an answer, tables
-and a figure.
+A study is one file of this folder. It lists its tasks; `runner.py` measures each of them once, on
+all cores or on a cluster. Then the study turns the measurements into an answer, tables and a
+figure.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,21 +14,21 @@ from matplotlib.figure import Figure
 from training.dataset import FashionMNIST
 
 Task = dict[str, Any]
-"""All that decides one measurement, as JSON values: the arm, the seed, the size of the fit."""
+"""The parameters of one measurement, as JSON values: the arm, the seed, the size of the fit."""
 
 Line = dict[str, Any]
-"""A task together with what was measured: one line of the study's JSON lines."""
+"""A task and its measured figures: one line of the study's JSON lines."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a study's fits are.
+    """The size of a study's fits.
 
     Attributes:
-        images: how many training images are fitted, from the first on.
+        images: the number of training images, the first ones.
         epochs: passes over them.
-        seeds: how many fits of each arm.
-        quick: whether this only shows that the study runs from end to end.
+        seeds: the number of fits of each arm.
+        quick: whether the run only shows that the study works from end to end.
     """
 
     images: int = 20_000
@@ -42,11 +42,11 @@ QUICK = Scale(images=512, epochs=1, seeds=2, quick=True)
 
 @dataclass(frozen=True)
 class Report:
-    """What a study found.
+    """The result of a study.
 
     Attributes:
-        answer: the answer in one or two sentences, with its figures.
-        body: Markdown: method, tables, what follows from them.
+        answer: the answer in a few sentences, with its figures.
+        body: Markdown: the tables, with explanations.
     """
 
     answer: str
@@ -55,18 +55,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Study:
-    """A question and how it is answered.
+    """A question, and the functions that answer it.
 
     Attributes:
-        name: what the command line calls it; also the name of its files.
+        name: its name on the command line and in file names.
         title: the question, as a heading.
-        source: where the chapter asks it.
-        tasks: names the measurements to take at a scale; equal tasks give equal figures, times
-            apart.
+        source: where the chapter asks the question.
+        tasks: lists the measurements at a scale; equal tasks give equal figures, except times.
         measure: takes one measurement, on one thread.
-        report: turns the measurements into an answer.
+        report: turns the measurements into an answer and a page.
         draw: draws the measurements.
-        timed: whether it measures times, so that its tasks must run one after the other.
+        timed: whether it measures times; then its tasks run one after the other.
     """
 
     name: str
@@ -82,7 +81,7 @@ class Study:
 def arms(scale: Scale, **choices: Sequence[Any]) -> list[Task]:
     """Return a task for every combination of the choices and every seed.
 
-    Seeds vary slowest: a study that is stopped early has all arms of the first seeds.
+    Seeds vary slowest, so a study that is stopped early has all arms of the first seeds.
     """
     tasks: list[Task] = [{}]
     for name, values in {"seed": range(scale.seeds), **choices}.items():

@@ -1,8 +1,8 @@
-"""Other transforms of a batch (exercise 8): whitening, the probability integral, sparsity.
+"""Other transforms of a batch (exercise 8): whitening, probability integral, sparsity.
 
-- Whitening uses the whole covariance of the channels, by its Cholesky factor.
-- The probability integral transform maps a normalised value through the normal distribution, so
-  that a normal unit becomes uniform; then gamma and beta, as in batch norm.
+- Whitening uses the full covariance of the channels, by its Cholesky factor.
+- The probability integral transform applies the normal distribution function to the normalised
+  values, so that a normal unit becomes uniform; then gamma and beta follow, as in batch norm.
 - The sparsity regulariser is batch norm with an L1 penalty on the hidden activations.
 """
 
@@ -62,9 +62,9 @@ class Whitening(nn.Module):
 
 
 class ProbabilityIntegral(nn.Module):
-    """Batch norm whose normalised values pass through the normal distribution function.
+    """Batch norm, then the normal distribution function.
 
-    The result, uniform on [0, 1] for normal input, is scaled to mean 0 and variance 1.
+    For normal input the result is uniform on [0, 1]; it is scaled to mean 0 and variance 1.
     """
 
     def __init__(self, channels: int, dims: int) -> None:
@@ -97,7 +97,7 @@ def tasks(scale: Scale) -> list[Task]:
 
 
 def measure(data: FashionMNIST, task: Task) -> Line:
-    """Fit LeNet with this transform in all four places; time its steps."""
+    """Fit LeNet with this transform in all four places, and measure the time of a step."""
     parts = samples(data, task["images"])
     network = lenet([NORMS[task["transform"]]] * 4)
     initialise(network, task["seed"])
@@ -128,7 +128,7 @@ def measure(data: FashionMNIST, task: Task) -> Line:
 
 @torch.no_grad()
 def recalibrate(network: nn.Module, pixels: Tensor) -> None:
-    """Replace moving statistics by means over batches of 1,000 images, each counted the same."""
+    """Replace moving statistics by equal means over batches of 1,000 images."""
     network.train()
     for count, part in enumerate(torch.split(pixels, 1000), 1):
         for layer in network.modules():
@@ -158,11 +158,15 @@ def report(lines: Sequence[Line]) -> Report:
     }
     narrower = paired_difference(gaps["sparsity"], gaps["batch norm"])
     acts = "acts" if narrower.high < 0 else "does not measurably act"
+    price = (
+        "is more accurate, at this price" if change["whitening"].low > 0 else "is not worth it here"
+    )
     answer = (
-        f"Whitening changes accuracy by {change['whitening']:+.4f} and takes {slower:.1f} times as "
-        f"long a step, so the full covariance is not worth it here. The probability integral "
-        f"transform changes it by {change['probability integral']:+.4f}. The sparsity penalty "
-        f"{acts} as a regulariser (gap {narrower:+.4f}, accuracy {change['sparsity']:+.4f})."
+        f"With whitening instead of batch norm, accuracy changes by {change['whitening']:+.4f}, "
+        f"and a step takes {slower:.1f} times as long: the full covariance {price}. With the "
+        f"probability integral transform, accuracy changes by "
+        f"{change['probability integral']:+.4f}. The sparsity penalty {acts} as a regulariser: the "
+        f"gap changes by {narrower:+.4f}, and accuracy by {change['sparsity']:+.4f}."
     )
     rows = [
         [
@@ -178,9 +182,9 @@ def report(lines: Sequence[Line]) -> Report:
     heading = ["transform", "held-out accuracy", "paired difference", "gap", "ms a step", "test"]
     return Report(
         answer,
-        f"{table(heading, rows)}\n\nThe gap is the accuracy on the fitted images less that on the "
+        f"{table(heading, rows)}\n\nThe gap is the accuracy on the fitted images minus that on the "
         f"held-out ones. The penalty is {PENALTY:g} times the sum of an image's hidden "
-        "activations. Times are of one thread, one fit after the other.",
+        "activations. Times are of one thread, with one fit after the other.",
     )
 
 
