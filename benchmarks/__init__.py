@@ -1,1 +1,1 @@
-"""Benchmarks: serving and training, against floors and peers."""
+"""Benchmarks: serving, training, photographs, and all of them on a GPU."""

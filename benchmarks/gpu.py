@@ -1,11 +1,11 @@
-"""Everything that needs a GPU: its tests, how fast it trains and serves, whether it agrees.
+"""Everything that needs a GPU: tests, speed of training and serving, agreement with the CPU.
 
     python -m benchmarks.gpu                          about five minutes, on a machine with a GPU
-    python -m benchmarks.gpu --device cpu --quick     the same parts, without a GPU, in seconds
+    python -m benchmarks.gpu --device cpu --quick     the same parts on the CPU, in seconds
 
-`make gpu` installs what it needs and writes the table into docs/performance.md. A part that fails
-is reported in one line, and the others go on. Prints the table, and one line of JSON last. Serving
-needs `wrk` and two cores.
+`make gpu` installs the packages and writes the table into docs/performance.md. A part that fails is
+reported in one line; the other parts still run. Prints the table; the last line of the output is
+JSON. Serving needs `wrk` and two cores.
 """
 
 import json
@@ -50,12 +50,12 @@ OTHER_CLASSES = "test images with another class than on the CPU"
 
 
 def trained(loop: str, batch_size: int) -> str:
-    """Return the name of a row: images a second."""
+    """Return the name of a training row, in images a second."""
     return f"images a second, batch {batch_size:,}, {loop}"
 
 
 def served(connections: int) -> str:
-    """Return the name of a row: requests a second."""
+    """Return the name of a serving row, in requests a second."""
     return f"requests a second, {connections} connection{'s' * (connections > 1)}"
 
 
@@ -74,17 +74,21 @@ GOALS = {
     DIFFERENCE: "",
     OTHER_CLASSES: "0",
 }
-"""Every row of the table, in order, and what it should be on a GPU."""
+"""Every row of the table, in order, with its goal on a GPU."""
 
 Figures = dict[str, dict[str, str]]
-"""By row and device, as they are to be read."""
+"""Formatted figures by row and device."""
 
 
 @click.command()
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
-@click.option("--quick", is_flag=True, help="Little of everything, to see that every part runs.")
 @click.option(
-    "--write", type=click.Path(path_type=Path, dir_okay=False), help="Put the table into this page."
+    "--quick", is_flag=True, help="A little of everything, to check that every part runs."
+)
+@click.option(
+    "--write",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the table into this page.",
 )
 def main(device: Device, quick: bool, write: Path | None) -> None:
     """Run the GPU's tests, and measure training, serving and agreement on it."""
@@ -96,7 +100,7 @@ def main(device: Device, quick: bool, write: Path | None) -> None:
         raise click.ClickException(str(exc)) from exc
     if quick:
         data = replace(data, train=first(data.train, 24), test=first(data.test, 24))
-    torch.set_num_threads(1)  # as the other tables of the CPU
+    torch.set_num_threads(1)  # as in the other tables of the CPU
     load_before = os.getloadavg()[0]
     devices: list[Device] = ["cpu"] if device == "cpu" else ["cpu", "cuda"]
     figures: Figures = {}
@@ -114,7 +118,7 @@ def main(device: Device, quick: bool, write: Path | None) -> None:
             try:
                 figures |= part()
             except (BenchmarkError, ModelError, FitError, RuntimeError, OSError) as exc:
-                failed.append(f"{name}: {str(exc).splitlines()[0]}")  # the others still go on
+                failed.append(f"{name}: {str(exc).splitlines()[0]}")  # the other parts still run
             progress.remove_task(task)
     conditions = machine(load_before)
     text = table(figures, device, conditions)
@@ -128,10 +132,10 @@ def main(device: Device, quick: bool, write: Path | None) -> None:
 
 
 def run_tests(device: str) -> Figures:
-    """Run the tests that need a GPU; without one they are skipped.
+    """Run the tests that need a GPU; without a GPU, pytest skips them.
 
     Raises:
-        BenchmarkError: one of them fails.
+        BenchmarkError: a test fails.
     """
     command = ["-m", "pytest", "-q", "-k", "on_a_gpu", "-p", "no:cacheprovider", TESTS]
     done = subprocess.run(
@@ -144,7 +148,7 @@ def run_tests(device: str) -> Figures:
 
 
 def time_fits(data: FashionMNIST, devices: Sequence[str], quick: bool) -> Figures:
-    """Fit the chapter's recipe twice on each device, by the clock, with an evaluation each epoch.
+    """Fit the chapter's recipe twice on each device; return wall-clock times, with evaluation.
 
     The first fit of a process also starts CUDA and its libraries.
     """
@@ -161,7 +165,7 @@ def time_fits(data: FashionMNIST, devices: Sequence[str], quick: bool) -> Figure
 def time_steps(
     data: FashionMNIST, devices: Sequence[str], quick: bool, progress: Progress
 ) -> Figures:
-    """Return what our loop and the plain eager one train, without evaluation."""
+    """Return images a second of our loop and the plain eager loop, without evaluation."""
     figures: Figures = {}
     for device in devices:
         share = 4 if device == "cpu" and not quick else 1
@@ -173,7 +177,7 @@ def time_steps(
 
 
 def time_serving(data: FashionMNIST, devices: Sequence[Device], quick: bool) -> Figures:
-    """Return how many requests of 784 bytes a second the service answers, and their latency.
+    """Return how many 784-byte requests a second the service answers, and their latency.
 
     Raises:
         BenchmarkError: `wrk` or a second core is missing, or the service did not start.
@@ -209,7 +213,7 @@ def compare(data: FashionMNIST, device: Device) -> Figures:
     """Compare the served file on the device with its self-test, and with the CPU's answers.
 
     Raises:
-        ModelError: the file cannot be run there, or fails its self-test.
+        ModelError: the file cannot run on the device, or fails its self-test.
     """
     path, content = read_file(Settings().model_path)
     test = check_artefact(path, content).self_test
@@ -228,8 +232,11 @@ def compare(data: FashionMNIST, device: Device) -> Figures:
 def table(
     figures: Figures, device: str = "cuda", conditions: Mapping[str, str] | None = None
 ) -> str:
-    """Return the table of docs/performance.md, and what it was measured on."""
-    lines = [["", "GPU" if device == "cuda" else "CPU", "CPU beside it", "goal"], ["---"] * 4]
+    """Return the table of docs/performance.md, with machine and versions."""
+    lines = [
+        ["", "GPU" if device == "cuda" else "CPU", "CPU of the same machine", "goal"],
+        ["---"] * 4,
+    ]
     for name, goal in GOALS.items():
         found = figures.get(name, {})
         beside = found.get("cpu", "") if device != "cpu" else ""

@@ -1,4 +1,4 @@
-"""Servers pinned to one core, and `wrk` sending them prepared requests from another."""
+"""Runs servers pinned to one core, and `wrk`, which sends prepared requests from another core."""
 
 import json
 import os
@@ -19,7 +19,7 @@ START_SECONDS = 60
 STOP_SECONDS = 20
 QUIET = {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
 
-# Prepares every request once and sends them in turn; tells the outcome as JSON.
+# Prepares every request once, sends them in turn, and prints the outcome as JSON.
 SCRIPT = """
 local prepared, count, turn = {}, 0, 0
 function init(arguments)
@@ -46,22 +46,22 @@ end
 
 
 class BenchmarkError(Exception):
-    """Nothing can be measured; the message says why."""
+    """The measurement is impossible; the message says why."""
 
 
 @dataclass(frozen=True)
 class Cores:
-    """Where the servers run, and where the load comes from."""
+    """The core of the servers, and the core of the load generator."""
 
     server: int
     load: int
 
     @classmethod
     def choose(cls) -> "Cores":
-        """Take the first and the last core that we may use.
+        """Take the first and the last core that this process may use.
 
         Raises:
-            BenchmarkError: there is only one, or no `wrk` or `taskset` for it.
+            BenchmarkError: there is only one core, or `wrk` or `taskset` is missing.
         """
         for program, package in (("wrk", "wrk"), ("taskset", "util-linux")):
             if shutil.which(program) is None:
@@ -74,18 +74,18 @@ class Cores:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server; all its processes are one session of the system."""
+    """A running server; all its processes are in one POSIX session."""
 
     port: int
     seconds_to_ready: float
     session: int
 
     def pause(self) -> None:
-        """Let it take no time while another is measured."""
+        """Stop its processes while another server is measured."""
         os.killpg(self.session, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Continue its processes."""
         os.killpg(self.session, signal.SIGCONT)
 
     def megabytes(self) -> float:
@@ -97,12 +97,12 @@ class Server:
                     pages = int((process / "statm").read_text().split()[1])
                     total += pages * os.sysconf("SC_PAGE_SIZE")
             except (ProcessLookupError, FileNotFoundError):
-                continue  # it ended while we looked
+                continue  # the process ended meanwhile
         return total / 1e6
 
 
 def pinned(core: int, *command: str) -> list[str]:
-    """Return the command bound to a core, with all that it will start."""
+    """Return the command, bound to a core together with its child processes."""
     return ["taskset", "--cpu-list", str(core), *command]
 
 
@@ -116,18 +116,18 @@ def serving(
     environment: Mapping[str, str],
     folder: Path | None = None,
 ) -> Iterator[Server]:
-    """Run a server from its start to its end.
+    """Run a server within the block.
 
     Args:
-        command: how to start it.
-        cores: the server's is taken.
-        port: where it will listen.
-        ready: the path that answers 200 once it is ready.
-        environment: added to ours.
+        command: starts the server.
+        cores: the server runs on `cores.server`.
+        port: the port that it listens on.
+        ready: the path that answers 200 once the server is ready.
+        environment: variables added to the current environment.
         folder: the working directory.
 
     Raises:
-        BenchmarkError: it ended, or was not ready in time; the message has what it printed.
+        BenchmarkError: the server exited, or was not ready in time; the message has its output.
     """
     with tempfile.TemporaryFile() as log:
         begin = time.perf_counter()
@@ -157,7 +157,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.send_signal(kind)
     with suppress(subprocess.TimeoutExpired):  # killed below
         process.wait(STOP_SECONDS)
-    with suppress(ProcessLookupError):  # nothing was left behind
+    with suppress(ProcessLookupError):  # no process is left
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -174,7 +174,7 @@ def _ready(port: int, path: str) -> bool:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -183,7 +183,7 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests to send in turn: one path, one head, many bodies."""
+    """Requests to send in turn: one path, one set of header fields, many bodies."""
 
     path: str
     headers: Mapping[str, str]
@@ -191,7 +191,7 @@ class Requests:
 
     @cached_property
     def folder(self) -> tempfile.TemporaryDirectory[str]:
-        """The bodies, each in a file by its number."""
+        """A folder with the bodies as files; a file's name is the body's number."""
         folder = tempfile.TemporaryDirectory()
         for i, body in enumerate(self.bodies):
             (Path(folder.name) / str(i)).write_bytes(body)
@@ -210,17 +210,17 @@ class Sample:
 def measure(
     server: Server, requests: Requests, connections: int, seconds: int, cores: Cores
 ) -> Sample:
-    """Let `wrk` send the requests over so many connections, each as soon as it has its answer.
+    """Run `wrk`: every connection sends its next request as soon as it has its answer.
 
     Args:
-        server: whom to ask.
-        requests: what to ask, in turn.
-        connections: how many wait for an answer at a time.
-        seconds: how long; `wrk` takes whole ones.
-        cores: the load's is taken.
+        server: the server to measure.
+        requests: the requests, sent in turn.
+        connections: the number of connections.
+        seconds: the length of the measurement.
+        cores: `wrk` runs on `cores.load`.
 
     Raises:
-        BenchmarkError: an answer was no good, or none came.
+        BenchmarkError: `wrk` failed, an answer was an error, or no answer came.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(SCRIPT)

@@ -1,10 +1,10 @@
-"""How well photographs in a folder are classified, by class and background, with a contact sheet.
+"""Measures the accuracy on a folder of photographs, by class and background; draws a contact sheet.
 
-Run by hand: `python -m benchmarks.photos --folder DIR`. A photograph's class is in `photos.tsv`, if
-the folder has that file (columns: file, class_index, background, note with "sender N" and "pair"),
-else in the name of its folder or at the beginning of its own: a number from 0 to 9, or the class's
-name. Half of the senders are to choose with; the other half is for the last line, so that what was
-chosen is not measured with what it was chosen by.
+Run by hand: `python -m benchmarks.photos --folder DIR`. The class of a photograph is in
+`photos.tsv`, if the folder has that file (columns: file, class_index, background, note with
+"sender N" and "pair"). Otherwise the name of its folder, or the beginning of its own name, is a
+number from 0 to 9 or the class's name. The photographs of half of the senders are for development,
+those of the other half for the reported figures: choices are not judged on their own data.
 """
 
 import csv
@@ -29,12 +29,12 @@ from service.model.classifier import Classifier
 from service.pictures.conversion import WORKING_SIDE, find_garment, read_picture
 from service.pictures.decoding import open_picture, reduced
 
-Half = Literal["choose", "report", "all"]
+Half = Literal["development", "report", "all"]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".heic"}
-BORDER = 6  # pixels of a picture of WORKING_SIDE, for guessing its background
-BUSY_SPREAD = 25  # grey levels between the quartiles of the border
-LIGHT_LEVEL = 150  # grey level of a light background
-CELL, LINE = 108, 13  # pixels of a picture and of a line of text on the contact sheet
+BORDER = 6  # pixels, in a picture of WORKING_SIDE, that show the background
+BUSY_SPREAD = 25  # grey levels between the quartiles of the border; above, it is busy
+LIGHT_LEVEL = 150  # median grey level of the border; above, it is light
+CELL, LINE = 108, 13  # pixels: the side of a picture, and the height of a line of text
 COLUMNS = 4
 
 
@@ -46,8 +46,8 @@ class Photo:
         path: the file.
         label: the class's number.
         background: "light" (also cut out), "dark" or "busy".
-        pair: whether it shows a pair of shoes, which the data set never does.
-        half: "choose" or "report", by sender.
+        pair: whether it shows a pair of shoes; the data set has no pairs.
+        half: "development" or "report"; the same for all photographs of a sender.
     """
 
     path: Path
@@ -59,13 +59,13 @@ class Photo:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a photograph.
+    """The answer to a photograph.
 
     Attributes:
         photo: the photograph.
-        probabilities: float32 [10]; None where it was refused.
-        pixels: uint8 [28, 28], what the model saw; None where it was refused.
-        notes: those of the answer, or the refusal.
+        probabilities: float32 [10]; None if the photograph was refused.
+        pixels: uint8 [28, 28], the model's input; None if the photograph was refused.
+        notes: the notes of the answer, or the refusal.
         milliseconds: processor time from bytes to pixels.
     """
 
@@ -84,7 +84,7 @@ class Result:
 
     @property
     def sure(self) -> bool:
-        """Whether the answer is given without a note that it is not to be relied on."""
+        """Whether the answer has no note that begins with "Not sure"."""
         return self.probabilities is not None and not any(
             note.startswith("Not sure") for note in self.notes
         )
@@ -143,7 +143,7 @@ def guess_background(data: bytes) -> str:
 
 
 def _half(sender: str) -> str:
-    return ("choose", "report")[
+    return ("development", "report")[
         hashlib.sha256(sender.removeprefix("sender ").encode()).digest()[0] % 2
     ]
 
@@ -193,14 +193,14 @@ def interval(right: int, count: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table.
+    """A row of a table.
 
     Attributes:
-        name: which photographs.
-        count: how many.
-        right: how many are classified rightly.
-        sure: how many are answered without a note that begins with "Not sure".
-        right_of_sure: how many of these are classified rightly.
+        name: the group of photographs.
+        count: the number of photographs.
+        right: the number of right answers.
+        sure: the number of answers without a note that begins with "Not sure".
+        right_of_sure: the number of right answers among these.
     """
 
     name: str
@@ -233,7 +233,7 @@ class Row:
 
 
 def rows(results: Sequence[Result], classes: Sequence[str]) -> list[Row]:
-    """Return a table's lines: single objects by background and by class, pairs, all."""
+    """Return the rows of a table: single objects by background and by class, pairs, all."""
     single = [result for result in results if not result.photo.pair]
     pairs = [result for result in results if result.photo.pair]
     by: list[tuple[str, Callable[[Photo], bool]]] = [
@@ -250,7 +250,7 @@ def rows(results: Sequence[Result], classes: Sequence[str]) -> list[Row]:
 
 
 def contact_sheet(results: Sequence[Result], classes: Sequence[str]) -> Image.Image:
-    """Draw each photograph, its cut-out, what the model saw, and the three likeliest classes."""
+    """Draw the photographs, their cut-outs, the model's input and the three likeliest classes."""
     width, height = 4 * CELL + 20, CELL + 8
     lines = -(-len(results) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * width, max(1, lines) * height), "white")
@@ -285,7 +285,7 @@ def _lines(result: Result, classes: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def measure(folder: Path, half: Half, sheet: Path | None, classifier: Classifier) -> None:
-    """Print the tables of a folder, save its contact sheet, and print the last line as JSON."""
+    """Print the table of a folder, save its contact sheet, and print the figures as JSON."""
     classes = classifier.info.classes
     photos = [p for p in read_folder(folder, classes) if half in ("all", p.half)]
     results = classify(photos, classifier)

@@ -1,9 +1,9 @@
-"""What converting photographs costs in accuracy, measured on pictures made of the real test images.
+"""Measures the accuracy that converting photographs costs, on pictures made from the test images.
 
-First each test image is enlarged 10 to 25 times, in blocks or smoothly in turn, and laid with
+First the test images are enlarged 10 to 25 times, in blocks or smoothly in turn, and laid with
 uneven margins on white or on black. Then the garments are tinted and laid into scenes: walls under
 uneven light, boards, cloth, with a soft shadow and a camera's noise. The service's conversion must
-find them again. Run by hand: `python -m benchmarks.photos [COUNT]`.
+find the garments again. Run by hand: `python -m benchmarks.photos [COUNT]`.
 
 Real photographs are measured with `python -m benchmarks.photos --folder DIR` (photo_folder.py).
 """
@@ -34,22 +34,22 @@ Floats = NDArray[np.float64]
 Random = np.random.Generator
 GROUNDS = ("white", "black")
 FORMATS = ("PNG", "JPEG")
-SCENE_SIDE = 420  # of a garment in a scene, in pixels
+SCENE_SIDE = 420  # the side of a garment in a scene, in pixels
 SCENE_IMAGES = 1000
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to lay out the test images, and what became of them.
+    """One layout of the test images, and its figures.
 
     Attributes:
         ground: the background: "white" with the image negated, "black" with the image as it is, or
             one of SCENES.
         format: the file format.
-        accuracy: the share classified rightly after the conversion.
-        loss: points of accuracy lost against the test images themselves.
-        milliseconds: a conversion's median time.
+        accuracy: the share of right answers after the conversion.
+        loss: points of accuracy lost compared with the test images themselves.
+        milliseconds: the median time of a conversion.
     """
 
     ground: str
@@ -65,7 +65,7 @@ def enlarged(pixels: Pixels, ground: str, smoothly: bool, random: Random) -> Ima
     Args:
         pixels: uint8 [28, 28].
         ground: one of GROUNDS.
-        smoothly: whether to enlarge by bicubic interpolation, and not in blocks.
+        smoothly: enlarge by bicubic interpolation instead of in blocks.
         random: draws the scale, 10 to 25, and four margins of up to half the garment's side.
     """
     side = 28 * int(random.integers(10, 26))
@@ -87,7 +87,7 @@ def wall(height: int, width: int, random: Random, low: float, high: float) -> Fl
 
 
 def boards(height: int, width: int, random: Random, low: float, high: float) -> Floats:
-    """Return boards with a grain, and dark joints between them, upright or lying."""
+    """Return boards with a grain and dark joints, vertical or horizontal."""
     length, across = (height, width) if random.random() < 0.5 else (width, height)
     grain = Image.fromarray(random.integers(0, 256, (across // 6, 4), np.uint8))
     lying = np.asarray(grain.resize((length, across), Image.Resampling.BICUBIC), float) / 255
@@ -100,7 +100,7 @@ def boards(height: int, width: int, random: Random, low: float, high: float) -> 
 
 
 def checked(height: int, width: int, random: Random) -> Floats:
-    """Return cloth with squares of two shades of a colour."""
+    """Return cloth with squares in two shades of one colour."""
     side = int(random.integers(14, 60))
     dark = (np.arange(width)[None] // side + np.arange(height)[:, None] // side) % 2 == 1
     light = random.uniform(120, 250, 3)
@@ -118,10 +118,10 @@ SCENES: dict[str, Callable[[int, int, Random], Floats]] = {
 
 
 def in_scene(pixels: Pixels, scene: str, random: Random) -> tuple[Image.Image, NDArray[np.bool_]]:
-    """Return a test image as a photograph, and where in it the garment is.
+    """Return a test image as a photograph, and a mask of the garment in it.
 
-    The garment keeps its luma and is tinted; its faint rim remains, lighter than the garment, as an
-    outline of 28 pixels a side knows no better.
+    The garment is tinted, with the same luma. Its rim is fainter than the garment, because 28 x 28
+    pixels give no sharper outline.
 
     Args:
         pixels: uint8 [28, 28].
@@ -155,7 +155,7 @@ def in_scene(pixels: Pixels, scene: str, random: Random) -> tuple[Image.Image, N
 def measure(
     images: Pixels, labels: Pixels, classifier: Classifier, ground: str, format_: str
 ) -> Row:
-    """Lay out, convert and classify each of the images.
+    """Lay out, convert and classify all images.
 
     Args:
         images: uint8 [n, 28, 28].
@@ -198,10 +198,10 @@ def _accuracy(classifier: Classifier, images: Pixels, labels: Pixels) -> float:
 )
 @click.option(
     "--half",
-    type=click.Choice(["choose", "report", "all"]),
-    default="choose",
+    type=click.Choice(["development", "report", "all"]),
+    default="development",
     show_default=True,
-    help="Of the folder's senders: those to choose with, or those for the last line.",
+    help="The senders of the folder: for development, or for the reported figures.",
 )
 @click.option(
     "--sheet",
@@ -211,9 +211,9 @@ def _accuracy(classifier: Classifier, images: Pixels, labels: Pixels) -> float:
 def main(
     count: int, scenes: bool, folder: Path | None, half: photo_folder.Half, sheet: Path | None
 ) -> None:
-    """Convert the first COUNT test images back from photographs, and print what it costs.
+    """Convert the first COUNT test images back from photographs, and print the loss of accuracy.
 
-    Scenes take the first 1,000 of them at most. The last line is the same as JSON.
+    Scenes use the first 1,000 images at most. The last line repeats the table as JSON.
     """
     configure_pillow()
     if folder is not None:

@@ -1,8 +1,9 @@
-"""The servers that only the serving benchmark needs; it starts them itself.
+"""Servers for comparison; `benchmarks.serving` starts them.
 
-`noop`: a bare ASGI callable on the service's uvicorn settings that answers a constant. `floor`:
-one that also reads the body and runs the model. `framework`: the service with its hot paths'
-handlers behind FastAPI's routes. `timed`: the service with every run of the model timed.
+- `noop`: an ASGI callable that answers a constant, with the service's uvicorn settings.
+- `floor`: the same, but it also reads the body and runs the model.
+- `framework`: the service, with the handlers of its hot paths behind FastAPI's routes.
+- `timed`: the service, with a timer around every run of the model.
 """
 
 import gc
@@ -27,11 +28,11 @@ from service.model.classifier import Classifier
 from service.settings import Settings
 
 WARM_UP = 100
-BATCH = 16  # as many as connections, in the column of the table that is compared with the bound
+BATCH = 16  # the number of connections in the column that is compared with the bound
 
 
 def bare(constant: bytes, with_model: bool) -> None:
-    """Serve the floor on BNLENET_PORT, or what does nothing.
+    """Serve the floor, or the no-op, on BNLENET_PORT.
 
     Args:
         constant: the body of every answer.
@@ -78,7 +79,7 @@ def bare(constant: bytes, with_model: bool) -> None:
 
 
 def through_framework() -> None:
-    """Serve the service on BNLENET_PORT, its hot paths' handlers behind FastAPI's routes."""
+    """Run the service on BNLENET_PORT, with its hot paths' handlers behind FastAPI's routes."""
     settings = Settings.from_environment()
     app = create_app(settings, Classifier.load(settings.model_path, settings.device))
 
@@ -91,11 +92,11 @@ def through_framework() -> None:
 
 
 def timed(images: NDArray[np.uint8], report: Path) -> None:
-    """Serve the service on BNLENET_PORT; when it ends, write what the model's runs took.
+    """Run the service on BNLENET_PORT; when it ends, write the times of the model's runs.
 
     Args:
-        images: uint8 [n, 1, 28, 28] for the tight loop, run before and after serving.
-        report: the JSON file to write: nanoseconds an image, medians.
+        images: uint8 [n, 1, 28, 28] for the tight loop, which runs before and after serving.
+        report: the JSON file to write: the times are in nanoseconds for one image.
     """
     settings = Settings.from_environment()
     sizes: list[int] = []
@@ -114,11 +115,11 @@ def timed(images: NDArray[np.uint8], report: Path) -> None:
             return answer
 
         loops.append(tight_loop(classifier, images))
-        classifier.probabilities = probabilities  # type: ignore[method-assign] # it is what is timed
+        classifier.probabilities = probabilities  # type: ignore[method-assign] # this adds the timer
         return classifier
 
     loops: list[float] = []
-    Classifier.load = load_timed  # type: ignore[assignment, method-assign] # so that `run` loads it timed
+    Classifier.load = load_timed  # type: ignore[assignment, method-assign] # so that `run` loads the timed one
     model = Classifier.load(settings.model_path, settings.device)
     run(create_app(settings, model), settings, bind(settings))
     classifier = load(settings.model_path, settings.device)
@@ -136,7 +137,7 @@ def timed(images: NDArray[np.uint8], report: Path) -> None:
 
 
 def tight_loop(classifier: Classifier, images: NDArray[np.uint8], batch: int = 1) -> float:
-    """Return the median nanoseconds for an image, in batches, with nothing in between."""
+    """Return the median nanoseconds for one image, in batches, with nothing in between."""
     taken = []
     for _ in range(3):
         for first in range(0, len(images) - batch + 1, batch):

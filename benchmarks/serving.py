@@ -1,14 +1,15 @@
-"""Requests a second and latency: the service, floors beneath it, and its peers.
+"""Requests a second and latency of the service, of a floor, and of other model servers.
 
     python -m benchmarks.serving            about nine minutes
     python -m benchmarks.serving --quick    half a minute, without the peers
 
-All serve the same file with the same session options on one core, and `wrk` sends them the same
-1,000 test images in turn from another. Each round measures every row once, so that a machine
-whose speed drifts drifts for all; ratios are taken within a round, and medians over the rounds
-are told. The last column compares with a bound: an ASGI application that does nothing, and then
-the model in batches. Every server's classes are checked first. Peers get virtual environments of
-their own in `.cache/bench`. Prints tables, and one line of JSON last. Needs: apt-get install wrk
+All servers serve the same file with the same session options on one core. From another core, `wrk`
+sends them the same 1,000 test images in turn. A round measures every row once, so that a change of
+the machine's speed affects all rows. Ratios are computed within a round; the tables have the
+medians of the rounds. The last column compares with a bound: the time of an ASGI application that
+does nothing, plus the model's time in batches. The classes that the servers answer are checked
+before. The other servers get virtual environments in `.cache/bench`. The last line of the output is
+JSON. Needs: apt-get install wrk
 """
 
 import io
@@ -66,7 +67,7 @@ Read = Callable[[httpx.Response], int]
 
 @dataclass
 class Row:
-    """One row of the table: a server, what is sent to it, and what was measured."""
+    """One row of the table: a server, the requests to it, and the measurements."""
 
     name: str
     server: Server
@@ -79,7 +80,7 @@ class Row:
         """Compare the first answers' classes with ONNX Runtime's own.
 
         Raises:
-            BenchmarkError: this row would measure something else.
+            BenchmarkError: the server fails, or answers another class.
         """
         if self.read is None:
             return
@@ -89,19 +90,21 @@ class Row:
             if not answer.is_success or self.read(answer) != expected:
                 raise BenchmarkError(f"{self.name} answered {answer.status_code}: {answer.text}")
 
-    def told(self, connections: int, what: str) -> float:
-        """Return the median over the rounds."""
-        values: list[float] = [getattr(sample, what) for sample in self.samples[connections]]
+    def median(self, connections: int, figure: str) -> float:
+        """Return the median of a figure ("rate", "p50" or "p99") over the rounds."""
+        values: list[float] = [getattr(sample, figure) for sample in self.samples[connections]]
         return median(values)
 
 
 @click.command()
-@click.option("--rounds", default=3, show_default=True, help="How often every row is measured.")
-@click.option("--seconds", default=3, show_default=True, help="How long, each time.")
+@click.option(
+    "--rounds", default=3, show_default=True, help="The number of measurements of every row."
+)
+@click.option("--seconds", default=3, show_default=True, help="The length of a measurement.")
 @click.option("--peers/--no-peers", default=True, help="Measure the other model servers as well.")
 @click.option("--quick", is_flag=True, help="One round of one second, without the peers.")
 def main(rounds: int, seconds: int, peers: bool, quick: bool) -> None:
-    """Measure the service, the floor beneath it, and its peers."""
+    """Measure the service, the floor, and other model servers."""
     if quick:
         rounds, seconds, peers = 1, 1, False
     try:
@@ -114,7 +117,7 @@ def run(rounds: int, seconds: int, peers: bool) -> None:
     """Measure everything and print it.
 
     Raises:
-        BenchmarkError: something needed is missing, or a server gave a bad answer.
+        BenchmarkError: a program is missing, or a server gave a wrong answer.
     """
     cores = Cores.choose()
     load_before = os.getloadavg()[0]
@@ -130,18 +133,18 @@ def run(rounds: int, seconds: int, peers: bool) -> None:
         rows = our_rows(ours, images)
         rows[BYTES].check(classes)
         size = len(_post(rows[BYTES]).content)
-        beside = (
+        references = (
             (NOOP, ("noop", "0" * size), "/", None),
             (FLOOR, ("floor", "0" * size), "/", None),
             (FRAMEWORK, ("framework",), "/readyz", rows[BYTES].read),
         )
-        ours_alone, rows = rows, {}
-        for name, arguments, ready, read in beside:
+        service_rows, rows = rows, {}
+        for name, arguments, ready, read in references:
             server = stack.enter_context(
                 serve_module("benchmarks.servers", *arguments, cores=cores, ready=ready)
             )
-            rows[name] = Row(name, server, ours_alone[BYTES].requests, read)
-        rows |= ours_alone
+            rows[name] = Row(name, server, service_rows[BYTES].requests, read)
+        rows |= service_rows
         if peers:
             for row in peer_rows(stack, console, cores, folder, model, images):
                 rows[row.name] = row
@@ -159,8 +162,8 @@ def run(rounds: int, seconds: int, peers: bool) -> None:
                     if row.is_peer:
                         row.server.resume()
                     for connections in _columns(row):
-                        told = f"round {turn + 1}: {row.name}, {connections} connections"
-                        progress.update(task, description=told)
+                        text = f"round {turn + 1}: {row.name}, {connections} connections"
+                        progress.update(task, description=text)
                         if turn == 0 and rounds > 1:  # warm up
                             measure(row.server, row.requests, connections, 1, cores)
                         sample = measure(row.server, row.requests, connections, seconds, cores)
@@ -180,7 +183,7 @@ def run(rounds: int, seconds: int, peers: bool) -> None:
         "machine": machine(cores, load_before),
         "rows": {
             row.name: {
-                c: {w: round(row.told(c, w), 4) for w in ("rate", "p50", "p99")}
+                c: {w: round(row.median(c, w), 4) for w in ("rate", "p50", "p99")}
                 for c in row.samples
             }
             for row in rows.values()
@@ -195,7 +198,7 @@ def run(rounds: int, seconds: int, peers: bool) -> None:
 
 
 def start_ours(stack: ExitStack, cores: Cores) -> tuple[list[float], Server]:
-    """Start the service several times; return the seconds to ready, and the last one, running."""
+    """Start the service several times; return the seconds until ready, and a running service."""
     starts = []
     for _ in range(STARTS):
         with serve_module("service", cores=cores, ready="/readyz") as server:
@@ -204,7 +207,7 @@ def start_ours(stack: ExitStack, cores: Cores) -> tuple[list[float], Server]:
 
 
 def serve_module(module: str, *arguments: str, cores: Cores, ready: str) -> Any:
-    """Run a module of ours as a server, its access log off."""
+    """Run one of our modules as a server, without access log."""
     port = free_port()
     settings = {"PORT": str(port), "LOG_LEVEL": "warning", "DRAIN_SECONDS": "0", "DEVICE": "cpu"}
     return serving(
@@ -217,7 +220,7 @@ def serve_module(module: str, *arguments: str, cores: Cores, ready: str) -> Any:
 
 
 def our_rows(server: Server, images: NDArray[np.uint8]) -> dict[str, Row]:
-    """Return the rows of the service: every form of body that it has."""
+    """Return the service's rows: one for every form of body."""
 
     def row(name: str, path: str, headers: dict[str, str], body: Any, read: Read) -> Row:
         return Row(name, server, Requests(path, headers, [body(i) for i in images]), read)
@@ -249,7 +252,7 @@ def peer_rows(
     model: Path,
     images: NDArray[np.uint8],
 ) -> list[Row]:
-    """Install and start the peers; say which of them cannot be had here."""
+    """Install and start the other servers; print the name of those that cannot run here."""
     rows = []
     for peer in PEERS:
         try:
@@ -257,7 +260,7 @@ def peer_rows(
                 programs = peer.install(CACHE)
                 server = stack.enter_context(peer.serving(programs, model, folder, cores))
         except BenchmarkError as exc:
-            console.print(f"{peer.name} is left out: {exc}")
+            console.print(f"{peer.name} is not measured: {exc}")
             continue
         body = open_inference_json if peer.open_inference else plain_json
         requests = Requests(peer.path, AS_JSON, [body(image) for image in images])
@@ -273,10 +276,10 @@ def peer_rows(
 def model_step(
     requests: Requests, images: NDArray[np.uint8], cores: Cores, seconds: int
 ) -> dict[str, dict[str, float]]:
-    """Time the model's runs inside the service, and in a tight loop of the same process.
+    """Time the model's runs in the service, and in a tight loop of the same process.
 
     Returns:
-        by the number of connections, what `benchmarks.servers.timed` reports, in microseconds.
+        by the number of connections, the report of `benchmarks.servers.timed`, in nanoseconds.
     """
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -294,7 +297,7 @@ def model_step(
 
 @dataclass(frozen=True)
 class Findings:
-    """What is asked of the service, as single numbers; None where it was not measured."""
+    """The figures that have goals, and the bound; None means not measured."""
 
     bound_16: float
     bytes_of_bound_16: float
@@ -318,10 +321,10 @@ class Findings:
         megabytes: float,
         step: Mapping[str, Mapping[str, float]],
     ) -> "Findings":
-        """Work them out; ratios within each round, then the median.
+        """Compute the findings: ratios within a round, then their median.
 
-        The bound is what no Python server can pass that runs this model: the time of an ASGI
-        application that does nothing, and the model's own for one image of a batch.
+        The bound is a rate that no Python server with this model can exceed. Its time for a request
+        is that of an ASGI application that does nothing, plus the model's for one image of a batch.
         """
         model_seconds = step["16"]["batched"] / 1e9
         bounds = [1 / (1 / sample.rate + model_seconds) for sample in rows[NOOP].samples[16]]
@@ -383,11 +386,11 @@ def show(
         cells = []
         for connections in CONNECTIONS:
             if connections in row.samples:
-                rate, p50, p99 = (row.told(connections, what) for what in ("rate", "p50", "p99"))
+                rate, p50, p99 = (row.median(connections, what) for what in ("rate", "p50", "p99"))
                 cells += [f"{rate:,.0f}", f"{p50:.2f}", f"{p99:.2f}"]
             else:
                 cells += ["", "", ""]
-        table.add_row(row.name, *cells, f"{row.told(16, 'rate') / findings.bound_16:.2f}")
+        table.add_row(row.name, *cells, f"{row.median(16, 'rate') / findings.bound_16:.2f}")
     console.print(table)
 
     goals = Table("", "measured", "goal")
@@ -401,7 +404,7 @@ def show(
     console.print(goals)
     for connections, step in document["model_step"].items():
         console.print(
-            f"the model inside the service, {connections} connection(s):"
+            f"the model in the service, {connections} connection(s):"
             f" {step['an_image'] / 1000:.1f} µs an image in batches of {step['batch']:.1f},"
             f" median alone {step['alone'] / 1000:.1f} µs;"
             f" tight loop in the same process {step['tight_loop'] / 1000:.1f} µs"
@@ -411,7 +414,7 @@ def show(
 
 
 def machine(cores: Cores, load_before: float) -> dict[str, str]:
-    """Tell what it ran on, and how busy that was before: more than 0.5 spoils the figures."""
+    """Return machine, versions, and the load average before: above 0.5, do not use the figures."""
     names = [
         line.split(":", 1)[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -461,7 +464,7 @@ def open_inference_class(answer: httpx.Response) -> int:
 
 
 def binary_class(answer: httpx.Response) -> int:
-    """Read it from a binary answer."""
+    """Read the most probable class from a binary answer of the Open Inference Protocol."""
     head = int(answer.headers["Inference-Header-Content-Length"])
     return int(np.frombuffer(answer.content[head:], "<f4").argmax())
 

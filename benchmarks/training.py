@@ -1,13 +1,13 @@
-"""Images a second of our training loop, the chapter's and the plainest, and seconds to accuracy.
+"""Images a second of three training loops (ours, plain, the chapter's), and seconds to accuracy.
 
     python -m benchmarks.training            about three minutes on one quiet core
-    python -m benchmarks.training --quick    a quarter of a minute, without the fits to an accuracy
+    python -m benchmarks.training --quick    a quarter of a minute, without the seconds to accuracy
 
-All train the chapter's network by the chapter's recipe in one process, on one thread of the CPU
-unless --threads says otherwise; `benchmarks.gpu` measures a GPU. Each round measures every row
-once, so that a machine whose speed drifts drifts for all; ratios are taken within a round, and
-medians over the rounds are printed. A round is a quarter of an epoch and of the test set. Prints
-tables, and one line of JSON last.
+All loops train the chapter's network by the chapter's recipe in one process, on one CPU thread
+unless --threads says otherwise; `benchmarks.gpu` measures a GPU. A round measures every row once,
+on a quarter of an epoch and of the test set, so that a change of the machine's speed affects all
+rows. Ratios are computed within a round; the tables have the medians of the rounds. The last line
+of the output is JSON.
 """
 
 import json
@@ -45,23 +45,23 @@ from training.model import BNLeNet, initialise
 BATCH_SIZES = (128, 512)
 CHAPTER = RECIPES["chapter"]
 LONG = replace(CHAPTER, epochs=20)
-"""As long as its test accuracy may take to jump to 0.87 for the first time."""
+"""Long enough for a test accuracy of 0.87, which comes in a jump."""
 SHORT = replace(RECIPES["best"], epochs=10, batch_size=256)
-"""The best recipe, about as short as reaches 0.90."""
+"""Recipe `best`, about as short as it can be for a test accuracy of 0.90."""
 
 
 class Loop(Protocol):
-    """A way to train: an epoch, then its evaluation."""
+    """A training loop: it trains for an epoch, and evaluates."""
 
     def train(self) -> None:
-        """Train for an epoch; the work may still be on its way to the device."""
+        """Train for an epoch; a GPU may not have finished when this returns."""
 
     def evaluate(self) -> float:
         """Return the accuracy on the test set."""
 
 
 class Ours:
-    """`Fitting.step` as `fit` calls it: as a CUDA graph on a GPU."""
+    """Our loop: `Fitting.step` as `fit` uses it; on a GPU, as a CUDA graph."""
 
     def __init__(self, data: FashionMNIST, batch_size: int, device: str) -> None:
         recipe = replace(CHAPTER, batch_size=batch_size)
@@ -70,7 +70,7 @@ class Ours:
         self.step = fastest_step(self.fitting) if device == "cuda" else self.fitting.step
 
     def train(self) -> None:
-        """Do what `fit` does in an epoch."""
+        """Train for an epoch as `fit` does."""
         fitting = self.fitting
         fitting.steps_done.zero_()
         for rows in torch.split(fitting.begin(1), fitting.recipe.batch_size):
@@ -86,7 +86,7 @@ class Ours:
 
 
 class Plain:
-    """The plainest eager loop: floats in memory, no figure kept, nothing asked of the device."""
+    """The plainest eager loop: floats in memory, no metrics, no wait for the device."""
 
     def __init__(self, data: FashionMNIST, batch_size: int, device: str) -> None:
         images, self.labels = on_device(data.train, device)
@@ -111,10 +111,10 @@ class Plain:
 
 
 class Chapter:
-    """The chapter's: a DataLoader of pictures, copies to the device, figures after every batch.
+    """The chapter's loop: a DataLoader of pictures, copies to the device, metrics in every batch.
 
-    Written after d2l's `train_ch6` and torchvision's `FashionMNIST` with `ToTensor`. On a GPU four
-    processes load, as there; on one core they would only be in the way.
+    It follows d2l's `train_ch6` and torchvision's `FashionMNIST` with `ToTensor`. On a GPU, four
+    processes load images, as in d2l; on one core they would only cost time.
     """
 
     def __init__(self, data: FashionMNIST, batch_size: int, device: str) -> None:
@@ -127,7 +127,7 @@ class Chapter:
         )
 
     def train(self) -> None:
-        """Take an epoch's steps, and sum up loss and right answers."""
+        """Take an epoch's steps; sum the losses and the right answers."""
         self.model.train()
         totals = [0.0, 0.0, 0.0]
         for x, y in self.train_iter:
@@ -143,7 +143,7 @@ class Chapter:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Return the accuracy on the test set, loaded as the training set is."""
+        """Return the accuracy on the test set, loaded in the same way as the training set."""
         self.model.eval()
         right, count = 0.0, 0
         for x, y in self.test_iter:
@@ -157,7 +157,7 @@ class Chapter:
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """A split as torchvision gives it: a PIL image at a time, made a tensor of floats."""
+    """A split as in torchvision: one PIL image at a time, converted to a tensor of floats."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -188,7 +188,7 @@ LOOPS: dict[str, Callable[[FashionMNIST, int, str], Loop]] = {
 
 @dataclass
 class Row:
-    """A loop at a batch size on a device; seconds of training and of evaluation, a pair a round."""
+    """A loop, with a batch size and a device; `seconds` has training and evaluation by round."""
 
     name: str
     batch_size: int
@@ -210,16 +210,16 @@ class Row:
 
     @property
     def training_rate(self) -> float:
-        """Training images a second while training."""
+        """Training images a second, without the time of evaluation."""
         return median(self.images / training for training, _ in self.seconds)
 
     @property
     def rate(self) -> float:
-        """Training images a second by the clock, evaluation included."""
+        """Training images a second, with the time of evaluation."""
         return median(self.images / sum(pair) for pair in self.seconds)
 
     def ratio(self, other: "Row") -> float:
-        """How many times faster than another, evaluation included."""
+        """Return how many times as fast as `other` this is, evaluation included."""
         pairs = zip(other.seconds, self.seconds, strict=True)
         return median(sum(theirs) / sum(ours) for theirs, ours in pairs)
 
@@ -230,13 +230,13 @@ class Row:
     type=click.IntRange(1),
     default=5,
     show_default=True,
-    help="How often every row is measured.",
+    help="The number of measurements of every row.",
 )
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--quick", is_flag=True, help="One short round, without the fits to an accuracy.")
-@click.option("--json", "as_json", is_flag=True, help="Print nothing but the line of JSON.")
+@click.option("--quick", is_flag=True, help="One short round, without the seconds to accuracy.")
+@click.option("--json", "as_json", is_flag=True, help="Print only the line of JSON.")
 def main(rounds: int, threads: int, quick: bool, as_json: bool) -> None:
-    """Measure how fast the network trains, and by how much that is faster than the usual ways."""
+    """Measure how fast the network trains, compared with the usual loops."""
     try:
         data = load()
     except DatasetError as exc:
@@ -271,16 +271,16 @@ def measure_loops(
     progress: Progress,
     names: Collection[str] = LOOPS,
 ) -> list[Row]:
-    """Measure every loop, in turns; a first round warms up and is forgotten.
+    """Measure all loops in turn; the first round is a warm-up and is not used.
 
     Args:
         data: the data set.
         device: "cpu" or "cuda".
-        batch_sizes: every loop is measured at each.
-        rounds: how often.
-        share: a round takes the first of so many equal parts of an epoch and of the test set.
-        progress: where to show how far it is.
-        names: of the loops.
+        batch_sizes: the batch sizes of every loop.
+        rounds: the number of rounds.
+        share: a round uses 1 / `share` of an epoch and of the test set.
+        progress: shows the progress.
+        names: the loops to measure.
     """
     part = replace(data, train=first(data.train, share), test=first(data.test, share))
     rows = [
@@ -302,13 +302,13 @@ def measure_loops(
 
 
 def first(split: Split, share: int) -> Split:
-    """Return the first of so many equal parts of a split."""
+    """Return the first of `share` equal parts of a split."""
     count = len(split.labels) // share
     return Split(split.images[:count], split.labels[:count])
 
 
-class Reached(Exception):  # noqa: N818 - no error: it ends a fit that has come far enough
-    """The last of the accuracies is reached."""
+class Reached(Exception):  # noqa: N818 - not an error: it ends a fit
+    """Ends a fit that has reached its last goal."""
 
 
 def time_to_accuracy(
@@ -317,9 +317,9 @@ def time_to_accuracy(
     """Fit until the test accuracy, with moving statistics, has reached rising goals.
 
     Returns:
-        of each goal: goal, recipe, its epochs and batch size; and the epoch at whose end it was
-        reached and the seconds by the clock from uint8 arrays in memory, both None when it was
-        not.
+        for each goal: goal, recipe, its epochs and batch size; the epoch that reached the goal; and
+        the wall-clock seconds, from uint8 arrays in memory on. Epoch and seconds are None if the
+        goal was not reached.
     """
     asked = {
         "recipe": recipe.name,
@@ -338,14 +338,14 @@ def time_to_accuracy(
         if found[-1]["epochs"]:
             raise Reached
 
-    with suppress(Reached):  # raised above, by nothing else
+    with suppress(Reached):  # only `on_epoch` above raises it
         fit(data, recipe, on_epoch=on_epoch)
     progress.remove_task(task)
     return [asked | one for one in found]
 
 
 def medians(row: Row, rows: list[Row]) -> dict[str, Any]:
-    """Return a row's medians; `of_plain` is how many times faster than the plain eager loop."""
+    """Return a row's medians; `of_plain` is the ratio to the plain eager loop."""
     (plain,) = (
         r for r in rows if (r.name, r.batch_size, r.device) == (PLAIN, row.batch_size, row.device)
     )
@@ -390,12 +390,12 @@ def show(document: dict[str, Any]) -> None:
             )
         console.print(table)
         console.print(
-            "By the chapter's recipe the other loops take the same epochs, in their own seconds."
+            "With the chapter's recipe, the other loops need as many epochs, but more seconds."
         )
 
 
 def machine(load_before: float) -> dict[str, str]:
-    """Return what it ran on, and how busy that was before: more than 0.5 spoils the figures."""
+    """Return machine, versions, and the load average before: above 0.5, do not use the figures."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux

@@ -1,4 +1,4 @@
-"""Other model servers with our file in them: how each is installed, started and asked."""
+"""Other model servers with our model file: how to install, start and ask them."""
 
 import subprocess
 import venv
@@ -19,12 +19,13 @@ class Peer:
     """A model server.
 
     Attributes:
-        name: what it is called.
-        requirement: what to install.
-        command: the program in its environment, and its arguments; `{port}` is filled in.
-        ready: the path that answers 200 once it is ready.
-        path: where images go.
-        open_inference: whether bodies follow that protocol, or are `{"pixels": rows}`.
+        name: its name.
+        requirement: the package to install.
+        command: the program in its environment, and its arguments; `{port}` is replaced.
+        ready: the path that answers 200 once the server is ready.
+        path: the path that takes images.
+        open_inference: whether bodies follow the Open Inference Protocol; otherwise they are
+            `{"pixels": rows}`.
         probabilities: finds the ten probabilities in an answer.
     """
 
@@ -37,10 +38,10 @@ class Peer:
     probabilities: Callable[[Any], list[float]]
 
     def install(self, cache: Path) -> Path:
-        """Make its virtual environment, unless it is there; return its folder of programs.
+        """Make its virtual environment if there is none; return the folder of its programs.
 
         Raises:
-            BenchmarkError: it cannot be installed here; the message has pip's last words.
+            BenchmarkError: it cannot be installed here; the message has the end of pip's output.
         """
         packages = [self.requirement, *(f"{name}=={version(name)}" for name in SHARED)]
         environment = cache.resolve() / "-".join(packages).replace("==", "-")
@@ -58,13 +59,13 @@ class Peer:
     def serving(
         self, programs: Path, model: Path, folder: Path, cores: Cores
     ) -> AbstractContextManager[Server]:
-        """Run it, from its start to its end.
+        """Return a context that runs the server.
 
         Args:
-            programs: as `install` returned it.
+            programs: the result of `install`.
             model: the ONNX file.
-            folder: a working directory.
-            cores: where.
+            folder: the working directory.
+            cores: the server runs on `cores.server`.
         """
         port = free_port()
         program, *arguments = (part.format(port=port) for part in self.command)
@@ -77,7 +78,7 @@ class Peer:
             "MLSERVER_GRPC_PORT": str(free_port()),
             "MLSERVER_METRICS_PORT": str(free_port()),
             "MLSERVER_HOST": "127.0.0.1",
-            "MLSERVER_PARALLEL_WORKERS": "0",  # one core: a second process would only be in the way
+            "MLSERVER_PARALLEL_WORKERS": "0",  # on one core, a second process only costs time
             "MLSERVER_DEBUG": "false",  # no access log
         }
         return serving(
@@ -90,7 +91,7 @@ class Peer:
         )
 
 
-SHARED = ("onnxruntime", "numpy")  # at our versions
+SHARED = ("onnxruntime", "numpy")  # in our versions
 PEERS = (
     Peer(
         "MLServer",

@@ -1,4 +1,4 @@
-"""A BentoML service around our file."""
+"""A BentoML service with our model file."""
 
 # mypy: ignore-errors
 # (runs in BentoML's own environment)

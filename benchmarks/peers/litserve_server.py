@@ -1,4 +1,4 @@
-"""A LitServe server around our file: `python litserve_server.py PORT`."""
+"""A LitServe server with our model file: `python litserve_server.py PORT`."""
 
 # mypy: ignore-errors
 # (runs in LitServe's own environment)

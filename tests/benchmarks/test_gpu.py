@@ -78,7 +78,7 @@ def test_a_failing_test_is_a_failing_part(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_gpus_figures_stand_beside_the_cpus() -> None:
     figures = {gpu.SETUP: {"cuda": "0.31", "cpu": "0.02"}}
     lines = gpu.table(figures, "cuda", {"gpu": "a large one", "torch": "9"}).splitlines()
-    assert lines[0] == "|  | GPU | CPU beside it | goal |"
+    assert lines[0] == "|  | GPU | CPU of the same machine | goal |"
     assert f"| {gpu.SETUP} | 0.31 | 0.02 |  |" in lines
     assert lines[-1] == "Measured on: gpu a large one, torch 9."
 

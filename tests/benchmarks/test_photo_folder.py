@@ -79,12 +79,12 @@ def test_senders_are_not_split_between_the_halves(tmp_path: Path) -> None:
     listed = read_folder(tmp_path, CLASSES)
     halves = [{photo.half for photo in listed[i : i + 4]} for i in range(0, 40, 4)]
     assert all(len(half) == 1 for half in halves)
-    assert set.union(*halves) == {"choose", "report"}
+    assert set.union(*halves) == {"development", "report"}
     assert [photo.pair for photo in listed[:2]] == [False, True]
 
 
 def result(label: int, best: int | None, notes: tuple[str, ...] = ()) -> Result:
-    photo = Photo(Path("a"), label, "light", pair=False, half="choose")
+    photo = Photo(Path("a"), label, "light", pair=False, half="development")
     probabilities = None if best is None else np.eye(10, dtype=np.float32)[best]
     return Result(photo, probabilities, None, notes, 1.0)
 

@@ -107,7 +107,7 @@ def test_rounds_that_do_not_match_are_refused() -> None:
 def test_a_rows_figures_are_medians_over_the_rounds() -> None:
     row = rows()[BYTES]
     row.samples[16] = [Sample(1, 30, 200), Sample(3, 10, 400), Sample(2, 20, 300)]
-    assert [row.told(16, what) for what in ("rate", "p50", "p99")] == [2, 20, 300]
+    assert [row.median(16, what) for what in ("rate", "p50", "p99")] == [2, 20, 300]
 
 
 def test_peers_are_not_asked_over_256_connections() -> None:
