@@ -150,7 +150,7 @@ def _check_limits(image: Image.Image, data: bytes) -> None:
 
 def _unidentified(data: bytes, formats: list[str]) -> str:
     if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS and "HEIF" not in formats:
-        return "HEIC is read only where the package pillow-heif is installed; or send JPEG."
+        return "HEIC needs the package pillow-heif; install it where the model runs, or send JPEG."
     return f"The file is not a picture in a known format; send {', '.join(formats)}."
 
 

@@ -46,7 +46,7 @@ class InferenceRequest(NamedTuple):
         pixels: uint8 [n, 1, 28, 28], n from 1 to 256.
         id: the request's id, for the answer; None for none.
         binary: answer with binary data after the JSON.
-        classification: answer with so many classes for each image; 0: with the probabilities.
+        classification: the number of classes to list for each image; 0: answer the probabilities.
     """
 
     pixels: NDArray[np.uint8]

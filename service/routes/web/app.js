@@ -6,7 +6,7 @@ import { explain } from "./why.js";
 
 const $ = (id) => document.getElementById(id);
 const stage = $("stage");
-const untouched = ["preprocessing", "command", "latency"].map((id) => [$(id), $(id).textContent]);
+const placeholders = ["preprocessing", "command", "latency"].map((id) => [$(id), $(id).textContent]);
 
 let key = ""; // in memory only
 let source = null; // returns the picture to send: {name, type, blob, saved}
@@ -145,7 +145,7 @@ function clearAnswer(instead) {
   current = null;
   $("label").textContent = instead;
   $("output").classList.remove("unsure");
-  for (const [element, text] of untouched) element.textContent = text;
+  for (const [element, text] of placeholders) element.textContent = text;
   for (const bar of $("bars").children) {
     bar.className = "";
     bar.children[1].style.setProperty("--p", 0);

@@ -19,20 +19,20 @@ const resolve = (schema) => schema?.$ref
 /** Describes a JSON schema in a few words; objects take several lines. */
 function describe(given, indent = "") {
   const schema = resolve(given);
-  if (schema.anyOf) return schema.anyOf.map((each) => describe(each, indent)).join(" | ");
+  if (schema.anyOf) return schema.anyOf.map((option) => describe(option, indent)).join(" | ");
   if ("const" in schema) return JSON.stringify(schema.const);
-  if (schema.enum) return schema.enum.map((each) => JSON.stringify(each)).join(" | ");
+  if (schema.enum) return schema.enum.map((value) => JSON.stringify(value)).join(" | ");
   if (schema.format === "binary") return schema.minLength ? `${schema.minLength} bytes` : "bytes";
-  if (schema.prefixItems) return `[${schema.prefixItems.map((each) => describe(each)).join(", ")}]`;
+  if (schema.prefixItems) return `[${schema.prefixItems.map((item) => describe(item)).join(", ")}]`;
   if (schema.type === "array") {
     const count = schema.minItems !== undefined && schema.minItems === schema.maxItems;
     return `array${count ? ` of ${schema.minItems}` : ""}${schema.items ? `: ${describe(schema.items, indent)}` : ""}`;
   }
   if (schema.properties) {
-    const lines = Object.entries(schema.properties).map(([name, each]) => {
+    const lines = Object.entries(schema.properties).map(([name, property]) => {
       const optional = schema.required?.includes(name) ? "" : "?";
-      const { description } = each;
-      return `${indent}  ${name}${optional}: ${describe(each, `${indent}  `)}${description ? `  — ${description}` : ""}`;
+      const { description } = property;
+      return `${indent}  ${name}${optional}: ${describe(property, `${indent}  `)}${description ? `  — ${description}` : ""}`;
     });
     return `{\n${lines.join("\n")}\n${indent}}`;
   }
@@ -46,11 +46,11 @@ const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 /** Returns the curl command for an operation, with a body of this type if it takes one. */
 function curl(method, path, operation, type) {
   const filled = path.replace(/{(\w+)}/g, (_, name) => {
-    const { schema, example } = operation.parameters.find((each) => each.name === name);
+    const { schema, example } = operation.parameters.find((parameter) => parameter.name === name);
     return encodeURIComponent(example ?? schema.examples?.[0] ?? name);
   });
   const lines = [`curl ${quoted(new URL(`.${filled}`, location.href).href)}`];
-  const keyed = operation.security?.every((each) => Object.keys(each).length); // without a key otherwise
+  const keyed = operation.security?.every((option) => Object.keys(option).length); // without a key otherwise
   if (keyed) lines.push('-H "Authorization: Bearer $BNLENET_API_KEY"');
   if (!type) {
     if (method === "post") lines.push("-X POST");

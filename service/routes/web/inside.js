@@ -63,8 +63,8 @@ function shrink(canvas) {
       result[(y0 + y) * SIDE + x0 + x] = count && sum / count;
     }
   }
-  const most = Math.max(1, ...result);
-  return Uint8Array.from(result, (value) => Math.round(255 * value / most));
+  const largest = Math.max(1, ...result);
+  return Uint8Array.from(result, (value) => Math.round(255 * value / largest));
 }
 
 function paintPixels(canvas, values) {
@@ -142,13 +142,13 @@ function paintSpread(canvas, values, [from, to]) {
   for (const value of values) {
     counts[Math.max(0, Math.min(BINS - 1, Math.floor((value - from) / (to - from) * BINS)))] += 1;
   }
-  const most = Math.max(...counts), context = canvas.getContext("2d");
+  const largest = Math.max(...counts), context = canvas.getContext("2d");
   context.clearRect(0, 0, canvas.width, canvas.height);
   context.fillStyle = colour("--line");
   if (from < 0) context.fillRect(canvas.width / 2, 0, 1, canvas.height); // zero
   context.fillStyle = colour("--rest");
   counts.forEach((count, i) => {
-    const height = Math.sqrt(count / most) * canvas.height; // the square root keeps rare values visible
+    const height = Math.sqrt(count / largest) * canvas.height; // the square root keeps rare values visible
     context.fillRect(2 * i, canvas.height - height, 2, height);
   });
 }
@@ -189,8 +189,8 @@ function showAnswers(results, size) {
   $("answers").dataset.shows = mode();
   const { fixed, batch, folded } = Object.fromEntries(answers);
   const best = (probabilities) => {
-    const most = Math.max(...probabilities);
-    return `${networks.fixed.classes[probabilities.indexOf(most)]}, ${percent(most)}`;
+    const highest = Math.max(...probabilities);
+    return `${networks.fixed.classes[probabilities.indexOf(highest)]}, ${percent(highest)}`;
   };
   $("verdict").textContent = best({ fixed, batch, folded }[mode()]);
   const difference = Math.max(...folded.map((p, i) => Math.abs(p - fixed[i])));
@@ -246,7 +246,7 @@ function keep() {
   const button = element("button", { type: "button", title: "Remove", ariaLabel: "Your picture; remove it" }, thumb);
   const item = element("li", {}, button);
   button.addEventListener("click", () => {
-    kept = kept.filter((each) => each !== mine);
+    kept = kept.filter((picture) => picture !== mine);
     item.remove();
     changed();
   });

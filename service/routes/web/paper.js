@@ -48,9 +48,9 @@ export function makePaper(canvas, changed) {
   function repaint() {
     pen.fillStyle = "#fff";
     pen.fillRect(0, 0, canvas.width, canvas.height);
-    for (const each of strokes) {
-      line(each);
-      fill(each);
+    for (const drawn of strokes) {
+      line(drawn);
+      fill(drawn);
     }
   }
 
@@ -119,7 +119,7 @@ export function makePaper(canvas, changed) {
   canvas.addEventListener("pointermove", (event) => {
     if (!stroke || !canvas.hasPointerCapture(event.pointerId)) return;
     const between = event.getCoalescedEvents?.() ?? []; // browsers have it only at secure addresses
-    for (const each of between.length ? between : [event]) move(each);
+    for (const moved of between.length ? between : [event]) move(moved);
     changed();
   });
   for (const kind of ["pointerup", "pointercancel"]) canvas.addEventListener(kind, end);

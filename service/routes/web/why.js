@@ -34,7 +34,7 @@ export async function explain(answer, headers, canvas) {
   frame(canvas, PLACES[worst]);
   const row = covered[worst];
   const then = row.indexOf(Math.max(...row));
-  const label = answer.predictions.find((each) => each.class_id === then)?.label ?? "another";
+  const label = answer.predictions.find((prediction) => prediction.class_id === then)?.label ?? "another";
   const stays = then === answer.class_id ? `still ${label}` : label;
   return "Orange parts support the answer; blue parts speak against it. Without the framed part:"
     + ` ${stays}, ${(100 * row[then]).toFixed(1)} %.`;
