@@ -1,4 +1,4 @@
-# The service and its model; neither torch nor a compiler. Builds with the classic builder and BuildKit.
+# The service and its model, without torch or a compiler. Builds with the classic builder and BuildKit.
 #   docker build -t bn-lenet .                          on the CPU
 #   docker build -t bn-lenet --build-arg RUNTIME=gpu .  with CUDA and cuDNN from their wheels
 ARG BASE_IMAGE=python:3.11-slim-bookworm
@@ -6,8 +6,8 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE} AS build
 ARG RUNTIME=cpu
 WORKDIR /app
-# Every package by version and digest (`make lock`), none built here. Test suites inside the
-# packages, and pip itself, are of no use at run time.
+# Packages are pinned by version and digest (`make lock`); none is built here. pip and the test suites
+# of the packages are removed: the service does not need them.
 COPY deploy/image/${RUNTIME}.txt /tmp/packages.txt
 RUN python -m venv /opt/venv \
  && /opt/venv/bin/python -m pip install --no-cache-dir --require-hashes --only-binary :all: --requirement /tmp/packages.txt \
@@ -15,15 +15,15 @@ RUN python -m venv /opt/venv \
  && find /opt/venv -type d -name tests -prune -exec rm -rf {} +
 COPY service service
 COPY models models
-# Compiled once here: the file system is read-only where this runs. Unchecked, because no source
-# changes inside an image.
+# Compiled here because the file system is read-only at run time. "Unchecked" because sources do not
+# change in an image.
 RUN python -m compileall -q --invalidation-mode unchecked-hash service
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="bn-lenet" \
       org.opencontainers.image.description="Classifies Fashion-MNIST images over HTTP" \
       org.opencontainers.image.licenses="MIT"
-# ONNX Runtime's builds otherwise send telemetry to their makers.
+# Without ORT_DISABLE_TELEMETRY, ONNX Runtime sends telemetry.
 ENV PATH=/opt/venv/bin:$PATH \
     ORT_DISABLE_TELEMETRY=1 \
     BNLENET_HOST=:: \
@@ -32,7 +32,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app /app
 WORKDIR /app
-# A number, so that Kubernetes can tell that it is not root.
+# A number, so that Kubernetes can check that the user is not root.
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM

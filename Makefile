@@ -1,10 +1,10 @@
-# Every target makes what it needs: a virtual environment in .venv, then its own packages.
+# Every target first makes .venv and installs the packages that it needs.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$p && break; done)
-# ONNX Runtime's build: `gpu` where an NVIDIA driver answers, else `cpu`. Set RUNTIME to choose.
+# ONNX Runtime's build: `gpu` if there is an NVIDIA driver, else `cpu`. Set RUNTIME to choose.
 RUNTIME ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 OTHER_RUNTIME := $(if $(filter gpu,$(RUNTIME)),onnxruntime,onnxruntime-gpu)
-# Where torch's builds without CUDA are; empty for the ordinary index.
+# The index of torch's builds without CUDA; empty means the ordinary index.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 RECIPE ?= best
 RUN ?= runs/$(RECIPE)
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# Our files are UTF-8, whatever the locale says.
+# Our files are UTF-8 in any locale.
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
@@ -29,7 +29,7 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 with venv is needed; set PYTHON to its path." >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 
-# A stamp for each set of packages and each runtime; a larger set holds the smaller ones.
+# A stamp file for each set of packages and each runtime; a larger set includes the smaller ones.
 SERVICE := $(VENV)/.service-$(RUNTIME)
 TRAINING := $(VENV)/.training-$(RUNTIME)
 DEV := $(VENV)/.dev-$(RUNTIME)
@@ -40,24 +40,24 @@ $(VENV)/.runtime-$(RUNTIME): $(BIN)/python
 	@touch $@
 
 $(SERVICE): $(VENV)/.runtime-$(RUNTIME) pyproject.toml $(CONSTRAINTS)
-	@echo "Installing the service's packages into $(VENV), this once."
+	@echo "Installing the service's packages into $(VENV); this happens once."
 	@$(PIP) '.[$(RUNTIME)]'
 	@touch $@
 
 $(TRAINING): $(VENV)/.runtime-$(RUNTIME) pyproject.toml $(CONSTRAINTS)
-	@echo "Installing the packages for training into $(VENV), this once."
+	@echo "Installing the packages for training into $(VENV); this happens once."
 	@$(torch)
 	@$(PIP) '.[$(RUNTIME),training]'
 	@touch $@ $(SERVICE)
 
 $(DEV): $(VENV)/.runtime-$(RUNTIME) pyproject.toml $(CONSTRAINTS)
-	@echo "Installing all packages into $(VENV), this once."
+	@echo "Installing all packages into $(VENV); this happens once."
 	@$(torch)
 	@$(PIP) '.[$(RUNTIME),training,dev]'
 	@touch $@ $(TRAINING) $(SERVICE)
 
-# Without a driver CUDA is useless, and ten times the size. Where the index does not answer within
-# three seconds, torch comes from wherever the other packages come from.
+# Without a driver CUDA is useless, and makes torch ten times as large. If the index does not answer
+# within three seconds, torch comes from the index of the other packages.
 torch = if [ "$(RUNTIME)$$(uname)" = cpuLinux ] && [ -n "$(TORCH_INDEX)" ] && \
   timeout 3 $(BIN)/python -c 'import urllib.request as u; u.urlopen("$(TORCH_INDEX)/torch/")' 2>/dev/null; \
   then $(PIP) --no-deps --index-url $(TORCH_INDEX) torch || true; fi
@@ -65,21 +65,21 @@ torch = if [ "$(RUNTIME)$$(uname)" = cpuLinux ] && [ -n "$(TORCH_INDEX)" ] && \
 serve: $(SERVICE)  ## serve the committed model on http://127.0.0.1:8000
 	$(BIN)/python -m service
 
-# A fit that was interrupted is continued; one that is complete is exported again.
+# An interrupted fit is continued; a complete fit is only exported again.
 $(RUN)/results.json: | $(TRAINING)
 	$(BIN)/python -m training fit --recipe $(RECIPE) --out $(RUN) $(if $(wildcard $(RUN)/config.json),--resume)
 
-train: $(RUN)/results.json  ## fit, export and evaluate RECIPE (best) in the run folder RUN; promotes nothing
+train: $(RUN)/results.json  ## fit, export and evaluate RECIPE (best) in the run folder RUN; models/ does not change
 	$(BIN)/python -m training export $(RUN) --out $(RUN)/bn_lenet.onnx
 	$(BIN)/python -m training evaluate $(RUN)/bn_lenet.onnx
 
-data: $(SERVICE)  ## fetch the data set into the user's cache, checked against its digests
+data: $(SERVICE)  ## download the data set into the user's cache, and check its SHA-256
 	$(BIN)/python -c 'from training.dataset import load; load()'
 
-# Without the data set many tests are left out, and the coverage's floor means nothing.
+# Without the data set many tests are skipped, so the floor of the coverage does not apply.
 COVER := --cov $(if $(FASHION_MNIST_DIR)$(wildcard $(HOME)/.cache/bn-lenet/fashion-mnist/*),,--cov-fail-under=0)
 
-test: checks  ## run every check but the slow tests
+test: checks  ## run every check, except the slow tests
 	$(PYTEST) $(COVER)
 
 test-all: checks  ## run every check, and the slow tests too; Hypothesis tries new examples
@@ -94,31 +94,31 @@ checks: $(DEV)
 tests: $(DEV)
 	$(PYTEST)
 
-# Without torch, which these do not need: for processors that are emulated.
+# These tests need no torch, which is too slow to install on emulated processors.
 tests-service: $(SERVICE)
 	$(PIP) '.[$(RUNTIME),dev]' onnx
 	$(PYTEST) --timeout 3000 tests/service tests/contract
 
-# The lint belongs to the versions of constraints.txt, so these two run the tests alone.
+# Lint and types belong to the versions of constraints.txt, so these two only run the tests.
 test-lowest: $(DEV)  ## run the tests with the oldest versions that pyproject.toml allows
 	@mkdir -p .cache
 	$(BIN)/python -m uv pip compile --quiet --python $(BIN)/python --resolution lowest-direct \
 	  --extra $(RUNTIME) --extra training --extra dev --output-file .cache/lowest.txt pyproject.toml
 	$(MAKE) tests VENV=.venv-lowest CONSTRAINTS=.cache/lowest.txt
 
-test-newest:  ## run the tests with the newest versions that there are
+test-newest:  ## run the tests with the newest versions of all packages
 	@mkdir -p .cache && : > .cache/newest.txt
 	$(MAKE) tests VENV=.venv-newest CONSTRAINTS=.cache/newest.txt
 
 test-elsewhere:  ## run the tests on other releases of Debian and on arm64, in containers
 	./tests/elsewhere.sh
 
-test-mutants: $(DEV)  ## break the small pure modules in many ways, and list what no test notices
+test-mutants: $(DEV)  ## break small modules in many ways, and list the breaks that no test notices
 	$(PIP) mutmut
 	$(BIN)/mutmut run
 	$(BIN)/mutmut results
 
-format: $(DEV)  ## format and fix what can be fixed
+format: $(DEV)  ## format the code, and fix what ruff can fix
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
 
@@ -132,8 +132,8 @@ gpu: $(DEV)  ## everything that needs a GPU: tests, timings, the table of docs/p
 test-docker: $(DEV)  ## build the image, start it with compose, run the contract tests against it
 	./tests/docker.sh
 
-# With buildx, IMAGE for both processors: pushed where PUSH is set, else in dist/.
-image:  ## build the container image IMAGE (bn-lenet), for both processors where buildx is at hand
+# With buildx, IMAGE is built for x86-64 and arm64: pushed if PUSH is set, else written to dist/.
+image:  ## build the container image IMAGE (bn-lenet); with buildx for x86-64 and arm64
 	@if docker buildx version >/dev/null 2>&1; then mkdir -p dist && \
 	  { docker buildx inspect bn-lenet >/dev/null 2>&1 || docker buildx create --name bn-lenet; } && set -x && \
 	  docker buildx build --builder bn-lenet --platform linux/amd64,linux/arm64 --tag $(IMAGE) \
@@ -142,7 +142,7 @@ image:  ## build the container image IMAGE (bn-lenet), for both processors where
 
 comma := ,
 
-lock: $(DEV)  ## write deploy/image/*.txt: the image's packages, by version and digest
+lock: $(DEV)  ## write deploy/image/*.txt: the image's packages, with version and digest
 	for runtime in cpu gpu; do $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --extra $$runtime --constraint constraints.txt \
 	  --custom-compile-command 'make lock' --output-file deploy/image/$$runtime.txt pyproject.toml || exit; done

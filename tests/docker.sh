@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Builds the image with the classic builder, starts it with compose, and judges the container:
-# its user, file system, contents and size, the contract tests against it, and how it stops.
+# Builds the image with the classic builder, starts it with compose, and checks the container: user,
+# file system, contents, size and stop. Runs the contract tests against it.
 #   make test-docker          needs Docker with compose, and a free port (PORT, 8000 by default)
-# BASE_IMAGE and RUNTIME go to the build; MAX_MEGABYTES is what the image may add to its base.
+# BASE_IMAGE and RUNTIME go to the build; the image may add MAX_MEGABYTES to its base.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export COMPOSE_PROJECT_NAME=bn-lenet-test PORT=${PORT:-8000} DOCKER_BUILDKIT=0
-export BNLENET_LOG_LEVEL=warning # what is printed on failure then matters
+export BNLENET_LOG_LEVEL=warning # so that the log of a failure is short
 export BASE_IMAGE=${BASE_IMAGE:-python:3.11-slim-bookworm}
 MAX_MEGABYTES=${MAX_MEGABYTES:-250}
 
@@ -44,7 +44,7 @@ for address in ("127.0.0.1", *ours):
     socket.create_connection((address, 8000), timeout=5).close()
 ' || fail "does not listen on both IP families"
 
-# A model file of the host, by the line in docs/operations.md, on no port of its own.
+# A model file of the host, as docs/operations.md mounts it, without a published port.
 folder=$(mktemp -d)
 chmod 755 "$folder"
 cp models/bn_lenet.onnx "$folder/another.onnx"

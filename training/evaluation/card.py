@@ -11,7 +11,7 @@ from training.export import ExportReport, Provenance
 from training.fitting.recipes import NO_AUGMENTATION, RECIPES
 from training.fitting.run import Config, Run, RunError
 
-SAID_ELSEWHERE = ("name", "origin", "statistics", "temperature")
+SHOWN_ELSEWHERE = ("name", "origin", "statistics", "temperature")
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Runs:
     """The runs that a model card reports.
 
     Attributes:
-        exported: the run whose model the file holds.
-        seeds: the runs of its recipe in the table by seed, itself among them.
-        held_out: a run of its recipe with images held out, on which the temperature was chosen.
+        exported: the run of the exported model.
+        seeds: the runs of the table by seed; `exported` is one of them.
+        held_out: a run of the same recipe with held-out images, which decide the temperature.
     """
 
     exported: Run
@@ -29,31 +29,33 @@ class Runs:
     held_out: Run | None = None
 
     def check(self) -> None:
-        """Refuse runs that cannot stand in one card.
+        """Refuse runs that do not belong into one card.
 
         Raises:
-            RunError: one of them is not complete, was fitted by another recipe, has the seed of
-                another, or held images out where it should not, or the reverse.
+            RunError: a run is not complete, has another recipe, has the same seed as another run,
+                or held images out although it must not; or `held_out` held none out.
         """
         recipe = self.exported.config().recipe
         for run in [*self.seeds, *([self.held_out] if self.held_out else [])]:
             run.results()
             if run.config().recipe != recipe:
                 raise RunError(
-                    f"{run.folder} was fitted by another recipe than {self.exported.folder}."
+                    f"{run.folder} was fitted by another recipe than {self.exported.folder}: use "
+                    "runs of one recipe."
                 )
         if len({run.config().seed for run in self.seeds}) < len(self.seeds):
             raise RunError("two of the runs have the same seed: name one run for each seed.")
         for run in self.seeds:
             if run.config().holdout:
                 raise RunError(
-                    f"{run.folder} was not fitted on all images and tested: it held some out."
+                    f"{run.folder} held images out: fit it without --holdout, or name it with "
+                    "--held-out."
                 )
         if self.held_out and not self.held_out.config().holdout:
             raise RunError(f"{self.held_out.folder} held no images out: fit it with --holdout.")
 
     def temperature(self) -> float:
-        """Return the temperature that was best on the images held out; without, the recipe's."""
+        """Return the best temperature on the held-out images; without such a run, the recipe's."""
         if self.held_out is None:
             return self.exported.config().recipe.temperature
         return float(self.held_out.results()["temperature"])
@@ -69,15 +71,15 @@ def model_card(
     """Write the model card (Mitchell et al., "Model Cards for Model Reporting", 2019) in Markdown.
 
     Args:
-        exported: what the export wrote.
-        source: where its weights come from.
-        temperature: by which its logits are divided.
-        runs: the exported run, and those to compare it with.
-        evaluation: of the exported file on the test set.
+        exported: the report of the export.
+        source: where the weights come from.
+        temperature: the logits are divided by it.
+        runs: the exported run, and the other runs of its recipe.
+        evaluation: the measures of the exported file on the test set.
     """
     config = runs.exported.config()
     recipe, (worst_name, worst) = config.recipe, evaluation.robust_worst
-    settings = {n: v for n, v in asdict(recipe).items() if n not in SAID_ELSEWHERE and v}
+    settings = {n: v for n, v in asdict(recipe).items() if n not in SHOWN_ELSEWHERE and v}
     for key, where in (("augmentation", ""), ("finish_augmentation", " in the finish")):
         if settings.pop(key) and getattr(recipe, key) != NO_AUGMENTATION:
             changes = asdict(getattr(recipe, key)).items()
@@ -85,10 +87,10 @@ def model_card(
     shares = zip(CLASS_NAMES, evaluation.precision, evaluation.recall, strict=True)
     return f"""# Model card: BN-LeNet, {exported.path.name}
 
-LeNet with batch normalisation (44,878 parameters before folding), which tells the ten kinds of
-garment of Fashion-MNIST apart in 28 x 28 grey pixels. Batch norm is folded into the convolutions
-and linear layers. All figures on this page were measured and written by
-`python -m training export`.
+LeNet with batch normalisation (44,878 parameters before folding). It classifies the ten kinds of
+garment of Fashion-MNIST, in images of 28 x 28 grey pixels. Batch norm is folded into the
+convolutions and linear layers. `python -m training export` measured all figures on this page, and
+wrote them.
 
 | test images | accuracy | NLL | ECE (15 bins) | robust mean | robust worst |
 | --- | --- | --- | --- | --- | --- |
@@ -113,8 +115,8 @@ python -m training export runs/again --statistics {source.statistics} \
 
 ## Seeds, and moving averages against statistics of the whole training set
 
-Test accuracy of the unfolded models, by the statistics that batch norm predicts with: the moving
-averages of fitting; statistics of the whole training set, taken after fitting; `clean`: those
+Test accuracy of the unfolded models, by batch-norm statistics: `moving` are the moving averages of
+fitting, `population` the statistics of the whole training set after fitting, `clean` the same
 without augmentation. **This file carries: {source.statistics}.**
 
 {_scores(runs.seeds)}
@@ -127,7 +129,7 @@ without augmentation. **This file carries: {source.statistics}.**
 
 ## Robustness
 
-Accuracy on the test set, changed in the ways that `training/evaluation/robustness.py` defines.
+Accuracy on changed test sets. `training/evaluation/robustness.py` defines the changes.
 
 {table(["change", "accuracy"], [[n, f"{a:.4f}"] for n, a in evaluation.robustness.items()])}
 
@@ -143,24 +145,24 @@ Temperature {temperature:g}, folded into the last layer. {_choice(runs.held_out)
 | size | {exported.size_bytes:,} bytes |
 | data set SHA-256 | `{source.dataset_sha256}` |
 | largest logit difference from the unfolded model in float64 | {exported.fold_error:.1e} |
-| images whose two best logits are closer than this check's limit | {len(exported.ties)} |
-| of these, named differently by the file | {len(exported.disagreements)} |
+| images whose two best logits are closer than the limit of this check | {len(exported.ties)} |
+| of these, images that the file classifies differently | {len(exported.disagreements)} |
 | largest error of its self-test | {exported.self_test_error:.1e} |
 | fitted with | {", ".join(f"{name} {number}" for name, number in config.versions.items())} |
 | fitting took | {runs.exported.results()["seconds"]["fit"]:.0f} s on {config.device} |
 
 ## Intended use and limits
 
-For teaching, for testing serving systems, and for single garments pictured as in Fashion-MNIST:
-one article, front view, light on a black background, centred, 28 x 28. It has seen nothing else: it
-answers one of its ten classes whatever the picture shows, and its confidence means nothing on
-pictures of other things. Shirts, T-shirts, pullovers and coats are often taken for one another.
-Not for decisions about people.
+For teaching, for testing serving systems, and for pictures of single garments like those of
+Fashion-MNIST: one article, front view, light on a black background, centred, 28 x 28. The model was
+trained on nothing else. It answers with one of its ten classes for any picture, and for pictures of
+other things its confidence means nothing. It often confuses shirts, T-shirts, pullovers and coats.
+Do not use it for decisions about people.
 """
 
 
 def _fit_command(config: Config) -> str:
-    """Return the command that fits by a configuration, without its --out."""
+    """Return the command that fits by a configuration, without --out."""
     recipe = config.recipe
     command = f"python -m training fit --recipe {recipe.name} --seed {config.seed}"
     own = RECIPES.get(recipe.name, recipe)
@@ -173,7 +175,7 @@ def _fit_command(config: Config) -> str:
 
 
 def _scores(runs: Sequence[Run]) -> str:
-    """Return the table of accuracies by seed and statistics, with mean and standard deviation."""
+    """Return a table of accuracies by seed and statistics, with mean and standard deviation."""
     scores = [run.results()["scores"] for run in runs]
     columns = {kind: [score[kind]["accuracy"] for score in scores] for kind in scores[0]}
     rows = [
@@ -187,15 +189,14 @@ def _scores(runs: Sequence[Run]) -> str:
 
 
 def _choice(held_out: Run | None) -> str:
-    """Return what the temperature was chosen on."""
+    """Return the sentence that says how the temperature was chosen."""
     if held_out is None:
-        return "No image was held out to choose it."
+        return "It was not chosen on held-out images."
     results, holdout = held_out.results(), held_out.config().holdout
     scores = [f"{n} {s['accuracy']:.4f}" for n, s in results["scores"].items()]
     return (
-        f"Of {holdout:,} images\nheld out of a fit of the same recipe, the temperature with the "
-        f"least cross-entropy was\n{results['temperature']:g}; the accuracies on them by "
-        f"statistics: {', '.join(scores)}."
+        f"It gave the\nlowest cross-entropy on {holdout:,} images held out of a fit of the same "
+        f"recipe. Accuracies on\nthese images, by batch-norm statistics: {', '.join(scores)}."
     )
 
 
