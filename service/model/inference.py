@@ -14,6 +14,7 @@ from service.telemetry.tallies import Runs, Stages
 
 Pixels = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]
+IMAGES_AT_ONCE = 512  # the default limit of requests in flight; some 10 ms of the event loop
 Waiting = tuple[Pixels, asyncio.Future[Probabilities], Stages, float]  # the last: since when
 
 
@@ -73,15 +74,23 @@ class Inference:
             return probabilities
         loop = asyncio.get_running_loop()
         if not self._waiting:
-            loop.call_soon(self._run_batch)
+            loop.call_soon(self._run_batches)
         future: asyncio.Future[Probabilities] = loop.create_future()
         self._waiting.append((pixels, future, stages, perf_counter()))
         return await future
 
-    def _run_batch(self) -> None:
-        """Run the model for one batch; what does not fit waits for the loop's next iteration."""
-        batch, images = self._take_batch()
-        if images is not None:
+    def _run_batches(self) -> None:
+        """Run the model for the requests that wait, up to a limit; the rest waits for the loop.
+
+        A single batch for each iteration of the loop is too little under overload: the loop then
+        refuses hundreds of requests for every batch, and answers a fifth of what it could.
+        """
+        left = IMAGES_AT_ONCE
+        while self._waiting and left > 0:
+            batch, images = self._take_batch()
+            if images is None:
+                continue
+            left -= len(images)
             try:
                 probabilities, seconds = self._run(images)
             except Exception as exc:  # raised again in every request of the batch
@@ -89,7 +98,7 @@ class Inference:
             else:
                 self._deliver(batch, probabilities, seconds)
         if self._waiting:
-            asyncio.get_running_loop().call_soon(self._run_batch)
+            asyncio.get_running_loop().call_soon(self._run_batches)
 
     def _take_batch(self) -> tuple[list[Waiting], Pixels | None]:
         """Take the oldest requests that fit into one batch, without those that were cancelled."""

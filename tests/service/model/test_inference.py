@@ -111,6 +111,23 @@ async def test_batches_have_their_limit_and_a_larger_request_goes_alone(
     assert max(b for b in device.batches if b != 20) <= 8
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "batches"), [(100, 1, [32, 32, 32, 4]), (5, 256, [256, 256])]
+)
+async def test_one_iteration_of_the_loop_serves_all_who_wait_within_a_limit(
+    device: Device, count: int, size: int, batches: list[int]
+) -> None:
+    """Else an overloaded loop spends its time on refusals; without a limit it would stand still."""
+    infer = crowd(Inference, device)
+    requests = [asyncio.ensure_future(infer(image(0, size))) for _ in range(count)]
+    await asyncio.sleep(0)
+    assert device.batches == []
+    await asyncio.sleep(0)
+    assert device.batches == batches
+    await asyncio.gather(*requests)
+    assert sum(device.batches) == count * size
+
+
 async def test_what_waits_when_the_device_becomes_free_goes_next(device: Device) -> None:
     """The first goes alone and at once, all that came meanwhile go together: no timer anywhere."""
     device.free.clear()
