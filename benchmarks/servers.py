@@ -129,6 +129,7 @@ def timed(images: NDArray[np.uint8], report: Path) -> None:
     document = {
         "tight_loop": median(loops),
         "batched": tight_loop(classifier, images, BATCH),
+        "batched_256": tight_loop(classifier, images, 256),
         "alone": median([taken for size, taken in runs if size == 1] or [0]),
         "an_image": sum(taken for _, taken in runs) / max(1, sum(size for size, _ in runs)),
         "batch": sum(size for size, _ in runs) / max(1, len(runs)),

@@ -15,9 +15,10 @@ from PIL import Image
 
 from benchmarks import serving
 from benchmarks.load import BenchmarkError, Cores, Requests, Sample, Server
+from benchmarks.page import with_section
 from benchmarks.serving import (
+    BATCHES,
     BYTES,
-    CONNECTIONS,
     FLOOR,
     FRAMEWORK,
     JSON,
@@ -37,7 +38,14 @@ from benchmarks.serving import (
 SERVER = Server(port=8123, seconds_to_ready=0.5, session=0)
 STEP = {
     "1": {"alone": 50.0, "tight_loop": 40.0, "an_image": 45.0, "batch": 1.0},
-    "16": {"alone": 70.0, "tight_loop": 40.0, "an_image": 30.0, "batch": 6.5, "batched": 5e5},
+    "16": {
+        "alone": 70.0,
+        "tight_loop": 40.0,
+        "an_image": 30.0,
+        "batch": 6.5,
+        "batched": 5e5,
+        "batched_256": 5e4,
+    },
 }
 IMAGE = (np.arange(784) % 256).astype(np.uint8).reshape(28, 28)
 
@@ -56,6 +64,7 @@ def rows() -> dict[str, Row]:
         sampled(BYTES, {1: [80, 40, 81], 16: [900, 450, 901], 256: [810, 405, 812]}),
         sampled(JSON, {1: [60, 30, 60], 16: [600, 300, 603], 256: [500, 250, 500]}),
         sampled(PNG, {1: [50, 25, 50], 16: [540, 270, 541], 256: [400, 200, 400]}),
+        sampled(BATCHES, {1: [20, 10, 20], 16: [70, 35, 71]}),
         replace(sampled("MLServer", {1: [30, 15, 30], 16: [100, 50, 100]}), is_peer=True),
     ]
     return {row.name: row for row in made}
@@ -74,6 +83,7 @@ def test_findings_are_medians_of_ratios_within_a_round() -> None:
             "png_of_bytes_16": 0.6,
             "p99_of_p50_16": 2.5,
             "rate_256_of_16": 0.9,
+            "batches_of_tight_loop_16": 0.896,  # 70 a second times 256 images of 50 µs
             "model_step_of_tight_loop_1": 1.25,
             "model_step_of_tight_loop_16": 0.75,
             "start_seconds": 0.5,
@@ -110,11 +120,6 @@ def test_a_rows_figures_are_medians_over_the_rounds() -> None:
     assert [row.median(16, what) for what in ("rate", "p50", "p99")] == [2, 20, 300]
 
 
-def test_peers_are_not_asked_over_256_connections() -> None:
-    assert serving._columns(rows()[BYTES]) == CONNECTIONS == (1, 16, 256)
-    assert serving._columns(rows()["MLServer"]) == (1, 16)
-
-
 @pytest.mark.parametrize(
     ("name", "met", "missed"),
     [
@@ -124,6 +129,7 @@ def test_peers_are_not_asked_over_256_connections() -> None:
         ("bytes_of_bound_16", 0.6, 0.599),
         ("p99_of_p50_16", 4.0, 4.01),
         ("rate_256_of_16", 0.9, 0.89),
+        ("batches_of_tight_loop_16", 0.85, 0.849),
         ("model_step_of_tight_loop_1", 1.3, 1.31),
         ("model_step_of_tight_loop_16", 1.3, 1.31),
         ("start_seconds", 1.0, 1.01),
@@ -179,6 +185,30 @@ def test_the_table_has_every_rows_medians(capsys: pytest.CaptureFixture[str]) ->
     ]
     assert cells["MLServer"] == ["30", "2.00", "5.00", "100", "2.00", "5.00", "", "", "", "0.10"]
     assert "MLServer 400 MB, BN-LeNet 100 MB" in printed
+
+
+def test_the_page_has_the_recorded_figures() -> None:
+    page = Path("docs/performance.md").read_text()
+    document = json.loads(serving.RECORD.read_text())
+    assert with_section(page, serving.markdown(document), serving.BEGIN, serving.END) == page
+    ours = document["rows"][BYTES]["16"]["rate"]
+    assert f"| {ours:,.0f} | " in page
+
+
+def test_a_run_is_written_into_the_page_and_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = json.loads(serving.RECORD.read_text())
+    document["rows"][BYTES]["16"]["rate"] = 4321.0
+    monkeypatch.setattr(serving, "run", lambda *_: document)
+    monkeypatch.setattr(serving, "RECORD", tmp_path / "record.json")
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{serving.BEGIN}old\n{serving.END}\nafter\n")
+    assert CliRunner().invoke(serving.main, ["--write", str(page)]).exit_code == 0
+    assert "| 4,321 | " in page.read_text()
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("after\n")
+    assert json.loads((tmp_path / "record.json").read_text()) == document
 
 
 # What is sent, and how the answers are read
@@ -271,11 +301,13 @@ def test_our_rows_send_every_image_in_every_form(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(httpx, "get", lambda url: httpx.Response(200 if "/v2" in url else 404))
     images: NDArray[np.uint8] = np.stack([IMAGE, 255 - IMAGE])
     made = serving.our_rows(SERVER, images)
-    assert list(made) == [BYTES, JSON, PNG, "OIP JSON", "OIP binary"]
+    assert list(made) == [BYTES, JSON, PNG, "OIP JSON", "OIP binary", BATCHES]
     assert made[BYTES].requests.bodies == [image.tobytes() for image in images]
     assert made["OIP binary"].requests.bodies[1] == binary_head() + images[1].tobytes()
-    length = made["OIP binary"].requests.headers["Inference-Header-Content-Length"]
-    assert int(length) == len(binary_head())
+    assert made[BATCHES].requests.bodies[1] == binary_head(256) + images[1:].tobytes()
+    for name, head in (("OIP binary", binary_head()), (BATCHES, binary_head(256))):
+        length = made[name].requests.headers["Inference-Header-Content-Length"]
+        assert int(length) == len(head)
     assert {row.requests.path for row in made.values()} == {"/predict", "/v2/models/bn-lenet/infer"}
     read = made[JSON].read
     assert read
