@@ -425,8 +425,8 @@ def show(
     console.print(table)
 
     goals = Table("", "measured", "goal")
-    for cells in goal_rows(asdict(findings)):
-        goals.add_row(*cells)
+    for words in goal_rows(asdict(findings)):
+        goals.add_row(*words)
     console.print(goals)
     for connections, step in document["model_step"].items():
         console.print(
