@@ -1,4 +1,4 @@
-"""Fixtures that every test may use."""
+"""Fixtures for all tests."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def fashion_mnist() -> FashionMNIST:
-    """Load the real data set: a wrong FASHION_MNIST_DIR fails, no data anywhere skips."""
+    """Load the real data set: a wrong FASHION_MNIST_DIR fails; without data the test is skipped."""
     try:
         return load(download=False)
     except DatasetNotFoundError as exc:

@@ -1,4 +1,4 @@
-"""The image and its compose file, value by value; `tests/docker.sh` judges a running container."""
+"""The Dockerfile and the compose files, value by value; `tests/docker.sh` checks a container."""
 
 import re
 import tomllib
@@ -16,7 +16,7 @@ PINNED = re.compile(r"^([A-Za-z0-9_.-]+)==(\S+)(?: ; .*)? \\$", re.MULTILINE)
 
 
 def service(path: str) -> dict[str, Any]:
-    """Return what a compose file says of our service."""
+    """Return our service's entry in a compose file."""
     (only,) = yaml.safe_load((ROOT / path).read_text())["services"].values()
     return dict(only)
 
@@ -46,7 +46,7 @@ class TestDockerfile:
             "BNLENET_LOG_FORMAT": "json",
         }
 
-    def test_what_runs_and_as_whom(self, instructions: list[tuple[str, str]]) -> None:
+    def test_the_command_and_its_user(self, instructions: list[tuple[str, str]]) -> None:
         last_stage = dict(instructions)  # the last of each kind
         assert last_stage["USER"] == "10001:10001"
         assert last_stage["EXPOSE"] == "8000"
@@ -57,7 +57,7 @@ class TestDockerfile:
         assert last_stage["HEALTHCHECK"].startswith(options)
         assert "'/readyz'" in last_stage["HEALTHCHECK"]
 
-    def test_nothing_is_installed_but_by_version_and_digest(
+    def test_every_package_is_installed_by_version_and_digest(
         self, instructions: list[tuple[str, str]]
     ) -> None:
         installs = [rest for word, rest in instructions if word == "RUN" and "pip install" in rest]
@@ -66,7 +66,7 @@ class TestDockerfile:
         assert "--only-binary :all:" in installs[0]
         assert "--requirement /tmp/packages.txt" in installs[0]
 
-    def test_only_what_the_image_is_made_of_reaches_the_builder(self) -> None:
+    def test_only_the_files_of_the_image_are_sent_to_the_builder(self) -> None:
         lines = (ROOT / ".dockerignore").read_text().splitlines()
         assert [line for line in lines if not line.startswith("#")] == [
             *("*", "!deploy/image", "!service", "!models", "**/__pycache__")
@@ -147,8 +147,8 @@ class TestCompose:
             },
         }
 
-    def test_every_setting_passes_but_where_it_listens(self, variables: dict[str, str]) -> None:
-        """One that is not set outside has the image's value: compose unsets what has no value."""
+    def test_every_setting_is_passed_except_host_and_port(self, variables: dict[str, str]) -> None:
+        """A variable that is not set outside has the image's value; else compose would unset it."""
         names = [f"{PREFIX}{n.upper()}" for n in Settings.model_fields if n not in ("host", "port")]
         assert set(service("compose.yaml")["environment"]) == {
             f"{name}=${{{name}:-{variables[name]}}}" if name in variables else name

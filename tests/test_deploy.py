@@ -1,4 +1,4 @@
-"""What `deploy/` says is what clusters accept, and what the service really does."""
+"""The files in `deploy/` are valid for clusters, and agree with the service."""
 
 import os
 import re
@@ -27,7 +27,7 @@ KSERVE_CRDS = os.environ.get("KSERVE_CRDS")
 
 
 def documents(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield every manifest of a folder; kustomize's own files are no manifests."""
+    """Yield every manifest of a folder, without kustomize's own files."""
     for file in sorted(folder.glob("*.yaml")):
         if file.name != "kustomization.yaml":
             yield from yaml.safe_load_all(file.read_text())
@@ -129,7 +129,7 @@ class TestKubernetes:
         assert manifests.keys() >= {"Deployment", "Service", "NetworkPolicy"}
 
     def test_a_misspelt_field_is_not_valid(self) -> None:
-        """The validator notices what it is here for."""
+        """The validator detects a misspelt field."""
         (service,) = (
             d for d in documents(DEPLOY / "kubernetes" / "base") if d["kind"] == "Service"
         )
@@ -183,7 +183,7 @@ class TestKServe:
         return {document["kind"]: document for document in documents(DEPLOY / "kserve")}
 
     @pytest.mark.parametrize("kind", ["ServingRuntime", "InferenceService"])
-    def test_it_is_what_kserves_own_definition_allows(
+    def test_it_is_valid_by_kserves_own_definition(
         self, manifests: dict[str, dict[str, Any]], kind: str
     ) -> None:
         if KSERVE_CRDS is None:
@@ -250,7 +250,7 @@ class TestKServe:
 
 
 def strict(schema: Any) -> Any:
-    """Return a schema that refuses fields it does not name, as the API server would."""
+    """Return a schema that refuses unknown fields, as the API server does."""
     if isinstance(schema, list):
         return [strict(entry) for entry in schema]
     if not isinstance(schema, dict):
@@ -277,7 +277,9 @@ class TestScaling:
         falls = int(defaults[defaults.index("fall") + 1])
         assert 2 * falls * seconds < Settings.model_construct().drain_seconds
 
-    def test_the_balancer_waits_longer_than_the_service_and_holds_no_more_than_it(self) -> None:
+    def test_the_balancer_waits_longer_than_the_service_and_sends_no_more_than_its_limit(
+        self,
+    ) -> None:
         lines = [line.split() for line in (DEPLOY / "haproxy.cfg").read_text().splitlines()]
         timeouts = {line[1]: line[2] for line in lines if line[:1] == ["timeout"]}
         settings = Settings.model_construct()

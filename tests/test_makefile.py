@@ -1,4 +1,4 @@
-"""What `make` installs and builds, with stand-ins for the programs that it calls."""
+"""The commands that `make` runs, with stand-ins for the programs."""
 
 import os
 import socket
@@ -23,7 +23,7 @@ PIP = "-m pip install --quiet --disable-pip-version-check --constraint constrain
 
 
 def make(*arguments: str, path: Path | None = None) -> list[str]:
-    """Run make, and return what its stand-ins were asked."""
+    """Run make, and return the commands that its stand-ins got."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     if path:
         environment["PATH"] = f"{path}:{environment['PATH']}"
@@ -41,7 +41,7 @@ def make(*arguments: str, path: Path | None = None) -> list[str]:
 
 @pytest.fixture
 def venv(tmp_path: Path) -> Path:
-    """Make what passes for a virtual environment with nothing installed."""
+    """Make a stand-in for an empty virtual environment."""
     folder = tmp_path / "venv"
     (folder / "bin").mkdir(parents=True)
     python = folder / "bin" / "python"
@@ -51,7 +51,7 @@ def venv(tmp_path: Path) -> Path:
 
 
 def installed(venv: Path, runtime: str, index: str, kind: str = "training") -> list[str]:
-    """Return what pip is asked to install, `PIP` left out."""
+    """Return the arguments of `pip install`, without `PIP`."""
     stamp = f"{venv}/.{kind}-{runtime}"
     asked = make(stamp, f"VENV={venv}", f"RUNTIME={runtime}", f"TORCH_INDEX={index}")
     return [line.removeprefix(f"{PIP} ") for line in asked if line.startswith(PIP)]
@@ -81,20 +81,20 @@ def index() -> Iterator[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has CUDA on Linux alone")
 class TestTorch:
     @pytest.mark.parametrize("kind", ["training", "dev"])
-    def test_without_a_driver_it_is_the_build_without_cuda(self, venv: Path, kind: str) -> None:
+    def test_without_a_driver_torch_comes_without_cuda(self, venv: Path, kind: str) -> None:
         extras = {"training": "training", "dev": "training,dev"}[kind]
         with index() as address:
             asked = installed(venv, "cpu", address, kind)
         assert asked == [f"--no-deps --index-url {address} torch", f".[cpu,{extras}]"]
 
-    def test_with_a_driver_it_is_the_ordinary_one(self, venv: Path) -> None:
+    def test_with_a_driver_torch_comes_from_the_ordinary_index(self, venv: Path) -> None:
         with index() as address:
             assert installed(venv, "gpu", address) == [".[gpu,training]"]
 
-    def test_an_index_that_cannot_be_reached_is_passed_over(self, venv: Path) -> None:
+    def test_an_unreachable_index_is_skipped(self, venv: Path) -> None:
         assert installed(venv, "cpu", "http://127.0.0.1:9/cpu") == [".[cpu,training]"]
 
-    def test_an_index_that_never_answers_is_passed_over_soon(self, venv: Path) -> None:
+    def test_an_index_that_never_answers_is_skipped_after_seconds(self, venv: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             started = time.monotonic()
             asked = installed(venv, "cpu", f"http://127.0.0.1:{silent.getsockname()[1]}/cpu")
@@ -103,10 +103,10 @@ class TestTorch:
 
 
 class TestInstalling:
-    def test_the_service_brings_no_torch(self, venv: Path) -> None:
+    def test_the_service_installs_no_torch(self, venv: Path) -> None:
         assert installed(venv, "cpu", "", "service") == [".[cpu]"]
 
-    def test_it_is_done_once(self, venv: Path) -> None:
+    def test_packages_are_installed_once(self, venv: Path) -> None:
         assert installed(venv, "cpu", "", "dev") == [".[cpu,training,dev]"]
         for kind in ("dev", "training", "service"):
             assert installed(venv, "cpu", "", kind) == []
@@ -131,7 +131,7 @@ class TestTrain:
             (("config.json", "results.json"), []),
         ],
     )
-    def test_goes_on_where_it_was(
+    def test_only_the_missing_steps_run(
         self, venv: Path, tmp_path: Path, files: tuple[str, ...], fits: list[str]
     ) -> None:
         run = tmp_path / "run"
@@ -155,11 +155,11 @@ class TestImage:
         docker.chmod(0o755)
         return make("image", *arguments, path=folder)
 
-    def test_without_buildx_it_is_for_this_processor(self, tmp_path: Path) -> None:
+    def test_without_buildx_the_image_is_for_this_processor(self, tmp_path: Path) -> None:
         asked = self.asked(tmp_path, '[ "$1" != buildx ] || exit 1')
         assert asked == ["docker build --tag bn-lenet ."]
 
-    def test_with_buildx_it_is_for_both(self, tmp_path: Path) -> None:
+    def test_with_buildx_the_image_is_for_both_processors(self, tmp_path: Path) -> None:
         *_, asked = self.asked(tmp_path, "", "IMAGE=example.org/bn-lenet:1", "PUSH=1")
         platforms = "--platform linux/amd64,linux/arm64"
         tag = "--tag example.org/bn-lenet:1"

@@ -35,7 +35,7 @@ COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n?((?:(?!\$ ).*\n?)*)", re.MULTILINE)
 
 @cache
 def tracked() -> list[str]:
-    """Return the paths of all committed files; without git, of all that it would not ignore."""
+    """Return the paths of all committed files; without git, of all files that are not ignored."""
     if (ROOT / ".git").exists() and which("git"):
         command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"]
         listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -44,7 +44,7 @@ def tracked() -> list[str]:
 
 
 def not_ignored(root: Path) -> list[str]:
-    """Return the paths of all files beneath a folder that its .gitignore does not name."""
+    """Return the paths of all files in a folder that its .gitignore does not name."""
     ignored = [line.strip("/") for line in (root / ".gitignore").read_text().split()]
     paths = []
     for folder, folders, files in os.walk(root):
@@ -98,7 +98,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str
 
 
 class TestREADME:
-    """What the README shows is what happens.
+    """The commands of the README work, and print what it shows.
 
     Blocks marked `sh` and `python` are run and must succeed; in `console` blocks, what follows a
     `$ command` is its output; a `text` block after a `python` block is its output. The address
@@ -180,7 +180,7 @@ def matches(shown: Any, printed: Any) -> bool:
 
 class TestDocuments:
     def test_the_tree_names_every_module(self) -> None:
-        """Each study is named by `python -m training study --list` instead."""
+        """Except studies: `python -m training study --list` lists them."""
         (tree,) = re.findall(
             r"^```text\n(.*?)^```", text_of("CONTRIBUTING.md"), re.MULTILINE | re.DOTALL
         )
@@ -193,13 +193,13 @@ class TestDocuments:
         assert len(modules) > 40
         assert [name for name in modules if not re.search(rf"\b{name}\b", tree)] == []
 
-    def test_every_make_target_that_is_named_exists(self) -> None:
+    def test_every_named_make_target_exists(self) -> None:
         targets = make_targets()
         for path in (path for path in tracked() if path.endswith((".md", ".yaml", ".sh"))):
             named = set(re.findall(r"(?:`|run: |\$ )make ([a-z-]+)", text_of(path)))
             assert named <= targets, path
 
-    def test_every_relative_link_leads_somewhere(self) -> None:
+    def test_every_relative_link_has_a_target(self) -> None:
         for path in (path for path in tracked() if path.endswith(".md")):
             for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text_of(path)):
                 assert (ROOT / path).parent.joinpath(target).exists(), f"{path}: {target}"
@@ -221,7 +221,7 @@ WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yaml"))
 
 class TestWorkflows:
     @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-    def test_every_target_and_file_that_is_named_exists(self, path: Path) -> None:
+    def test_every_named_target_and_file_exists(self, path: Path) -> None:
         jobs = yaml.safe_load(path.read_text())["jobs"].values()
         for job in jobs:
             matrix = job.get("strategy", {}).get("matrix", {})
@@ -240,7 +240,7 @@ class TestWorkflows:
             assert [name for name in named if not (ROOT / name).exists()] == []
 
     @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-    def test_it_may_do_no_more_than_it_needs(self, path: Path) -> None:
+    def test_a_workflow_has_only_the_permissions_that_it_needs(self, path: Path) -> None:
         workflow = yaml.safe_load(path.read_text())
         assert workflow["permissions"] == {"contents": "read"}
         granted = {
@@ -274,7 +274,7 @@ class TestWorkflows:
 
 class TestRepository:
     def test_its_files_are_known_without_git(self, tmp_path: Path) -> None:
-        """As in a tarball, where only .gitignore can tell what is not ours."""
+        """As in a tarball, where only .gitignore names the files that are not ours."""
         for path in tracked():
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).touch()
@@ -284,7 +284,7 @@ class TestRepository:
             (tmp_path / ignored).touch()
         assert not_ignored(tmp_path) == sorted(tracked())
 
-    def test_no_file_names_a_place_on_somebodys_machine(self) -> None:
+    def test_no_file_names_a_path_of_a_private_machine(self) -> None:
         place = re.compile(r"(?<![\w.$}])/(?:root|work|home|Users)/\w")
         naming = [path for path in tracked() if place.search(text_of(path))]
         assert naming == []
@@ -321,7 +321,7 @@ def needed(requirements: Iterable[str]) -> dict[str, str]:
 
 class TestConstraints:
     def test_they_name_every_package_that_is_needed(self) -> None:
-        """So that a test that passed passes again. CUDA's packages are pinned by torch."""
+        """So that the tests always run with the same versions. torch pins CUDA's packages."""
         project = tomllib.loads(text_of("pyproject.toml"))["project"]
         extras = [each for extra in project["optional-dependencies"].values() for each in extra]
         installed = needed([*project["dependencies"], *extras])
@@ -344,7 +344,7 @@ def kubernetes() -> dict[str, Any]:
 
 
 class TestDeployment:
-    def test_every_manifest_means_the_same_pods(self, kubernetes: dict[str, Any]) -> None:
+    def test_every_manifest_selects_the_same_pods(self, kubernetes: dict[str, Any]) -> None:
         template = kubernetes["Deployment"]["spec"]["template"]
         labels = template["metadata"]["labels"]
         assert kubernetes["Service"]["spec"]["selector"] == labels
@@ -356,9 +356,7 @@ class TestDeployment:
         (container,) = template["spec"]["containers"]
         assert port["targetPort"] in {each["name"] for each in container["ports"]}
 
-    def test_variables_and_probes_are_ones_the_service_has(
-        self, kubernetes: dict[str, Any]
-    ) -> None:
+    def test_variables_and_probes_exist_in_the_service(self, kubernetes: dict[str, Any]) -> None:
         (container,) = kubernetes["Deployment"]["spec"]["template"]["spec"]["containers"]
         probes = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in PROBES}
         assert probes == PROBES
@@ -369,7 +367,7 @@ class TestDeployment:
         }
         assert named | {each["name"] for each in container["env"]} <= known
 
-    def test_nothing_is_killed_while_it_still_drains(self, kubernetes: dict[str, Any]) -> None:
+    def test_no_container_is_killed_while_it_drains(self, kubernetes: dict[str, Any]) -> None:
         settings = Settings.model_construct()
         needed = settings.drain_seconds + settings.request_timeout_seconds
         pod = kubernetes["Deployment"]["spec"]["template"]["spec"]

@@ -1,4 +1,4 @@
-"""What `make gpu` runs, on the CPU and on little data."""
+"""The parts of `make gpu`, on the CPU and on little data."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 
 @pytest.fixture
 def few(fashion_mnist: FashionMNIST, monkeypatch: pytest.MonkeyPatch) -> FashionMNIST:
-    """Let the benchmark see the first part only; of that, --quick takes a part again."""
+    """Give the benchmark a small part of the data; --quick takes a part of it again."""
     train, test = (first(split, 2) for split in (fashion_mnist.train, fashion_mnist.test))
     few = replace(fashion_mnist, train=train, test=test)
     monkeypatch.setattr(gpu, "load", lambda: few)
@@ -75,7 +75,7 @@ def test_a_failing_test_is_a_failing_part(monkeypatch: pytest.MonkeyPatch) -> No
         gpu.run_tests("cpu")
 
 
-def test_the_gpus_figures_stand_beside_the_cpus() -> None:
+def test_the_table_has_the_gpus_and_the_cpus_figures() -> None:
     figures = {gpu.SETUP: {"cuda": "0.31", "cpu": "0.02"}}
     lines = gpu.table(figures, "cuda", {"gpu": "a large one", "torch": "9"}).splitlines()
     assert lines[0] == "|  | GPU | CPU of the same machine | goal |"
@@ -83,7 +83,7 @@ def test_the_gpus_figures_stand_beside_the_cpus() -> None:
     assert lines[-1] == "Measured on: gpu a large one, torch 9."
 
 
-def test_without_a_gpu_nothing_is_measured_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_its_column_says_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = CliRunner().invoke(gpu.main, [])
     assert result.exit_code == 1
@@ -91,7 +91,7 @@ def test_without_a_gpu_nothing_is_measured_in_its_name(monkeypatch: pytest.Monke
 
 
 def test_the_committed_page_has_a_table_of_every_row() -> None:
-    """As long as no GPU has been measured, it says so; afterwards it has the same rows."""
+    """It has the same rows before and after a GPU is measured; before, it says "not measured"."""
     _, _, rest = PAGE.read_text(encoding="utf-8").partition(gpu.BEGIN)
     committed, end, _ = rest.partition(gpu.END)
     assert end

@@ -1,4 +1,4 @@
-"""Servers and the load on them: with stand-ins for `wrk` and `taskset`, and with the real ones."""
+"""Servers and the load on them, with the real `wrk` and `taskset` and with stand-ins."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def requests() -> Iterator[Requests]:
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put a folder for stand-ins before all others; `taskset` there runs its command anywhere."""
+    """Put a folder of stand-ins first on the path; its `taskset` runs the command on any core."""
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     stand_in(tmp_path, "taskset", 'shift 2; exec "$@"')
     return tmp_path
@@ -54,7 +54,7 @@ def stand_in(folder: Path, name: str, script: str) -> None:
 
 
 def wrk(folder: Path, outcome: dict[str, float], status: int = 0) -> None:
-    """Make a `wrk` that notes how it was called, and prints and returns what it is given."""
+    """Make a `wrk` that records its arguments, prints this outcome and exits with this status."""
     printed = f"  3000 requests in 2.00s\n{json.dumps(outcome)}"
     stand_in(
         folder,
@@ -87,7 +87,7 @@ def test_wrk_is_asked_for_these_requests_from_one_thread(
     ("outcome", "status"),
     [(OUTCOME | {"failed": 1}, 0), (OUTCOME | {"requests": 0}, 0), (OUTCOME, 1)],
 )
-def test_a_failed_request_spoils_the_measurement(
+def test_a_failed_request_is_an_error(
     outcome: dict[str, float], status: int, programs: Path, requests: Requests
 ) -> None:
     wrk(programs, outcome, status)
@@ -99,7 +99,7 @@ def test_a_command_is_bound_to_its_core() -> None:
     assert pinned(3, "wrk", "-t1") == ["taskset", "--cpu-list", "3", "wrk", "-t1"]
 
 
-def test_the_server_and_the_load_have_cores_of_their_own(
+def test_the_server_and_the_load_run_on_different_cores(
     programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrk(programs, OUTCOME)
@@ -156,7 +156,7 @@ def test_a_server_runs_from_ready_to_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("programs")
-def test_a_server_that_ends_at_once_is_reported_with_what_it_printed() -> None:
+def test_a_server_that_exits_at_once_is_reported_with_its_output() -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such model')"]
     with (
         pytest.raises(BenchmarkError, match=r"did not start:\nno such model$"),
@@ -166,8 +166,8 @@ def test_a_server_that_ends_at_once_is_reported_with_what_it_printed() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
-def test_memory_is_that_of_all_processes_of_the_session() -> None:
-    """Two processes that hold 100 MB each, and the same without."""
+def test_memory_is_the_sum_over_all_processes_of_the_session() -> None:
+    """Compares two processes that hold 100 MB each with two that do not."""
     code = """
 import subprocess, sys
 held = bytearray(b"x" * {size})
@@ -193,7 +193,7 @@ input()
 
 @pytest.fixture
 def counted() -> Iterator[tuple[int, list[bytes]]]:
-    """Start a server that answers 200, notes the bodies, and refuses `bad`."""
+    """Start a server that answers 200, records the bodies, and refuses `bad`."""
     bodies: list[bytes] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -213,7 +213,7 @@ def counted() -> Iterator[tuple[int, list[bytes]]]:
 
     class Quiet(ThreadingHTTPServer):
         def handle_error(self, *_: object) -> None:
-            """Say nothing of connections that `wrk` breaks at its end."""
+            """Print nothing about connections that `wrk` breaks at its end."""
 
     server = Quiet(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()

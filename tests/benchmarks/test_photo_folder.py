@@ -1,4 +1,4 @@
-"""The benchmark of a folder of photographs: what it counts, by whom, and what it draws."""
+"""The benchmark of a folder of photographs: its labels, counts and contact sheet."""
 
 import json
 from pathlib import Path
@@ -89,7 +89,7 @@ def result(label: int, best: int | None, notes: tuple[str, ...] = ()) -> Result:
     return Result(photo, probabilities, None, notes, 1.0)
 
 
-def test_a_row_counts_what_is_right_and_what_is_answered() -> None:
+def test_a_row_counts_right_answers_and_sure_answers() -> None:
     results = [
         result(1, 1),
         result(1, 2),

@@ -1,4 +1,4 @@
-"""The photographs' benchmark, on few of them: that it measures what it says."""
+"""The benchmark of photographs, on a few test images."""
 
 import json
 

@@ -172,7 +172,7 @@ def test_the_page_names_what_was_not_measured() -> None:
         (Row.not_measured("x", "no docker"), "not measured: no docker", "", ""),
     ],
 )
-def test_a_goal_is_met_at_its_very_value(row: Row, figure: str, goal: str, verdict: str) -> None:
+def test_a_value_equal_to_its_goal_meets_it(row: Row, figure: str, goal: str, verdict: str) -> None:
     assert (row.figure, row.goal, row.verdict) == (figure, goal, verdict)
 
 

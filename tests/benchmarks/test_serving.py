@@ -1,4 +1,4 @@
-"""The serving benchmark's arithmetic, on samples made up so that every wrong ratio shows."""
+"""The arithmetic of the serving benchmark, on made-up samples that show every wrong ratio."""
 
 import io
 import json
@@ -56,7 +56,7 @@ def sampled(name: str, rates: dict[int, Sequence[float]], p50: float = 2, p99: f
 
 
 def rows() -> dict[str, Row]:
-    """Make three rounds; in the second everything runs at half speed."""
+    """Make three rounds; in the second, everything runs at half speed."""
     made = [
         sampled(NOOP, {1: [300, 150, 300], 16: [2000, 1000, 2000], 256: [2000, 1000, 2000]}),
         sampled(FRAMEWORK, {1: [40, 20, 40], 16: [360, 180, 361], 256: [300, 150, 300]}),
@@ -92,8 +92,8 @@ def test_findings_are_medians_of_ratios_within_a_round() -> None:
     )
 
 
-def test_a_ratio_of_medians_would_be_another() -> None:
-    """One round each in which only one of the two was slow."""
+def test_the_median_of_ratios_is_not_the_ratio_of_medians() -> None:
+    """In one round only the first is slow, in another only the second."""
     both = rows()
     both[FLOOR] = sampled(FLOOR, {1: [100, 10, 100], 16: [1000, 100, 1000]})
     both[BYTES] = sampled(BYTES, {1: [90, 90, 9], 16: [900, 900, 90], 256: [1, 1, 1]})
@@ -102,7 +102,7 @@ def test_a_ratio_of_medians_would_be_another() -> None:
     assert found.bytes_of_floor_16 == pytest.approx(0.9)
 
 
-def test_without_mlserver_nothing_is_said_of_it() -> None:
+def test_without_mlserver_its_ratio_is_not_measured() -> None:
     ours = {name: row for name, row in rows().items() if name != "MLServer"}
     assert Findings.of(ours, [1.0], 1.0, STEP).json_of_mlserver_16 is None
 
@@ -136,7 +136,7 @@ def test_a_rows_figures_are_medians_over_the_rounds() -> None:
         ("megabytes", 150.0, 150.1),
     ],
 )
-def test_a_goal_is_met_at_its_very_value(
+def test_a_value_equal_to_its_goal_meets_it(
     name: str, met: float, missed: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     findings = Findings.of(rows(), [0.5], 100.0, STEP)
@@ -151,7 +151,7 @@ def test_a_goal_is_met_at_its_very_value(
     assert serving.GOALS.keys() <= asdict(findings).keys()
 
 
-def test_what_was_not_measured_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_figure_says_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
     ours = {name: row for name, row in rows().items() if name != "MLServer"}
     findings = Findings.of(ours, [0.5], 100.0, STEP)
     show(ours, {"BN-LeNet": 100.0}, findings, {"machine": {"cores": "2"}, "model_step": STEP})
@@ -214,7 +214,7 @@ def test_a_run_is_written_into_the_page_and_the_record(
 # What is sent, and how the answers are read
 
 
-def test_bodies_hold_the_image() -> None:
+def test_every_form_of_body_contains_the_image() -> None:
     assert json.loads(plain_json(IMAGE)) == {"pixels": IMAGE.tolist()}
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png(IMAGE)))), IMAGE)
     (tensor,) = json.loads(open_inference_json(IMAGE))["inputs"]
@@ -247,7 +247,7 @@ def test_answers_name_the_most_probable_class() -> None:
     ("status", "answers", "fails"),
     [(200, [4, 7], False), (200, [4, 8], True), (200, [5, 7], True), (500, [4, 7], True)],
 )
-def test_a_row_whose_answers_are_others_is_not_measured(
+def test_a_row_with_wrong_answers_is_refused(
     status: int, answers: list[int], fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = []
@@ -278,7 +278,7 @@ def test_a_row_whose_answers_are_others_is_not_measured(
         (["--rounds", "5", "--seconds", "2", "--no-peers"], (5, 2, False)),
     ],
 )
-def test_the_options_say_how_much_is_measured(
+def test_the_options_set_rounds_seconds_and_peers(
     arguments: list[str], expected: tuple[int, int, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -287,7 +287,7 @@ def test_the_options_say_how_much_is_measured(
     assert asked == [expected]
 
 
-def test_what_hinders_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_printed_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise BenchmarkError("wrk is needed")
 

@@ -1,4 +1,4 @@
-"""The training benchmark, on little data: that it measures what it says."""
+"""The training benchmark, on little data."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ def few(fashion_mnist: FashionMNIST, monkeypatch: pytest.MonkeyPatch) -> Fashion
 
 
 def test_all_loops_train_the_same_network_alike(few: FashionMNIST) -> None:
-    """A whole set a batch, so that every loop's own order of the images does not matter."""
+    """A batch is the whole set, so that the order of the images in a loop does not matter."""
     small = replace(few, train=Split(few.train.images[:600], few.train.labels[:600]))
     ours, plain, chapter = (make(small, 600, "cpu") for make in bench.LOOPS.values())
     for _ in range(3):

@@ -12,7 +12,7 @@ from training.fitting.recipes import RECIPES, Recipe
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Compute on one thread, whatever the test before this one chose."""
+    """Compute on one thread, also after a test that chose another number."""
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
@@ -36,5 +36,5 @@ def chapter() -> Recipe:
 
 @pytest.fixture
 def best() -> Recipe:
-    """Return the best recipe, so short that its schedule still has all its phases."""
+    """Return recipe `best`, shortened to a schedule that still has all its phases."""
     return replace(RECIPES["best"], epochs=2, finish=0.5, batch_size=128, averaging=0.4)

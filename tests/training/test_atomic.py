@@ -15,7 +15,7 @@ def test_a_file_is_made_and_replaced(tmp_path: Path) -> None:
 def test_the_file_itself_is_never_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill between any two bytes would leave it half written."""
+    """If it were, a kill between two bytes would leave it incomplete."""
     written, write = [], Path.write_bytes
 
     def note(path: Path, data: bytes) -> int:
@@ -45,7 +45,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
-def test_a_place_that_is_no_file_is_told(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_the_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match="folder"):
         write_whole(tmp_path / "folder", b"new")

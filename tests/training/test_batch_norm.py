@@ -1,4 +1,4 @@
-"""Our batch norm against torch's, in float64, and against hand-computed values."""
+"""Our batch norm, compared with torch's in float64 and with values computed by hand."""
 
 from typing import Literal
 
@@ -94,7 +94,7 @@ def test_moving_statistics_are_torchs_but_for_the_biased_variance(
 
 
 def test_the_defaults_are_torchs() -> None:
-    """Also the function's: nothing but its arguments tells it of eps and momentum."""
+    """The function's too: it gets eps and momentum only from its arguments."""
     ours, torchs = BatchNorm(5, 2).double(), nn.BatchNorm1d(5).double()
     (x,) = batches(2, 1)
     x = x * 1e-2  # so small a variance that eps shows
@@ -107,7 +107,7 @@ def test_the_defaults_are_torchs() -> None:
     assert all(map(torch.equal, statistics(ours), function[1:]))
 
 
-def test_a_new_layer_leaves_standardised_input_alone() -> None:
+def test_a_new_layer_does_not_change_standardised_input() -> None:
     """Scale and variance begin with one, shift and mean with zero."""
     layer = BatchNorm(5, 2, eps=0.0).eval()
     x = batches(2, 1)[0].float()
@@ -130,7 +130,7 @@ def test_momentum_multiplies_the_old_value() -> None:
     assert variance.item() == 0.75 * 20 + 0.25 * 1
 
 
-def test_moving_statistics_keep_nothing_of_a_batchs_graph() -> None:
+def test_moving_statistics_have_no_autograd_graph() -> None:
     x = torch.tensor([[1.0], [3.0]], requires_grad=True)
     one, zero = torch.ones(1), torch.zeros(1)
     output, *moved = batch_norm(x, one, zero, zero, one, training=True)
@@ -162,7 +162,7 @@ def test_the_function_changes_none_of_its_arguments(dims: Literal[2, 4]) -> None
 
 
 @BOTH
-def test_prediction_leaves_the_moving_statistics_alone(dims: Literal[2, 4]) -> None:
+def test_prediction_does_not_change_the_moving_statistics(dims: Literal[2, 4]) -> None:
     ours, _ = pair(dims)
     before = [value.clone() for value in statistics(ours)]
     ours.eval()(batches(dims, 1)[0])
@@ -213,7 +213,7 @@ def test_the_layer_reads_no_value_back_to_the_host() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 5), (1, 5, 1, 1), (0, 5), (0, 5, 3, 3), (2, 5, 0, 3)])
 def test_training_on_fewer_than_two_values_per_channel_is_refused(shape: tuple[int, ...]) -> None:
-    """The variance of one value says nothing, and the mean of none would make statistics NaN."""
+    """The variance of one value is always zero, and the mean of no values is NaN."""
     dims: Literal[2, 4] = 2 if len(shape) == 2 else 4
     layer = BatchNorm(5, dims)
     before = [value.clone() for value in statistics(layer)]

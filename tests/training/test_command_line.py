@@ -1,4 +1,4 @@
-"""The command line as people use it: what it prints, what it refuses, what it leaves behind."""
+"""The command line as people use it: its output, its refusals, its files."""
 
 import json
 import platform
@@ -52,7 +52,7 @@ def fail(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def finished(few: FashionMNIST, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fit the chapter's recipe, seed 5, by the command line; the folder is not to be changed."""
+    """Fit the chapter's recipe, seed 5, by the command line; tests must not change the folder."""
     folder = tmp_path_factory.mktemp("finished") / "a"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command_line, "load", lambda _: few)
@@ -74,7 +74,7 @@ def unfinished(copied: Path) -> Path:
 
 
 def follow(printed: str, beginning: str) -> Result:
-    """Run the command that stands after `beginning` in what was printed."""
+    """Run the command that the output has after `beginning`."""
     (line,) = (line for line in printed.splitlines() if line.startswith(beginning))
     return succeed(*shlex.split(line.removeprefix(beginning).removeprefix("python -m training")))
 
@@ -192,7 +192,7 @@ def test_gamma_and_beta_are_printed(finished: Path) -> None:
     assert first in succeed("norms", finished).stdout
 
 
-def test_ctrl_c_leaves_a_run_that_says_how_to_go_on(
+def test_ctrl_c_leaves_a_run_and_says_how_to_continue(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Fitting.step
@@ -212,8 +212,8 @@ def test_ctrl_c_leaves_a_run_that_says_how_to_go_on(
     assert files[0] == files[1]
 
 
-def test_resuming_with_other_versions_is_said(unfinished: Path) -> None:
-    """The weights will not be those of an unbroken fit."""
+def test_resuming_with_other_versions_prints_a_notice(unfinished: Path) -> None:
+    """The weights may differ from those of an uninterrupted fit."""
     resume = ("fit", "--resume", "--out", unfinished)
     assert "Resumed" not in succeed(*resume).stderr
     (unfinished / "results.json").unlink()
@@ -261,7 +261,7 @@ def test_several_seeds_get_a_run_folder_each(
         ("9" * 5000, "is not a list of seeds"),
     ],
 )
-def test_lists_of_seeds_that_are_none_are_refused(seeds: str, message: str, tmp_path: Path) -> None:
+def test_wrong_lists_of_seeds_are_refused(seeds: str, message: str, tmp_path: Path) -> None:
     assert message in fail(*FIT, "--seeds", seeds, "--out", tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
@@ -284,7 +284,7 @@ def test_resuming_on_another_data_set_is_refused(
     assert "dataset sha256" in fail("fit", "--resume", "--out", unfinished)
 
 
-def test_the_card_tells_what_the_finish_changes(
+def test_the_card_lists_the_settings_of_the_finish(
     best: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(RECIPES, "best", best)
@@ -309,13 +309,13 @@ def test_the_card_tells_what_the_finish_changes(
         (("--resume",), "is not a run folder"),
     ],
 )
-def test_bad_input_gets_a_sentence(
+def test_bad_input_is_an_error_of_one_sentence(
     arguments: tuple[object, ...], message: str, tmp_path: Path
 ) -> None:
     assert message in fail(*FIT, "--out", tmp_path / "a", *arguments)
 
 
-def test_cuda_is_not_replaced_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_a_gpu_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch finds no CUDA device" in fail("fit", "--device", "cuda", "--out", tmp_path / "a")
     assert not (tmp_path / "a").exists()
@@ -327,7 +327,7 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_disk_that_fills_up_is_told_and_nothing_half_written_stays(
+def test_a_full_disk_is_an_error_and_leaves_no_incomplete_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Path.write_bytes
@@ -346,7 +346,7 @@ def test_a_disk_that_fills_up_is_told_and_nothing_half_written_stays(
     assert names == ["config.json", "metrics.jsonl"]
 
 
-def test_a_damaged_data_set_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_data_set_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def damaged(_: Path | None) -> FashionMNIST:
         raise DatasetError("x.gz is damaged: fetch it again.")
 
@@ -376,7 +376,7 @@ def metadata(file: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in onnx.load(file).metadata_props}
 
 
-def test_a_run_of_another_recipe_is_not_put_into_the_card(copied: Path, tmp_path: Path) -> None:
+def test_a_run_of_another_recipe_is_refused_for_the_card(copied: Path, tmp_path: Path) -> None:
     other = shutil.copytree(copied, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     config["recipe"]["batch_size"] = 100

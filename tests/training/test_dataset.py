@@ -1,4 +1,4 @@
-"""The data set: the real one, small ones damaged in every way, and mirrors that misbehave."""
+"""The data set: the real one, small ones with every kind of damage, and mirrors with faults."""
 
 import gzip
 import hashlib
@@ -55,7 +55,7 @@ def nothing_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> Files:
-    """Return a small data set under the official names, which passes for the published one."""
+    """Return a small data set with the official names; its digests replace the published ones."""
     random = np.random.default_rng(0)
     made = {}
     for prefix, count in (("train", 30), ("t10k", 20)):
@@ -98,7 +98,7 @@ def refusal(folder: Path) -> str:
 
 
 def test_the_real_data_set_is_the_published_one(fashion_mnist: FashionMNIST) -> None:
-    """Balanced classes; the mean and deviation everybody normalises with: 0.2860 and 0.3530."""
+    """The classes are balanced; mean and deviation are the well-known 0.2860 and 0.3530."""
     for split, count in ((fashion_mnist.train, 60_000), (fashion_mnist.test, 10_000)):
         assert split.images.shape == (count, 28, 28)
         assert split.images.dtype == split.labels.dtype == np.uint8
@@ -113,7 +113,7 @@ def test_the_real_data_set_is_the_published_one(fashion_mnist: FashionMNIST) -> 
 
 
 def test_the_digest_is_that_of_sha256sums_listing(fashion_mnist: FashionMNIST) -> None:
-    """What `sha256sum *.gz | sha256sum` prints in the folder of the official files."""
+    """It is the output of `sha256sum *.gz | sha256sum` in the folder of the official files."""
     expected = "4208722e2f95c92b7e6f0789caf8e8b31dee57cf57b10c3956b314f438b6f3d2"
     assert fashion_mnist.sha256 == expected
 
@@ -175,13 +175,13 @@ def test_a_named_folder_is_never_filled_from_the_network(files: Files, tmp_path:
     assert {path.name for path in folder.iterdir()} == set(files)
 
 
-def test_a_folder_in_place_of_a_file_is_told(files: Files, tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_an_error(files: Files, tmp_path: Path) -> None:
     del files[TEST_LABELS]
     (put(files, tmp_path) / TEST_LABELS).mkdir()
     assert f"{TEST_LABELS} cannot be read (Is a directory)" in refusal(tmp_path)
 
 
-def test_nothing_at_hand_and_no_download_says_what_to_set() -> None:
+def test_no_data_and_no_download_is_an_error_that_says_what_to_set() -> None:
     with pytest.raises(DatasetNotFoundError, match="set FASHION_MNIST_DIR"):
         load(download=False)
 
@@ -208,7 +208,7 @@ def test_a_truncated_file_is_found(name: str, files: Files, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("one", "other"), [(TRAIN_LABELS, TEST_LABELS), (TEST_IMAGES, TEST_LABELS)]
 )
-def test_swapped_files_are_told_apart(one: str, other: str, files: Files, tmp_path: Path) -> None:
+def test_swapped_files_are_found(one: str, other: str, files: Files, tmp_path: Path) -> None:
     put(files | {one: files[other], other: files[one]}, tmp_path)
     assert refusal(tmp_path) in {
         f"{tmp_path / a} holds the contents of {b}: delete it and download it again from "
@@ -242,7 +242,7 @@ def test_swapped_files_are_told_apart(one: str, other: str, files: Files, tmp_pa
         (TEST_LABELS, packed(np.zeros(19, np.uint8)), "holds 19 labels for 20 images"),
     ],
 )
-def test_a_file_with_the_right_digest_is_still_parsed_with_care(
+def test_a_file_with_the_right_digest_is_still_checked(
     name: str,
     data: bytes,
     finding: str,
@@ -274,7 +274,7 @@ def test_every_shortening_of_an_idx_file_is_refused() -> None:
 
 @dataclass
 class Mirror:
-    """A local web server of files, which can be told to misbehave."""
+    """A local web server of files, with faults to switch on."""
 
     files: Files
     url: str = ""
@@ -344,7 +344,7 @@ def test_missing_files_are_downloaded_once(
     assert mirrors[1].asked == []
 
 
-def test_a_damaged_file_in_the_cache_is_fetched_anew(
+def test_a_damaged_file_in_the_cache_is_downloaded_again(
     mirrors: list[Mirror], files: Files, cache: Path
 ) -> None:
     put(files | {TEST_IMAGES: b"damaged"}, cache)
@@ -353,7 +353,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_anew(
     assert mirrors[0].asked == [(TEST_IMAGES, None)]
 
 
-def test_a_folder_in_place_of_a_file_in_the_cache_is_told(
+def test_a_folder_in_place_of_a_file_in_the_cache_is_an_error(
     mirrors: list[Mirror], cache: Path
 ) -> None:
     (cache / TEST_IMAGES).mkdir(parents=True)
@@ -361,7 +361,7 @@ def test_a_folder_in_place_of_a_file_in_the_cache_is_told(
         fetch(mirrors)
 
 
-def test_a_broken_download_goes_on_from_the_next_mirror(
+def test_a_broken_download_is_continued_from_the_next_mirror(
     mirrors: list[Mirror], files: Files, cache: Path
 ) -> None:
     mirrors[0].cut_after = 10
@@ -370,9 +370,7 @@ def test_a_broken_download_goes_on_from_the_next_mirror(
     assert sorted(mirrors[1].asked) == [(name, "bytes=10-") for name in sorted(files)]
 
 
-def test_a_killed_download_goes_on_where_it_ended(
-    mirrors: list[Mirror], files: Files, cache: Path
-) -> None:
+def test_a_killed_download_is_continued(mirrors: list[Mirror], files: Files, cache: Path) -> None:
     put(files, cache)
     (cache / TEST_IMAGES).rename(cache / f"{TEST_IMAGES}.part")
     (cache / f"{TEST_IMAGES}.part").write_bytes(files[TEST_IMAGES][:5000])
@@ -392,7 +390,7 @@ def test_a_mirror_without_ranges_sends_the_whole_file(
 
 
 @pytest.mark.parametrize("rest", [b"not the beginning", b"longer than the file" * 2000])
-def test_a_wrong_beginning_is_thrown_away(
+def test_a_wrong_partial_file_is_deleted(
     rest: bytes, mirrors: list[Mirror], files: Files, cache: Path
 ) -> None:
     put({f"{TEST_IMAGES}.part": rest}, cache)
@@ -404,7 +402,7 @@ def test_a_wrong_beginning_is_thrown_away(
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("begins", [False, True])
-def test_a_mirror_that_falls_silent_is_passed_over(
+def test_a_mirror_that_stops_answering_is_skipped(
     begins: bool,
     mirrors: list[Mirror],
     files: Files,
@@ -431,7 +429,7 @@ def test_a_mirror_that_falls_silent_is_passed_over(
     assert mirrors[0].asked == [(TEST_LABELS, "bytes=5-" if begins else None)]
 
 
-def test_a_mirror_that_sends_other_bytes_is_passed_over(
+def test_a_mirror_that_sends_other_bytes_is_skipped(
     mirrors: list[Mirror], files: Files, cache: Path
 ) -> None:
     mirrors[0].files[TRAIN_LABELS] = b"<html>Please sign in</html>"
@@ -440,7 +438,9 @@ def test_a_mirror_that_sends_other_bytes_is_passed_over(
     assert mirrors[1].asked == [(TRAIN_LABELS, None)]
 
 
-def test_when_no_mirror_helps_each_ones_reason_is_told(mirrors: list[Mirror], cache: Path) -> None:
+def test_if_every_mirror_fails_the_error_has_their_reasons(
+    mirrors: list[Mirror], cache: Path
+) -> None:
     mirrors[0].files.clear()
     mirrors[1].files[TEST_IMAGES] = b"<html>Please sign in</html>"
     with pytest.raises(DatasetError) as caught:
@@ -456,15 +456,15 @@ def test_when_no_mirror_helps_each_ones_reason_is_told(mirrors: list[Mirror], ca
 
 
 def test_the_mirrors_are_the_official_ones() -> None:
-    """As its authors' own page names them."""
+    """They are the addresses on its authors' page."""
     assert dataset.MIRRORS == (
         "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
     )
 
 
-def test_the_arrays_may_be_written_to(fashion_mnist: FashionMNIST) -> None:
-    """Torch warns of arrays that may not."""
+def test_the_arrays_are_writable(fashion_mnist: FashionMNIST) -> None:
+    """PyTorch warns about read-only arrays."""
     for split in (fashion_mnist.train, fashion_mnist.test):
         assert split.images.flags.writeable
         assert split.labels.flags.writeable

@@ -64,14 +64,14 @@ def test_the_spread_of_batch_statistics_is_as_the_page_says(fashion_mnist: Fashi
         assert f"| `{name}` | {mean:.3f} | {variance:.2f} | {alone:.3f} |" in PAGE
 
 
-def test_what_was_decided_on_held_out_images_is_as_the_card_says() -> None:
+def test_the_held_out_accuracies_are_the_cards() -> None:
     phrase = re.compile(r"moving \d\.\d+, population \d\.\d+, clean \d\.\d+")
     card = " ".join((ROOT / "models" / "MODEL_CARD.md").read_text().split())
     (quoted,) = phrase.findall(" ".join(PAGE.split()))
     assert quoted in card
 
 
-def test_every_test_it_names_exists() -> None:
+def test_every_test_that_it_names_exists() -> None:
     named = re.findall(r"`(tests/\S+\.py)::(\w+)`", PAGE)
     assert len(named) > 20
     assert [
@@ -86,7 +86,7 @@ def test_its_pictures_are_small() -> None:
 
 
 def test_the_picture_of_gamma_and_beta_is_of_the_committed_model(tmp_path: Path) -> None:
-    """Compared by eye, as it were: another version of matplotlib may set its type otherwise."""
+    """Compared with a tolerance: another version of matplotlib may draw letters differently."""
     pictures.draw_norms(RUN.model(), tmp_path / "again.png")
     again, committed = (
         np.asarray(Image.open(path).convert("L"), float)
@@ -97,7 +97,7 @@ def test_the_picture_of_gamma_and_beta_is_of_the_committed_model(tmp_path: Path)
 
 
 def test_the_study_of_batches_is_of_the_committed_model(fashion_mnist: FashionMNIST) -> None:
-    """One deal is measured again, at two sizes."""
+    """One random order is measured again, with two batch sizes."""
     records = Records(DOCS / "studies" / "prediction-batch.jsonl")
     sample = samples(fashion_mnist, 20_000).test
     model = RUN.model(RUN.config().recipe.statistics)
@@ -113,7 +113,7 @@ def test_the_study_of_batches_is_of_the_committed_model(fashion_mnist: FashionMN
         assert right.double().mean().item() == pytest.approx(recorded, abs=1e-3)
 
 
-def test_the_bias_before_a_batch_norm_is_idle() -> None:
+def test_the_bias_before_a_batch_norm_gets_no_gradient() -> None:
     model = BNLeNet().double()
     initialise(model, 0)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The artefact: its contract, its parity with the unfolded model, and refusals to write it."""
+"""The exported file: its contract, its parity with the unfolded model, and refusals to write it."""
 
 import base64
 import copy
@@ -43,7 +43,7 @@ PROVENANCE = Provenance(
 
 @pytest.fixture(scope="module")
 def fitted(fashion_mnist: FashionMNIST) -> BNLeNet:
-    """Fit for two hundred small steps: enough to be far better than chance."""
+    """Fit for two hundred small steps, which is far better than chance."""
     torch.set_num_threads(1)
     model = BNLeNet()
     initialise(model, seed=0)
@@ -93,7 +93,7 @@ def float64_logits(model: nn.Module, images: NDArray[np.uint8]) -> Tensor:
     return logits
 
 
-def test_the_graph_is_the_contracts(exported: ExportReport) -> None:
+def test_the_graph_follows_the_contract(exported: ExportReport) -> None:
     proto = onnx.load(exported.path)
     onnx.checker.check_model(proto, full_check=True)
     assert " ".join(node.op_type for node in proto.graph.node) == (
@@ -114,7 +114,9 @@ def test_the_graph_is_the_contracts(exported: ExportReport) -> None:
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 20)]
 
 
-def test_the_file_is_small_whole_and_says_nothing_of_this_machine(exported: ExportReport) -> None:
+def test_the_file_is_small_complete_and_names_nothing_of_this_machine(
+    exported: ExportReport,
+) -> None:
     data = exported.path.read_bytes()
     assert exported.size_bytes == len(data) < 200_000
     assert [path.name for path in exported.path.parent.iterdir()] == ["model.onnx"]
@@ -144,7 +146,7 @@ def test_it_does_what_the_unfolded_model_does_on_every_real_test_image(
     assert 0 < exported.fold_error < 2e-5
 
 
-def test_the_metadata_are_the_contracts(exported: ExportReport) -> None:
+def test_the_metadata_follow_the_contract(exported: ExportReport) -> None:
     """Read as the service reads them, through ONNX Runtime."""
     session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
@@ -197,7 +199,7 @@ def test_the_digest_ends_the_file_and_covers_every_other_byte(exported: ExportRe
     assert hashlib.sha256(data[:-64] + b"0" * 64).hexdigest() == digest.value
 
 
-def test_a_digest_goes_nowhere_but_at_the_end() -> None:
+def test_a_digest_goes_only_at_the_end() -> None:
     zeros = b"0" * 64
     assert (
         with_digest(b"model" + zeros)
@@ -207,7 +209,7 @@ def test_a_digest_goes_nowhere_but_at_the_end() -> None:
         with_digest(b"model" + zeros + b"more")
 
 
-def test_the_self_test_is_the_formulas_and_the_unfolded_models(
+def test_the_self_test_follows_its_formula_and_the_unfolded_model(
     exported: ExportReport, fitted: BNLeNet
 ) -> None:
     proto = onnx.load(exported.path)
@@ -234,7 +236,7 @@ def test_the_self_test_is_the_formulas_and_the_unfolded_models(
     assert exported.self_test_error == pytest.approx(worst, abs=1e-9)
 
 
-def test_the_self_test_would_notice_a_wrong_machine(fitted: BNLeNet) -> None:
+def test_the_self_test_detects_wrong_images(fitted: BNLeNet) -> None:
     """Images upside down, transposed, mirrored or scaled by 256: all are far beyond tolerance."""
     images = export_module.self_test_pixels()
     right = float64_logits(fitted, images).softmax(1)
@@ -249,7 +251,7 @@ def test_the_self_test_would_notice_a_wrong_machine(fitted: BNLeNet) -> None:
 def test_one_image_alone_gives_what_it_gives_in_a_batch(
     exported: ExportReport, some: Split
 ) -> None:
-    """To float32's rounding: ONNX Runtime promises no bits across batch sizes."""
+    """To float32's rounding: ONNX Runtime does not promise equal bits for all batch sizes."""
     alone, together = (run(exported.path, some.images, batch) for batch in (1, 64))
     np.testing.assert_allclose(alone, together, rtol=0, atol=1e-6)
 
@@ -286,13 +288,13 @@ def test_logits_are_divided_in_float64_and_rounded_once() -> None:
         assert torch.equal(divided[name], expected)
 
 
-def test_the_largest_logits_have_probabilities_too() -> None:
+def test_the_largest_logits_give_finite_probabilities() -> None:
     logits = np.array([[1e4, 0.0, 1e4], [-1e4, -1e4 + np.log(3), -np.inf]])
     np.testing.assert_allclose(softmax(logits), [[0.5, 0, 0.5], [0.25, 0.75, 0]])
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_temperature_that_is_no_positive_number_is_refused(
+def test_a_temperature_that_is_not_positive_and_finite_is_refused(
     temperature: float, fitted: BNLeNet, some: Split, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="temperature must be a positive number"):
@@ -344,7 +346,7 @@ def test_the_fold_error_is_the_largest_over_all_logits_of_all_images(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One logit is spoiled, by less than what is allowed and then by more."""
+    """One logit is changed, by less than the tolerance and then by more."""
     right, off = export_module._run, 0.0
 
     def spoiled(proto: onnx.ModelProto, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
@@ -363,7 +365,7 @@ def test_the_fold_error_is_the_largest_over_all_logits_of_all_images(
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_another_class_than_the_models_is_never_written(
+def test_a_file_with_another_class_is_never_written(
     fitted: BNLeNet, some: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = export_module._run
@@ -396,8 +398,8 @@ def test_a_file_that_fails_its_own_self_test_is_never_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ties_are_listed_and_not_hidden(fitted: BNLeNet, some: Split, tmp_path: Path) -> None:
-    """Two twin classes, one a hair better in float64 than float32's softmax can tell."""
+def test_ties_are_listed(fitted: BNLeNet, some: Split, tmp_path: Path) -> None:
+    """Two classes differ by less in float64 than float32's softmax can show."""
     twins = copy.deepcopy(fitted)
     last = twins.get_submodule("linear3")
     assert isinstance(last, nn.Linear)
@@ -412,7 +414,7 @@ def test_ties_are_listed_and_not_hidden(fitted: BNLeNet, some: Split, tmp_path: 
     assert set(report.disagreements) <= set(report.ties)
 
 
-def test_the_model_is_left_alone(fitted: BNLeNet, some: Split, tmp_path: Path) -> None:
+def test_the_model_does_not_change(fitted: BNLeNet, some: Split, tmp_path: Path) -> None:
     before = copy.deepcopy(fitted.state_dict())
     export(fitted, PROVENANCE, some, tmp_path / "model.onnx", temperature=2.0)
     after = fitted.state_dict()
@@ -439,7 +441,7 @@ def test_training_mode_is_refused(fitted: BNLeNet, some: Split, tmp_path: Path) 
         nn.ReLU(),
     ],
 )
-def test_layers_that_the_graph_has_no_place_for_are_refused(layer: nn.Module) -> None:
+def test_other_kinds_of_layers_are_refused(layer: nn.Module) -> None:
     with pytest.raises(ValueError, match=f"cannot export {type(layer).__name__}"):
         build_model(nn.Sequential(layer), {})
 
@@ -464,7 +466,9 @@ def test_a_full_disk_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_folder_that_cannot_be_made_is_told(fitted: BNLeNet, some: Split, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error(
+    fitted: BNLeNet, some: Split, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match=r"cannot write .*file/model\.onnx \("):
         export(fitted, PROVENANCE, some, tmp_path / "file/model.onnx")

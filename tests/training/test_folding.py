@@ -1,4 +1,4 @@
-"""Folding against torch.nn.utils.fusion, against numpy by hand, and against the model itself."""
+"""Folding, compared with torch.nn.utils.fusion, with plain numpy, and with the model itself."""
 
 import copy
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def test_the_folded_model_predicts_what_the_model_predicts(
 
 
 @BOTH
-def test_weights_are_those_of_numpy_by_hand(kind: Literal["scratch", "torch"]) -> None:
+def test_weights_are_those_of_plain_numpy(kind: Literal["scratch", "torch"]) -> None:
     """Output by output, in plain numpy: w (g / root) and (b - m) (g / root) + beta."""
     model = fitted(kind)
     folded = fold_batch_norm(model)
@@ -96,7 +96,7 @@ def test_float32_weights_are_the_float64_fold_rounded_once() -> None:
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_only_batch_norm_is_gone() -> None:
+def test_only_the_batch_norms_are_removed() -> None:
     model = fitted()
     folded = fold_batch_norm(model)
     assert not norm_layers(folded)
@@ -108,8 +108,8 @@ def test_only_batch_norm_is_gone() -> None:
 
 
 @BOTH
-def test_the_argument_is_left_alone(kind: Literal["scratch", "torch"]) -> None:
-    """Neither folding nor a change to its result reaches the model."""
+def test_the_argument_does_not_change(kind: Literal["scratch", "torch"]) -> None:
+    """Neither folding nor a change to its result changes the model."""
     model = fitted(kind)
     layers, state = list(model.modules()), copy.deepcopy(model.state_dict())
     folded = fold_batch_norm(model)
@@ -165,7 +165,7 @@ def test_a_layer_used_twice_stays_twice() -> None:
     torch.testing.assert_close(fold_batch_norm(model)(x), model(x), rtol=0, atol=1e-12)
 
 
-def test_batch_norm_inside_a_layer_is_not_left_in_silence() -> None:
+def test_batch_norm_inside_another_module_is_refused() -> None:
     inner = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     with pytest.raises(ValueError, match="cannot fold a batch norm inside 0"):
         fold_batch_norm(nn.Sequential(inner).eval())

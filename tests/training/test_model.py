@@ -1,4 +1,4 @@
-"""BN-LeNet: the chapter's architecture, and its two variants, which train alike."""
+"""BN-LeNet: the chapter's architecture; the variants with our layer and torch's train alike."""
 
 from typing import Literal
 
@@ -42,7 +42,7 @@ def test_it_is_the_chapters_network(kind: Kind) -> None:
 
 
 def test_both_variants_have_the_same_loss_curve(fashion_mnist: FashionMNIST) -> None:
-    """The chapter's steps on real images, in float64, so that rounding stays invisible."""
+    """The chapter's steps on real images, in float64, so that rounding does not show."""
     images = torch.from_numpy(fashion_mnist.train.images[:320]).unsqueeze(1).double() / 255
     labels = torch.from_numpy(fashion_mnist.train.labels[:320]).long()
     batches = torch.arange(320).view(10, 32)
@@ -120,7 +120,7 @@ def test_the_seed_alone_decides_the_initial_weights() -> None:
 
 
 @BOTH
-def test_norm_layers_of_either_kind_are_reached_alike(kind: Kind) -> None:
+def test_norm_layers_of_both_kinds_are_found(kind: Kind) -> None:
     layers = norm_layers(BNLeNet(kind))
     assert {name: affine(layer)[0].numel() for name, layer in layers.items()} == {
         "norm1": 6,

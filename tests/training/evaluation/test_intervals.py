@@ -32,13 +32,13 @@ def test_one_value_has_no_finite_interval() -> None:
     assert not mean_interval([0.5]).excludes(100)
 
 
-def test_no_value_is_refused() -> None:
+def test_an_empty_sample_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         mean_interval([])
 
 
 def test_pairing_removes_what_the_pairs_share() -> None:
-    """Seeds differ by far more than the arms do; the paired difference still shows it."""
+    """Seeds differ far more than the arms; the paired difference still shows the arms' effect."""
     before = [0.1, 0.5, 0.9]
     difference = paired_difference([v + 0.010 + 0.001 * i for i, v in enumerate(before)], before)
     assert difference.mean == pytest.approx(0.011)
@@ -52,7 +52,7 @@ def test_pairs_must_be_pairs() -> None:
         paired_difference([1.0], [1.0, 2.0])
 
 
-def test_welch_is_its_formula() -> None:
+def test_welchs_p_value_is_its_formula() -> None:
     """Welch (1947): t and its degrees of freedom by hand, the tail by integrating the density."""
     first, second = [0.921, 0.924, 0.926, 0.925], [0.927, 0.929, 0.928, 0.9285, 0.9275]
     errors = [np.var(values, ddof=1) / len(values) for values in (first, second)]

@@ -47,7 +47,7 @@ def test_confidence_on_the_edge_of_a_bin_belongs_to_the_lower_one() -> None:
 
 
 def test_an_evaluation_counts_what_the_classifier_says(fashion_mnist: FashionMNIST) -> None:
-    """A classifier that knows the clean images by heart and says 0 to all others."""
+    """The classifier knows the unchanged images, and answers 0 to all others."""
     split = Split(fashion_mnist.test.images[:100], fashion_mnist.test.labels[:100])
     answers = split.labels.copy()
     answers[answers == 6] = 0
@@ -74,20 +74,20 @@ def test_an_evaluation_counts_what_the_classifier_says(fashion_mnist: FashionMNI
     assert result.robust_worst[1] == shirts_t / 100
 
 
-def test_a_right_class_given_no_probability_costs_much_but_not_everything() -> None:
+def test_a_right_class_with_probability_zero_has_a_finite_cost() -> None:
     split = Split(np.zeros((2, 28, 28), np.uint8), np.array([0, 1], np.uint8))
     result = evaluate(lambda _: rows((0, 1.0), (0, 1.0)), split)
     assert result.nll == pytest.approx(-np.log(np.finfo(np.float32).tiny) / 2)
 
 
-def test_the_worst_change_is_that_with_the_least_accuracy() -> None:
+def test_the_worst_change_has_the_lowest_accuracy() -> None:
     changes = {"blur": 0.9, "shift": 0.7, "scale": 0.8}
     result = Evaluation(1, 1.0, 0.0, 0.0, [], [], [], changes)
     assert result.robust_worst == ("shift", 0.7)
     assert result.robust_mean == pytest.approx(0.8)
 
 
-def test_files_that_are_no_model_are_told(tmp_path: Path) -> None:
+def test_files_that_are_not_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="there is no model file"):
         onnx_classifier(tmp_path / "none.onnx")
     (tmp_path / "text.onnx").write_text("hello")
@@ -115,7 +115,7 @@ def model_file(
     ("kind", "shape"),
     [(TensorProto.FLOAT, ["batch", 1, 28, 28]), (TensorProto.UINT8, ["batch", 3, 32, 32])],
 )
-def test_models_for_other_images_are_told(
+def test_models_for_other_images_are_refused(
     kind: int, shape: list[str | int | None], tmp_path: Path
 ) -> None:
     ten = helper.make_tensor("ten", TensorProto.FLOAT, [1, 10], [0.1] * 10)
@@ -124,7 +124,7 @@ def test_models_for_other_images_are_told(
         onnx_classifier(model_file(tmp_path, kind, shape, node))
 
 
-def test_models_without_our_probabilities_are_told(tmp_path: Path) -> None:
+def test_models_with_other_outputs_are_refused(tmp_path: Path) -> None:
     node = helper.make_node("Cast", ["pixels"], ["probabilities"], to=TensorProto.FLOAT)
     path = model_file(tmp_path, TensorProto.UINT8, ["batch", 1, 28, 28], node)
     model = onnx.load(path)
@@ -136,7 +136,7 @@ def test_models_without_our_probabilities_are_told(tmp_path: Path) -> None:
 
 
 def test_a_model_file_classifies_any_number_of_images(tmp_path: Path) -> None:
-    """As the network that it was made of does."""
+    """It answers like the network that it was made from."""
     network = BNLeNet().eval()
     initialise(network, seed=0)
     path = tmp_path / "model.onnx"
@@ -148,7 +148,7 @@ def test_a_model_file_classifies_any_number_of_images(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_probabilities_that_are_no_numbers_are_told(tmp_path: Path) -> None:
+def test_probabilities_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     ten = helper.make_tensor("ten", TensorProto.FLOAT, [1, 10], [float("nan")] * 10)
     node = helper.make_node("Constant", [], ["probabilities"], value=ten)
     path = model_file(tmp_path, TensorProto.UINT8, ["batch", 1, 28, 28], node)

@@ -1,4 +1,4 @@
-"""Pictures of a run: drawn alike each time, and PNG under any name."""
+"""Pictures of a run: the same bytes each time, and PNG under any name."""
 
 import shutil
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_pictures_are_drawn_the_same_each_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.svg", "a"])
-def test_a_picture_is_a_png_whatever_its_name(name: str, tmp_path: Path) -> None:
+def test_a_picture_is_a_png_under_any_name(name: str, tmp_path: Path) -> None:
     pictures.draw_confusion([[1] * 10] * 10, tmp_path / name)
     with Image.open(tmp_path / name) as image:
         assert image.format == "PNG"

@@ -25,7 +25,7 @@ def test_the_set_is_the_sixteen_changes_of_its_definition(images: NDArray[np.uin
         assert not np.array_equal(result, images), name
 
 
-def test_no_image_is_lost_where_there_are_many(fashion_mnist: FashionMNIST) -> None:
+def test_no_image_of_a_large_set_is_lost(fashion_mnist: FashionMNIST) -> None:
     many = fashion_mnist.test.images[:1100]
     change = perturbations()["contrast 0.6"]
     halves = [change(many[:550]), change(many[550:])]
@@ -37,7 +37,7 @@ def test_no_image_is_lost_where_there_are_many(fashion_mnist: FashionMNIST) -> N
 def test_shifts_move_the_content_and_bring_in_background(
     images: NDArray[np.uint8], down: int, right: int, sign: int
 ) -> None:
-    """Every pixel goes where its shift says; the others are zero."""
+    """Every pixel moves by its shift; the others are zero."""
     down, right = sign * down, sign * right
     moved = perturbations()[f"shift ({down:+d}, {right:+d})"](images)
     expected = np.zeros_like(images)

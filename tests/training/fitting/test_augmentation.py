@@ -1,4 +1,4 @@
-"""Random changes: how far they go, measured on dots, blobs and greys, and what they keep."""
+"""Random changes: their limits, measured on dots, blobs and greys, and what they do not change."""
 
 import math
 
@@ -22,14 +22,14 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def blob(x: float, y: float, count: int) -> Tensor:
-    """Make copies of an image of one round spot, so many pixels right of and below the centre."""
+    """Make copies of an image with one round spot, at this offset right of and below the centre."""
     down, right = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     spot = torch.exp(-((right - 13.5 - x) ** 2 + (down - 13.5 - y) ** 2) / 4)
     return spot.expand(count, 1, 28, 28)
 
 
 def spots(view: Tensor) -> Tensor:
-    """Find every image's spot: pixels right of and below the centre, [n, 2]."""
+    """Return the offset of every image's spot, right of and below the centre: [n, 2]."""
     place = torch.arange(28.0) - 13.5
     mass = view.sum((1, 2, 3))
     return torch.stack([(view[:, 0].sum(axis) * place).sum(1) / mass for axis in (1, 2)], 1)
@@ -53,7 +53,7 @@ def test_the_same_generator_gives_the_same_images_with_any_number_of_threads(
     assert not torch.equal(views[0], RECIPES["best"].augmentation(images, seeded(1)))
 
 
-def test_the_input_is_left_alone_and_the_range_is_kept(images: Tensor) -> None:
+def test_the_input_does_not_change_and_the_range_is_kept(images: Tensor) -> None:
     before = images.clone()
     view = RECIPES["best"].augmentation(images, seeded())
     assert torch.equal(images, before)
@@ -94,7 +94,7 @@ def test_rotation_and_scale_are_those_of_a_turned_and_scaled_dot() -> None:
 
 
 def test_turned_images_are_mirrored_and_shifted_too() -> None:
-    """All in one resampling, with next to no turn: a blob 6 pixels right of the centre."""
+    """All in one resampling, with nearly no rotation: a blob 6 pixels right of the centre."""
     change = Augmentation(flip=True, shift=2, rotation=1e-6)
     right, down = spots(change(blob(6, 0, 1000), seeded())).T
     assert 0.45 < (right < 0).float().mean() < 0.55
@@ -135,7 +135,7 @@ def test_contrast_is_about_each_images_own_mean() -> None:
     ],
 )
 def test_pixels_never_leave_the_range(change: Augmentation) -> None:
-    """Of images with the extremes already: what would go beyond stops there."""
+    """The images have the extreme values already, so changes must be clipped."""
     generator = seeded(3)
     images = (torch.rand(64, 1, 28, 28, generator=generator) > 0.3).float()
     view = change(images, generator)
@@ -159,7 +159,7 @@ def test_every_image_draws_its_own_amounts(images: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", ["brightness", "contrast", "gamma", "sharpness"])
 def test_an_amount_is_the_next_number_of_the_generator(kind: str) -> None:
-    """So that a seed gives the same images again; a change that is off draws nothing."""
+    """So a seed gives the same images again; a change with limit zero draws nothing."""
     images = torch.rand(16, 1, 28, 28, generator=seeded(1))
     amounts = 0.8 * (2 * torch.rand(16, 1, 1, 1, generator=seeded()) - 1)
     mean = images.mean((1, 2, 3), keepdim=True)
@@ -214,7 +214,7 @@ def test_sharpness_blurs_some_and_sharpens_others_of_its_share(images: Tensor) -
 
 @pytest.mark.parametrize("sigma", [0.7, 1.0, 2.0])
 def test_a_blur_is_a_weighted_mean_of_neighbours_with_the_edge_repeated(sigma: float) -> None:
-    """Pixel by pixel in numpy, over all that lie within three sigma, up and down and across."""
+    """Pixel by pixel in numpy, over all neighbours within three sigma in both directions."""
     generator = np.random.default_rng(0)
     image = generator.random((9, 12))
     reach = math.ceil(3 * sigma)

@@ -1,4 +1,4 @@
-"""The batch-last forward pass against calling the model, in float64."""
+"""The batch-last forward pass, compared with the plain model in float64."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_logits_gradients_and_statistics_are_those_of_the_model(
         torch.testing.assert_close(fast.get_buffer(name), value, rtol=0, atol=1e-12, msg=name)
 
 
-def test_the_gradient_of_the_images_is_given_when_wanted() -> None:
+def test_the_images_get_a_gradient_if_they_need_one() -> None:
     images = torch.rand(4, 1, 28, 28, dtype=torch.float64, requires_grad=True)
     same = images.detach().clone().requires_grad_()
     weights = torch.linspace(-1, 1, 10, dtype=torch.float64)

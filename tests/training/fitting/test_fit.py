@@ -1,4 +1,4 @@
-"""The loop against one written by hand, its run folder, divergence, and resuming bit for bit."""
+"""The loop, compared with one written by hand; its run folder, divergence, and resuming."""
 
 import json
 import math
@@ -99,7 +99,7 @@ def test_the_best_recipe_learns(few: FashionMNIST, best: Recipe) -> None:
 
 
 def test_the_last_epochs_change_the_images_less(few: FashionMNIST, best: Recipe) -> None:
-    """What each epoch sees is what its augmentation makes of its images with its own seed."""
+    """The images of an epoch are those of its augmentation with its own seed."""
     recipe = replace(best, epochs=5, finish=0.4, batch_size=400)
     seen: list[Tensor] = []
     forward = batch_last.forward
@@ -137,7 +137,7 @@ def test_population_statistics_are_of_images_as_the_last_epochs_change_them(
 
 
 @pytest.mark.parametrize("kind", ["moving", "population"])
-def test_what_is_told_of_a_fit_is_by_the_recipes_statistics(
+def test_confusion_and_temperature_use_the_recipes_statistics(
     few: FashionMNIST, chapter: Recipe, kind: Statistics
 ) -> None:
     recipe = replace(chapter, epochs=6, batch_size=32, statistics=kind)
@@ -165,9 +165,7 @@ def test_held_out_images_are_not_trained_on(few: FashionMNIST, chapter: Recipe) 
     assert fit(hidden_test, chapter, holdout=200).scores == a.scores
 
 
-def test_what_cannot_be_trained_is_refused_before_it_starts(
-    few: FashionMNIST, chapter: Recipe
-) -> None:
+def test_an_impossible_fit_is_refused_before_it_starts(few: FashionMNIST, chapter: Recipe) -> None:
     with pytest.raises(FitError, match="a batch size of 133 leaves a last batch of one image"):
         fit(few, replace(chapter, batch_size=133))
     fit(few, replace(chapter, batch_size=133, epochs=1), holdout=1)
@@ -197,17 +195,17 @@ def test_a_loss_that_becomes_nan_stops_the_fit_and_keeps_the_last_checkpoint(
     assert all(tensor.isfinite().all() for tensor in after.values())
 
 
-def test_a_learning_rate_far_too_high_is_told(few: FashionMNIST, chapter: Recipe) -> None:
+def test_a_learning_rate_far_too_high_is_an_error(few: FashionMNIST, chapter: Recipe) -> None:
     with pytest.raises(
         FitError, match=r"became infinite or NaN in epoch 1, .* No epoch was complete"
     ):
         fit(few, replace(chapter, learning_rate=1e38))
 
 
-def test_an_endless_variance_is_told_though_the_loss_is_finite(
+def test_an_infinite_variance_is_an_error_even_with_a_finite_loss(
     few: FashionMNIST, chapter: Recipe
 ) -> None:
-    """Weights of 1e29 are numbers, their outputs' variance is none; normalised they are zero."""
+    """Weights of 1e29 are finite, but the variance of their outputs is not."""
     with pytest.raises(FitError, match=r"became infinite or NaN in epoch 1, step 4 of 4"):
         fit(few, replace(chapter, learning_rate=1e30))
 
@@ -219,7 +217,7 @@ def test_an_endless_variance_is_told_though_the_loss_is_finite(
 def test_every_checkpoint_and_the_model_are_the_average_of_the_steps_so_far(
     few: FashionMNIST, best: Recipe, averaging: float, tmp_path: Path
 ) -> None:
-    """Recomputed step by step from the weights that the loop passes through."""
+    """Recomputed step by step from the weights after every step."""
     recipe = replace(best, averaging=averaging)
     run = new_run(tmp_path / "run", recipe)
     expected: dict[str, Tensor] = {}

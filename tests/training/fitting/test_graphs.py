@@ -1,4 +1,4 @@
-"""CUDA graphs are trusted where they train as eager steps do; the comparison is tested anywhere."""
+"""CUDA graphs are used only if they train like eager steps; a CPU suffices to test this check."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -51,12 +51,12 @@ def nothing(_: Fitting) -> Step:
 
 
 def stale(fitting: Fitting) -> Step:
-    """Train on the rows of the capture, as a graph would that is not given its rows."""
+    """Train on the rows of the capture, like a graph that ignores its input."""
     return lambda rows: fitting.step(torch.arange(len(rows)))
 
 
 def frozen(fitting: Fitting) -> Step:
-    """Draw the same numbers at every step, as a graph without its generator would."""
+    """Draw the same numbers at every step, like a graph without its generator."""
 
     def step(rows: Tensor) -> None:
         fitting.generator.manual_seed(0)
@@ -97,8 +97,8 @@ def test_a_step_that_does_something_else_is_far_from_the_eager_one(
     assert all(torch.equal(before[name], t) for name, t in fitting.tensors().items())
 
 
-def test_the_order_of_additions_is_forgiven(fitting: Fitting) -> None:
-    """As a GPU's: the plain forward pass rounds otherwise than the batch-last one."""
+def test_differences_of_rounding_are_tolerated(fitting: Fitting) -> None:
+    """As on a GPU: the plain and the batch-last forward pass round differently."""
 
     def step(rows: Tensor) -> None:
         forward, fitting.forward = fitting.forward, fitting.model
@@ -125,7 +125,7 @@ def test_a_replay_that_differs_is_not_used(
     assert fitting.augmentation == augmentation
 
 
-def test_a_capture_that_fails_is_told_and_the_fit_goes_on(
+def test_after_a_failed_capture_the_fit_warns_and_runs_eagerly(
     fitting: Fitting, caplog: pytest.LogCaptureFixture
 ) -> None:
     def capture(fitting: Fitting) -> Step:
@@ -158,7 +158,7 @@ def test_a_replay_that_agrees_is_used(fitting: Fitting, caplog: pytest.LogCaptur
 
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
-    """Fail where the host waits for the device; restore the mode when the test fails, too."""
+    """Fail if the host waits for the device; restore the mode in any case."""
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
@@ -187,7 +187,7 @@ def test_on_a_gpu_captured_steps_train_as_eager_steps_do(
 def test_on_a_gpu_captured_steps_train_as_the_cpu_does(
     few: FashionMNIST, name: str, request: pytest.FixtureRequest
 ) -> None:
-    """Without augmentation, which each device draws from a generator of its own."""
+    """Without augmentation, because every device has its own random numbers."""
     recipe = request.getfixturevalue(name)
     recipe = replace(recipe, augmentation=Augmentation(), finish=0.0)
     on_cpu, on_gpu = (Fitting(recipe, *on_device(few.train, d)) for d in ("cpu", "cuda"))
@@ -245,7 +245,7 @@ def test_on_a_gpu_an_epochs_steps_never_wait_for_the_device(
 def test_on_a_gpu_a_fit_is_the_same_with_and_without_graphs(
     few: FashionMNIST, name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """The whole way: the loop, the statistics, the run folder and its model on the CPU."""
+    """From end to end: the loop, the statistics, the run folder and its model on the CPU."""
     recipe = request.getfixturevalue(name)
     fits = []
     for graphs in (True, False):

@@ -1,4 +1,4 @@
-"""Muon against a plain numpy version of its publication, in float64."""
+"""Muon, compared with a plain numpy version of its publication, in float64."""
 
 import numpy as np
 import pytest
@@ -34,13 +34,13 @@ def newton_schulz(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 @SHAPES
 @pytest.mark.parametrize("size", [1.0, 1e-8])
 def test_orthogonalising_is_the_published_iteration(shape: tuple[int, int], size: float) -> None:
-    """Also of a gradient so small that the published 1e-7 shows."""
+    """Also for a gradient so small that the published 1e-7 matters."""
     matrix = size * random(*shape)
     expected = torch.from_numpy(newton_schulz(matrix.numpy()))
     torch.testing.assert_close(orthogonalise(matrix), expected, rtol=0, atol=1e-12)
 
 
-def test_no_gradient_at_all_is_orthogonalised_to_none() -> None:
+def test_a_zero_gradient_stays_zero() -> None:
     assert torch.equal(orthogonalise(torch.zeros(3, 4)), torch.zeros(3, 4))
 
 
@@ -84,7 +84,7 @@ def test_a_step_is_nesterov_momentum_orthogonalised_with_decay() -> None:
     torch.testing.assert_close(weight.detach(), expected)
 
 
-def test_the_defaults_are_no_decay_and_a_momentum_of_95_percent() -> None:
+def test_the_defaults_are_no_decay_and_momentum_0_95() -> None:
     weights = [random(4, 6).requires_grad_() for _ in range(2)]
     rate = torch.tensor(0.1, dtype=torch.float64)
     optimizers = Muon(weights[:1], rate), Muon(weights[1:], rate, weight_decay=0.0, momentum=0.95)
@@ -95,7 +95,7 @@ def test_the_defaults_are_no_decay_and_a_momentum_of_95_percent() -> None:
     assert torch.equal(*weights)
 
 
-def test_a_weight_without_a_gradient_stays_and_does_not_keep_the_others_back() -> None:
+def test_a_weight_without_a_gradient_stays_and_the_others_move() -> None:
     first, second = random(4, 6).requires_grad_(), random(4, 6).requires_grad_()
     second.grad = random(4, 6, seed=1)
     Muon([first, second], lr=torch.tensor(0.1), weight_decay=0.5).step()

@@ -1,4 +1,4 @@
-"""What a fit is asked for: defaults of this machine, refusals, new and resumed run folders."""
+"""The options of a fit: defaults of this machine, refusals, new and resumed run folders."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from training.fitting.recipes import RECIPES, Recipe
 from training.fitting.run import Run, RunError
 
 
-def test_what_cannot_be_trained_is_refused(chapter: Recipe) -> None:
+def test_impossible_fits_are_refused(chapter: Recipe) -> None:
     check(chapter, 60_000)
     with pytest.raises(FitError, match="a batch size of 157 leaves a last batch of one image"):
         check(replace(chapter, batch_size=157), 1100)
@@ -72,7 +72,7 @@ def test_cores_are_those_that_the_process_may_use() -> None:
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_gpu_is_taken_where_there_is_one_and_never_replaced_in_silence(
+def test_auto_takes_a_gpu_and_cuda_fails_without_one(
     there: bool, chapter: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
@@ -85,7 +85,7 @@ def test_a_gpu_is_taken_where_there_is_one_and_never_replaced_in_silence(
             new_config(chapter, "", device="cuda")
 
 
-def test_a_new_configuration_holds_all_that_was_asked(chapter: Recipe) -> None:
+def test_a_new_configuration_has_all_options(chapter: Recipe) -> None:
     config = new_config(
         chapter, "abc", seed=3, device="cpu", batch_norm="scratch", holdout=7, threads=5
     )

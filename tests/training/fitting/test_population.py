@@ -1,4 +1,4 @@
-"""Statistics of the whole training set, against all images at once in float64."""
+"""Statistics of the whole training set, compared with those of all images at once in float64."""
 
 import copy
 from dataclasses import replace
@@ -42,7 +42,7 @@ def one_shot(model: BNLeNet, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]
 def test_population_statistics_are_those_of_all_images_at_once(
     few: FashionMNIST, model: BNLeNet
 ) -> None:
-    """400 images are no multiple of the batch, so an unweighted mean over batches would fail."""
+    """400 images are not a multiple of the batch, so an unweighted mean over batches would fail."""
     before = copy.deepcopy(model.state_dict())
     images, _ = on_device(few.train, "cpu")
     found = population_statistics(model, images)

@@ -1,4 +1,4 @@
-"""TF32 is off where figures are taken, and as it was afterwards."""
+"""TF32 is off while scores are computed, and has its old setting afterwards."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Several seeds in several processes: each fits as it would alone."""
+"""Several seeds in several processes: every fit gives what it gives alone."""
 
 import pickle
 from dataclasses import replace
@@ -80,13 +80,13 @@ def test_a_run_is_fitted_with_its_own_number_of_threads(
     ("runs", "device", "threads", "expected"),
     [(5, "cpu", 1, 4), (2, "cpu", 1, 2), (5, "cpu", 3, 1), (5, "cpu", 8, 1), (5, "cuda", 1, 1)],
 )
-def test_as_many_processes_as_the_cores_can_carry_and_one_for_a_gpu(
+def test_processes_share_the_cores_and_a_gpu_gets_one(
     runs: int, device: str, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "cores", lambda: 4)
     assert processes_for(runs, device, threads) == expected
 
 
-def test_errors_survive_the_way_between_processes() -> None:
+def test_errors_can_be_sent_between_processes() -> None:
     error = pickle.loads(pickle.dumps(FitError("the loss is no longer finite.")))  # noqa: S301 - our own bytes
     assert str(error) == "the loss is no longer finite."

@@ -6,7 +6,7 @@ from training.fitting.augmentation import Augmentation
 from training.fitting.recipes import RECIPES, Recipe
 
 
-def test_the_chapter_recipe_is_the_chapters() -> None:
+def test_the_chapter_recipe_has_the_chapters_settings() -> None:
     chapter = RECIPES["chapter"]
     assert (chapter.optimizer, chapter.learning_rate, chapter.batch_size, chapter.epochs) == (
         "sgd",
@@ -20,7 +20,7 @@ def test_the_chapter_recipe_is_the_chapters() -> None:
     assert chapter.statistics == "population"
 
 
-def test_a_warm_up_rises_to_the_whole_rate_and_falls_to_nothing() -> None:
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero() -> None:
     recipe = Recipe("x", "", warm_up=0.2)
     assert [recipe.rate(p) for p in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.5, 1, 0.5, 0])
     assert recipe.rate(0) > 0

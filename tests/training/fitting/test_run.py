@@ -33,14 +33,14 @@ def test_a_configuration_comes_back_as_it_was(run: Run, config: Config) -> None:
     assert run.config() == config
 
 
-def test_a_folder_with_something_in_it_is_not_used(run: Run, config: Config) -> None:
+def test_a_folder_that_is_not_empty_is_refused(run: Run, config: Config) -> None:
     before = (run.folder / "config.json").read_bytes()
     with pytest.raises(RunError, match="already exists: continue it with --resume"):
         Run.create(run.folder, replace(config, seed=4))
     assert (run.folder / "config.json").read_bytes() == before
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, config: Config) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path, config: Config) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot write the run folder .*file/a: Not a directory"):
         Run.create(tmp_path / "file" / "a", config)
@@ -49,7 +49,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, config: Config) ->
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"seed": 1}', '{"recipe": {"augmentation": {"x": 1}}}']
 )
-def test_damaged_configurations_are_told(run: Run, text: str) -> None:
+def test_damaged_configurations_are_refused(run: Run, text: str) -> None:
     (run.folder / "config.json").write_text(text)
     with pytest.raises(RunError, match=r"config\.json is damaged"):
         run.config()
@@ -68,10 +68,10 @@ def test_damaged_configurations_are_told(run: Run, text: str) -> None:
         ("recipe.teachers", 3, "unexpected keyword argument 'teachers'"),
     ],
 )
-def test_configurations_of_other_types_are_told(
+def test_configurations_with_other_types_are_refused(
     run: Run, place: str, value: object, told: str
 ) -> None:
-    """As edited by hand; each would fail further on, in words about something else."""
+    """As in files edited by hand; later, such a value would give an unrelated error."""
     fields = inner = json.loads((run.folder / "config.json").read_text())
     *outer, name = place.split(".")
     for each in outer:
@@ -82,7 +82,7 @@ def test_configurations_of_other_types_are_told(
         run.config()
 
 
-def test_what_is_not_there_yet_is_told(run: Run, tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_that_names_it(run: Run, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not a run folder"):
         Run(tmp_path).config()
     with pytest.raises(RunError, match=r"no checkpoint\.safetensors yet"):
@@ -92,7 +92,7 @@ def test_what_is_not_there_yet_is_told(run: Run, tmp_path: Path) -> None:
     assert run.metrics() == []
 
 
-def test_an_epoch_is_written_whole_and_read_back(run: Run) -> None:
+def test_an_epoch_is_written_and_read_back(run: Run) -> None:
     state = {"done": torch.tensor([7]), "model.x": torch.rand(3)}
     run.save_epoch([FIRST], checkpoint(), state)
     into = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_the_epoch_before(
 
 
 def test_metrics_beyond_the_saved_state_are_dropped(run: Run) -> None:
-    """A kill between the two writes leaves a line of an epoch that will be fitted again."""
+    """If a fit is killed between the two writes, the metrics have an epoch that is fitted again."""
     state = {"done": torch.tensor([7])}
     run.save_epoch([FIRST], checkpoint(), state)
     with (run.folder / "metrics.jsonl").open("a") as file:
@@ -138,7 +138,7 @@ def test_metrics_beyond_the_saved_state_are_dropped(run: Run) -> None:
     assert run.load_state(state) == [FIRST]
 
 
-def test_a_state_of_another_model_or_a_damaged_one_is_told(run: Run) -> None:
+def test_a_damaged_or_foreign_state_is_refused(run: Run) -> None:
     run.save_epoch([FIRST], checkpoint(), {"done": torch.tensor([7])})
     with pytest.raises(RunError, match="belongs to another model"):
         run.load_state({"other": torch.tensor([7])})
@@ -179,13 +179,13 @@ def test_the_model_comes_back_with_the_statistics_asked_for(run: Run) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"scores": {}}'])
-def test_damaged_results_are_told(run: Run, text: str) -> None:
+def test_damaged_results_are_refused(run: Run, text: str) -> None:
     (run.folder / "results.json").write_text(text)
     with pytest.raises(RunError, match=r"results\.json is damaged"):
         run.results()
 
 
-def test_a_state_that_does_not_fit_is_told(run: Run) -> None:
+def test_a_state_without_its_metrics_is_refused(run: Run) -> None:
     state = {"done": torch.tensor([7])}
     run.save_epoch([FIRST], checkpoint(), state)
     with pytest.raises(RunError, match="belongs to another model"):
@@ -199,13 +199,13 @@ def test_a_state_that_does_not_fit_is_told(run: Run) -> None:
         run.load_state(state)
 
 
-def test_a_checkpoint_that_is_no_file_is_told(run: Run) -> None:
+def test_a_folder_in_place_of_the_checkpoint_is_refused(run: Run) -> None:
     (run.folder / "checkpoint.safetensors").mkdir()
     with pytest.raises(RunError, match=r"checkpoint\.safetensors is damaged"):
         run.model()
 
 
-def test_a_checkpoint_of_another_model_is_told(run: Run) -> None:
+def test_a_checkpoint_of_another_model_is_refused(run: Run) -> None:
     run.save_checkpoint(checkpoint() | {"linear3.bias": torch.zeros(9)})
     with pytest.raises(RunError, match="is of another model"):
         run.model()

@@ -1,4 +1,4 @@
-"""What the loop asks of a model, against numpy."""
+"""Scores of a model, compared with numpy."""
 
 import numpy as np
 import pytest

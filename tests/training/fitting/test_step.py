@@ -24,7 +24,7 @@ EVERY_128 = [torch.arange(128), torch.arange(128, 256), torch.arange(256, 384)]
 def test_steps_are_those_of_the_optimisers_called_by_hand(
     few: FashionMNIST, best: Recipe, optimizer: Literal["sgd", "muon"]
 ) -> None:
-    """Decay, schedule, betas and AdamW's count of steps included, from the first step on."""
+    """From the first step on, with decay, schedule, betas and AdamW's count of steps."""
     recipe = replace(best, optimizer=optimizer, augmentation=Augmentation(), weight_decay=5.0)
     images, labels = on_device(few.train, "cpu")
     fitting = Fitting(recipe, images, labels, 7)
@@ -79,8 +79,8 @@ def test_a_captured_step_would_read_and_write_the_same_memory_at_every_replay(
     assert int(fitting.steps_done) == 3
 
 
-def test_an_epoch_begins_alike_after_any_history(few: FashionMNIST, best: Recipe) -> None:
-    """So that a resumed fit goes on as one that was never interrupted."""
+def test_an_epoch_starts_the_same_way_after_any_history(few: FashionMNIST, best: Recipe) -> None:
+    """So that a resumed fit continues like one that was never interrupted."""
     images = on_device(few.train, "cpu")
     used, new = (Fitting(best, *images, 3) for _ in range(2))
     used.begin(1)
@@ -112,7 +112,7 @@ def test_sums_are_those_of_the_epochs_images(few: FashionMNIST, best: Recipe) ->
 def test_warming_up_after_the_last_step_reads_no_further_than_the_schedule(
     few: FashionMNIST, best: Recipe
 ) -> None:
-    """On a GPU an index beyond the table would end the process."""
+    """On a GPU, an index beyond the schedule would end the process."""
     fitting = Fitting(best, *on_device(few.train, "cpu"))
     fitting.steps_done.fill_(fitting.schedule.shape[1])
     fitting.step(torch.arange(128))
@@ -145,8 +145,8 @@ def test_steps_that_are_undone_leave_no_trace(
     assert all(map(torch.equal, warmed.sums(), plain.sums()))
 
 
-def test_biases_before_batch_norm_rest_by_every_path(few: FashionMNIST, best: Recipe) -> None:
-    """Their gradient is rounding alone, which AdamW would turn into steps of full length."""
+def test_biases_before_batch_norm_never_change(few: FashionMNIST, best: Recipe) -> None:
+    """Their gradient is only rounding error; AdamW would turn it into steps of full length."""
     fast, plain = (Fitting(best, *on_device(few.train, "cpu")) for _ in range(2))
     assert fast.forward is not fast.model
     plain.forward = plain.model  # as on a GPU
@@ -209,7 +209,7 @@ def test_without_averaging_the_last_weights_are_the_result(
 
 @pytest.mark.parametrize("name", ["conv2.weight", "norm3.running_var"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_number_that_is_not_finite_is_noticed(
+def test_a_number_that_is_not_finite_is_detected(
     few: FashionMNIST, chapter: Recipe, name: str, value: float
 ) -> None:
     fitting = Fitting(chapter, *on_device(few.train, "cpu"))

@@ -1,4 +1,4 @@
-"""What the studies compute from measurements, against planted ones; and the small fits."""
+"""The studies' answers to planted measurements; and their small fits."""
 
 import math
 from types import ModuleType
@@ -52,7 +52,7 @@ def test_effects_of_a_planted_factorial_are_found() -> None:
     assert answer.startswith("No: one batch norm, after conv1, gives 57% of the gain of all four")
 
 
-def test_one_place_that_brings_little_is_said_to() -> None:
+def test_a_single_place_with_a_small_gain_is_not_enough() -> None:
     lines = [
         {"seed": s, "places": p, "held_out": 0.1 * p.count("1"), "test": 0.0}
         for s in range(2)
@@ -90,7 +90,7 @@ def test_an_answer_fits_the_sign_of_its_figures(
     assert study.report(lines).answer.startswith(beginning)
 
 
-def test_a_trend_is_no_spread() -> None:
+def test_a_linear_trend_is_not_counted_as_spread() -> None:
     assert statistics.spread_between_epochs([0.1, 0.2, 0.7, 0.71, 0.72, 0.73, 0.74]) < 1e-9
     noise = np.array([0.01, -0.02, 0.03, -0.01, -0.01])
     trend = 0.8 + 0.01 * np.arange(5)
@@ -125,7 +125,7 @@ def test_moving_averages_of_many_momenta_are_those_of_torchs_layer(few: FashionM
 
 
 @pytest.mark.parametrize("among", ["any", "same"])
-def test_a_deal_has_every_image_once_and_no_batch_of_one(among: str) -> None:
+def test_batches_have_every_image_once_and_more_than_one_image(among: str) -> None:
     labels = torch.arange(101) % 3
     for size in (2, 4, 50, 1000):
         dealt = prediction_batch.deal(labels, size, among, seed=1)
@@ -150,7 +150,7 @@ def test_batch_answers_are_those_of_the_layer_in_training_mode(few: FashionMNIST
 
 
 class TestFits:
-    def test_equal_seeds_see_equal_images_whatever_the_network(self, few: FashionMNIST) -> None:
+    def test_equal_seeds_see_equal_images_with_any_network(self, few: FashionMNIST) -> None:
         sample = samples(few, 128).train
         first, second = (batches(sample, 32, seed=3) for _ in range(2))
         for _ in range(9):
@@ -194,7 +194,7 @@ class TestFits:
         assert len(parts.held_out.labels) == 100
         assert torch.equal(parts.held_out.pixels[:, 0], torch.from_numpy(few.train.images[300:]))
 
-    def test_a_fit_stops_when_it_is_told(self, few: FashionMNIST) -> None:
+    def test_a_fit_stops_when_after_step_returns_true(self, few: FashionMNIST) -> None:
         seen: list[int] = []
 
         def look(step: int, loss: float) -> bool:
@@ -207,7 +207,7 @@ class TestFits:
         assert seen == [1, 2]
 
 
-def test_a_median_counts_fits_that_never_got_there() -> None:
+def test_a_median_counts_fits_that_never_reach_the_goal() -> None:
     def line(seed: int, steps: int | None) -> dict[str, Any]:
         return {"seed": seed, "norm": "with", "optimizer": "sgd", "rate": 1.0, "steps": steps}
 

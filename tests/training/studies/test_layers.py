@@ -1,4 +1,4 @@
-"""What the studies put in batch norm's place, against formulas in float64."""
+"""The layers that studies use instead of batch norm, compared with formulas in float64."""
 
 import copy
 from typing import Literal
@@ -27,7 +27,7 @@ def over(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(50, 3), (20, 3, 4, 4)])
-def test_each_part_does_its_part(shape: tuple[int, ...]) -> None:
+def test_each_arm_normalises_as_its_name_says(shape: tuple[int, ...]) -> None:
     x = values(*shape)
     mean, deviation = over(x)
     dims: Literal[2, 4] = 4 if len(shape) == 4 else 2
@@ -45,14 +45,14 @@ def test_a_part_predicts_with_its_moving_statistic(layer: type, name: str) -> No
     assert getattr(part, f"moving_{name}").shape == (3,)
 
 
-def test_what_is_fixed_gets_no_gradient() -> None:
+def test_fixed_parameters_get_no_gradient() -> None:
     for gamma, beta in ((True, False), (False, True), (True, True)):
         layer = fixed(gamma=gamma, beta=beta)(3, 2)
         assert [p.requires_grad for p in layer.parameters()] == [not gamma, not beta]
 
 
 @pytest.mark.parametrize(("layer", "shape"), [(GhostNorm1d, (8, 3)), (GhostNorm2d, (8, 3, 4, 4))])
-def test_ghosts_are_normalised_by_themselves(layer: type, shape: tuple[int, ...]) -> None:
+def test_ghost_batches_are_normalised_separately(layer: type, shape: tuple[int, ...]) -> None:
     x = values(*shape)
     ghost = layer(3).double()
     ghost.group = 4
@@ -119,7 +119,7 @@ def test_padding_and_activations_stop_the_forward_fold() -> None:
         fold_forward(nn.Sequential(norm, nn.Conv2d(2, 3, 3)))
 
 
-def test_a_bias_before_batch_norm_is_left_out_and_one_before_a_sigmoid_is_not() -> None:
+def test_only_a_bias_directly_before_batch_norm_is_left_out() -> None:
     without = lenet([batch_norm, None, batch_norm, None], bias=False)
     biases = [
         layer.bias is not None for layer in without if isinstance(layer, nn.Conv2d | nn.Linear)

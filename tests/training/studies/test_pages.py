@@ -1,4 +1,4 @@
-"""The committed pages say what the committed measurements say."""
+"""The committed pages follow from the committed measurements."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ COMMITTED = sorted(path.stem for path in FOLDER.glob("*.jsonl"))
 
 
 @pytest.mark.parametrize("name", COMMITTED)
-def test_the_committed_pages_are_made_of_the_committed_measurements(name: str) -> None:
+def test_the_committed_pages_are_made_from_the_committed_measurements(name: str) -> None:
     study, records = STUDIES[name], Records(FOLDER / f"{name}.jsonl")
     scale = Scale(seeds=1 + max(line["seed"] for line in records.lines))
     assert missing(study, records, scale) == []

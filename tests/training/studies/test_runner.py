@@ -27,7 +27,7 @@ def small_data(monkeypatch: pytest.MonkeyPatch, few: FashionMNIST) -> None:
 
 
 @pytest.mark.parametrize("name", list(STUDIES))
-def test_it_runs_from_end_to_end_and_measures_nothing_twice(
+def test_a_study_runs_from_end_to_end_and_measures_nothing_twice(
     name: str, few: FashionMNIST, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = STUDIES[name]
@@ -52,7 +52,7 @@ def test_it_runs_from_end_to_end_and_measures_nothing_twice(
     assert (tmp_path / f"{name}.md").read_text() == page
 
 
-def test_one_that_was_stopped_goes_on_where_it_was(few: FashionMNIST, tmp_path: Path) -> None:
+def test_a_stopped_study_is_continued(few: FashionMNIST, tmp_path: Path) -> None:
     whole = begin(parts.STUDY, tmp_path / "whole", few.sha256)
     run(parts.STUDY, whole, TINY, jobs=1)
 
@@ -82,7 +82,7 @@ def test_a_cluster_measures_what_this_machine_measures(few: FashionMNIST, tmp_pa
     assert lines_of(parts.STUDY, remote, TINY) == lines_of(parts.STUDY, local, TINY)
 
 
-def test_a_scheduler_that_does_not_answer_is_one_sentence(
+def test_a_missing_scheduler_is_an_error_of_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "CONNECT_SECONDS", 0.3)
@@ -141,7 +141,7 @@ def test_figures_come_in_the_order_of_the_seeds() -> None:
 
 
 def test_a_quick_run_is_small() -> None:
-    """`--quick` is for tests: no study may name more than a hundred tiny tasks then."""
+    """`--quick` is for tests: with it, no study may have more than a hundred tiny tasks."""
     for chosen in STUDIES.values():
         tasks = chosen.tasks(QUICK)
         assert 0 < len(tasks) <= 100
