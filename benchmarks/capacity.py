@@ -1,31 +1,33 @@
-"""Works out what a request costs, and what a million a second take, from measured figures.
+"""Computes what a request costs, and what a million requests a second need.
 
-    python -m benchmarks.capacity --price 0.03                    the table at another price
-    python -m benchmarks.capacity --write docs/operations.md      the page's table
+    python -m benchmarks.capacity --price 0.03                    the tables for another price
+    python -m benchmarks.capacity --write docs/operations.md      writes the tables of the page
 
-The figures are read from docs/performance.md; nothing is measured here.
+The figures come from docs/serving.json and docs/performance.md; nothing is measured here.
 """
 
+import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
 from benchmarks.page import with_section
 from benchmarks.reliability.traffic import good
 
-PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
-MODEL = r"\(([\d.]+) µs against"  # an image's share of the model's step
+DOCS = Path(__file__).parents[1] / "docs"
+PERFORMANCE, RECORD = DOCS / "performance.md", DOCS / "serving.json"
 BEGIN = "<!-- capacity: written by `python -m benchmarks.capacity --write docs/operations.md` -->\n"
 END = "<!-- capacity: end -->"
-CORES = 16  # of a node, with a worker on each
-USED = 0.6  # of a core: where the autoscaler in deploy/kubernetes adds a pod
+CORES = 16  # of a node, with one worker on every core
+USED = 0.6  # of a core: above it, the autoscaler in deploy/kubernetes adds a pod
 DOLLARS = 0.05  # for a core and hour: an assumption, not a quotation
 WANTED = 1_000_000  # requests a second
-MOST_MEGABYTES = 150  # above idle, whatever clients send: tests hold it
+EXTRA_MEGABYTES = 150  # of a worker, under any load: tests check this limit
 HEADINGS = (
     "µs of a core",
     "a second: a core at its limit",
@@ -36,56 +38,60 @@ HEADINGS = (
     "Gbit/s into such a node",
 )
 PHOTOGRAPH = "`/predict`, JPEG photograph of 640 pixels"
-SENT = {
+FORMS = {
     "`/predict`, 784 bytes": "784 bytes",
     "`/predict`, JSON": "JSON",
     "`/predict`, PNG": "PNG",
     "Open Inference Protocol, JSON": "OIP JSON",
     "Open Inference Protocol, binary": "OIP binary",
-    PHOTOGRAPH: "JPEG photograph",
 }
-"""What `benchmarks.reliability.traffic` calls the rows."""
+"""The name of a form of request here, and in `benchmarks.serving` and the reliability traffic."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one request takes: its form, and microseconds of a core."""
+    """The cost of a request: its form, and the microseconds of a core."""
 
     form: str
     microseconds: float
 
     def per_node(self) -> float:
-        """Return the requests a second of a node whose cores are used as far as planned."""
+        """Return the requests a second of a node whose cores are busy for the share `USED`."""
         return CORES * USED * 1e6 / self.microseconds
 
     def nodes(self) -> int:
-        """Return how many nodes the wanted requests take."""
+        """Return how many nodes `WANTED` requests a second need."""
         return math.ceil(WANTED / self.per_node())
 
 
-def costs(page: str) -> Iterator[Cost]:
-    """Read what requests cost from the page of measured figures.
+def costs(record: Mapping[str, Any], page: str) -> Iterator[Cost]:
+    """Return the costs of all forms of request.
 
-    A worker that 16 connections keep busy uses one core, so a request takes the inverse of its
-    rate. A photograph adds the conversion, and its mirror image to the model's run.
+    A worker that 16 connections keep busy uses one core, so a request costs the inverse of its
+    rate. A photograph costs its conversion, a request of 784 bytes, and a second image for the
+    model (the mirror image).
+
+    Args:
+        record: docs/serving.json.
+        page: docs/performance.md, for the time of the conversion.
 
     Raises:
-        ValueError: the page lacks a figure.
+        ValueError: the page lacks the time of the conversion.
+        KeyError: the record lacks a figure.
     """
-    rates = {}
-    for line in page.splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
-        if cells[:2] == ["1", "p50"]:
-            column = 1 + cells.index("16")
-        elif line.startswith(("| `/predict`", "| Open Inference")):
-            rates[cells[0]] = float(cells[column].replace(",", ""))
-    if not rates:
-        raise ValueError("the page has no rates of /predict")
-    for form, rate in rates.items():
-        yield Cost(form, 1e6 / rate)
-    decoding = 1000 * _figure(r"\(([\d.]+) against [\d.]+ ms of processor time", page)
-    model = _figure(MODEL, page)
-    yield Cost(PHOTOGRAPH, decoding + 1e6 / next(iter(rates.values())) + model)
+    found = [
+        Cost(form, 1e6 / record["rows"][name]["16"]["rate"])
+        for form, name in FORMS.items()
+        if name in record["rows"]
+    ]
+    conversion = 1000 * _figure(r"\(([\d.]+) against [\d.]+ ms of processor time", page)
+    yield from found
+    yield Cost(PHOTOGRAPH, conversion + found[0].microseconds + _model_microseconds(record))
+
+
+def _model_microseconds(record: Mapping[str, Any]) -> float:
+    """Return the model's time for one image, with 16 connections."""
+    return float(record["model_step"]["16"]["an_image"]) / 1000
 
 
 def _figure(pattern: str, page: str) -> float:
@@ -95,14 +101,14 @@ def _figure(pattern: str, page: str) -> float:
     return float(found[1])
 
 
-def table(page: str, price: float = DOLLARS) -> str:
-    """Return the tables, from the page of measured figures and dollars for a core and hour."""
-    found = [*costs(page)]
-    # Two digits: other versions of Pillow write files that are a little larger or smaller.
+def table(record: Mapping[str, Any], page: str, price: float = DOLLARS) -> str:
+    """Return the tables; `costs` explains the arguments, `price` is dollars for a core and hour."""
+    found = [*costs(record, page)]
+    # Two digits, because the size of a file differs a little between versions of Pillow.
     sizes = {name: int(float(f"{len(request):.1e}")) for name, request in good().items()}
     lines = [["a request", *HEADINGS]]
     for cost in found:
-        size = sizes[SENT[cost.form]]
+        size = sizes[FORMS.get(cost.form, "JPEG photograph")]
         lines.append(
             [
                 cost.form,
@@ -115,19 +121,19 @@ def table(page: str, price: float = DOLLARS) -> str:
                 f"{cost.per_node() * size * 8 / 1e9:.1f}",
             ]
         )
-    idle = CORES * _figure(r"resident memory ≤ 150 MB \| ([\d.]+)", page) / 1000
-    model = _figure(MODEL, page)
+    idle = CORES * record["memory_megabytes"]["BN-LeNet"] / 1000
+    model = _model_microseconds(record)
     whole, photograph = found[0].microseconds, found[-1].microseconds
     others = [
         ["", "computed"],
         ["memory of a node, idle", f"{idle:.1f} GB"],
-        ["memory of a node, at most", f"{idle + CORES * MOST_MEGABYTES / 1000:.1f} GB"],
+        ["memory of a node, at most", f"{idle + CORES * EXTRA_MEGABYTES / 1000:.1f} GB"],
         [
-            f"a GPU that took no time: {found[0].form}",
+            f"with a GPU that needs no time: {found[0].form}",
             f"{whole / (whole - model):.2f} times as many",
         ],
         [
-            "a GPU that took no time: photographs",
+            "with a GPU that needs no time: photographs",
             f"{photograph / (photograph - 2 * model):.2f} times as many",
         ],
     ]
@@ -142,11 +148,14 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 @click.command()
 @click.option("--price", default=DOLLARS, show_default=True, help="Dollars for a core and hour.")
 @click.option(
-    "--write", type=click.Path(path_type=Path, dir_okay=False), help="Put the table into this page."
+    "--write",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the tables into this page.",
 )
 def main(price: float, write: Path | None) -> None:
-    """Print what requests cost, and what a million a second take."""
-    text = table(PERFORMANCE.read_text(encoding="utf-8"), price)
+    """Print what requests cost, and what a million requests a second need."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    text = table(record, PERFORMANCE.read_text(encoding="utf-8"), price)
     if write:
         page = with_section(write.read_text(encoding="utf-8"), text, BEGIN, END)
         write.write_text(page, encoding="utf-8")
