@@ -419,10 +419,11 @@ def test_only_converted_pictures_add_their_mirror_image() -> None:
     np.testing.assert_array_equal(ModelInput(pixels, "dataset").images, both)
 
 
-def test_enlarged_test_images_keep_their_accuracy(fashion_mnist: FashionMNIST) -> None:
-    """On white and on black, as PNG and as JPEG, 1,000 images lose at most 1.5 points."""
+@pytest.mark.parametrize("count", [250, pytest.param(1000, marks=pytest.mark.slow)])
+def test_enlarged_test_images_keep_their_accuracy(fashion_mnist: FashionMNIST, count: int) -> None:
+    """On white and on black, as PNG and as JPEG, they lose at most 1.5 points."""
     del fashion_mnist  # needed only to skip the test without the data set
-    command = [sys.executable, "-m", "benchmarks.photos", "1000", "--no-scenes"]
+    command = [sys.executable, "-m", "benchmarks.photos", str(count), "--no-scenes"]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = json.loads(table.splitlines()[-1])["rows"]
     assert [(row["ground"], row["format"]) for row in rows] == [
