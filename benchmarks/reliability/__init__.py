@@ -1,1 +1,1 @@
-"""A campaign to break the service and the fits, one file a kind of attack."""
+"""Campaigns that try to break the service and the fits; one file for each kind of attack."""

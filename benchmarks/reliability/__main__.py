@@ -1,13 +1,13 @@
-"""Runs the campaigns one by one, and prints what they find.
+"""Runs the campaigns one by one, and prints their findings.
 
-    python -m benchmarks.reliability                      all, some two hours
-    python -m benchmarks.reliability soak --minutes 30    one of them
-    python -m benchmarks.reliability --quick              little of everything, under a minute
+    python -m benchmarks.reliability                      all campaigns, about two hours
+    python -m benchmarks.reliability soak --minutes 30    one campaign
+    python -m benchmarks.reliability --quick              a little of everything, under a minute
 
-Each finished campaign is appended at once to a file, `docs/reliability.jsonl`, and the page of the
-same name gets its tables from it. A campaign that the file already has is not run again, unless it
-is named or `--again` is given; so an interrupted run goes on where it was. With --quick nothing is
-written, unless --out names a file. Status 1: a goal was missed.
+A finished campaign is appended to `docs/reliability.jsonl` at once; the tables of
+`docs/reliability.md` come from this file. A campaign that the file has is not run again, unless you
+name it or give `--again`; so an interrupted run can be continued. --quick writes nothing, unless
+--out names a file. Exit status 1 means that a goal was missed.
 """
 
 import json
@@ -40,14 +40,14 @@ FILE = Path(__file__).parents[2] / "docs" / "reliability.jsonl"
 
 @click.command()
 @click.argument("names", metavar="[CAMPAIGN]...", nargs=-1, type=click.Choice(list(CAMPAIGNS)))
-@click.option("--minutes", default=30.0, show_default=True, help="How long the soak lasts.")
+@click.option("--minutes", default=30.0, show_default=True, help="The length of the soak.")
 @click.option(
     "--inputs",
     type=click.IntRange(1),
-    help="How many inputs, requests, files or kills.  [default: the campaign's own number]",
+    help="The number of inputs, requests, files or kills.  [default: the campaign's own]",
 )
-@click.option("--quick", is_flag=True, help="Little of everything, and no containers.")
-@click.option("--again", is_flag=True, help="Also run what the file already has.")
+@click.option("--quick", is_flag=True, help="A little of everything, without containers.")
+@click.option("--again", is_flag=True, help="Also run the campaigns that the file has.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each campaign.")
 @click.option(
     "--out",
@@ -89,7 +89,7 @@ def main(
 
 
 def _run(name: str, options: Options) -> Record:
-    """Run one campaign; its module is imported now, as some bring torch."""
+    """Run one campaign; its module is imported only now, because some import torch."""
     command = f"python -m benchmarks.reliability {name}"
     if name == "soak" and not options.quick:
         command += f" --minutes {options.minutes:g}"

@@ -1,7 +1,7 @@
-"""Faults while it runs: killed and stopped processes, files that change, full disks, no memory.
+"""Faults of a running service: killed and stopped processes, changed files, full disks, no memory.
 
-Each fault is a function that makes it and returns its rows; what cannot be made here is reported
-as not measured, with the reason.
+A function makes a fault and returns its rows. A fault that is impossible here is reported as not
+measured, with the reason.
 """
 
 import os
@@ -47,14 +47,14 @@ FAKETIME = ("/usr/lib/*/faketime/libfaketime.so.1", "/usr/lib/faketime/libfaketi
 
 
 def run(options: Options) -> list[Row]:
-    """Make one fault after the other; one that cannot be judged does not stop the rest."""
+    """Make all faults; if one cannot be judged, the others still run."""
     rows = []
     for fault in QUICK if options.quick else FAULTS:
         try:
             rows += fault()
         except (BenchmarkError, OSError, psutil.Error, subprocess.SubprocessError) as exc:
             name = fault.__name__.replace("_", " ")
-            rows.append(Row.holds(name, f"failed: {exc}", "can be judged", met=False))
+            rows.append(Row.holds(name, f"failed: {exc}", "no error", met=False))
     return rows
 
 
@@ -71,7 +71,7 @@ def a_worker_is_killed() -> list[Row]:
         load.wait_for(200)
     return [
         _lost("kill -9 of a worker", load, load.clients),
-        Row.at_most("kill -9 of a worker: seconds until another is in its place", seconds, 10),
+        Row.at_most("kill -9 of a worker: seconds until it is replaced", seconds, 10),
     ]
 
 
@@ -95,7 +95,7 @@ def the_supervisor_is_killed() -> list[Row]:
 
 
 def a_worker_is_stopped() -> list[Row]:
-    """Stop one of two workers for five seconds: the other answers, and none is lost for long."""
+    """Stop one of two workers for five seconds: the other must answer meanwhile."""
     with serving() as service, Load(service.port, good()["784 bytes"]) as load:
         load.wait_for(200)
         victim = service.workers()[0]
@@ -103,18 +103,20 @@ def a_worker_is_stopped() -> list[Row]:
         begin = time.monotonic()
         time.sleep(5)
         meanwhile = sum(o.began > begin and o.status == 200 for o in load.outcomes)
-        with suppress(psutil.NoSuchProcess):  # the supervisor may have replaced it by now
+        with suppress(psutil.NoSuchProcess):  # the supervisor may have replaced it
             victim.resume()
         service.wait_until_ready()
         load.wait_for(200)
     return [
         _lost("SIGSTOP of a worker for 5 s", load, load.clients),
-        Row.at_least("SIGSTOP of a worker for 5 s: answers by the other meanwhile", meanwhile, 1),
+        Row.at_least(
+            "SIGSTOP of a worker for 5 s: answers of the other worker meanwhile", meanwhile, 1
+        ),
     ]
 
 
-def it_is_told_to_end() -> list[Row]:
-    """Send SIGTERM in the middle of the load, to clients that open connections again and again."""
+def the_service_is_stopped() -> list[Row]:
+    """Send SIGTERM under load, while clients open a connection for every request."""
     request = good()["784 bytes"].replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1)
     with serving(drain_seconds=1) as service, Load(service.port, request) as load:
         load.wait_for(200)
@@ -130,7 +132,7 @@ def it_is_told_to_end() -> list[Row]:
 
 
 def the_model_file_changes() -> list[Row]:
-    """Replace, cut short and remove the file of a running service; kill a worker each time."""
+    """Replace, truncate and remove the file of a running service; then kill a worker."""
     content = COMMITTED.read_bytes()
     damages: dict[str, Callable[[Path], object]] = {
         "replaced": lambda path: _replace(path, another_model()),
@@ -158,7 +160,7 @@ def the_model_file_changes() -> list[Row]:
 
 
 def another_model() -> bytes:
-    """Return a model file that may be served and says another version."""
+    """Return a valid model file with another version."""
     model = onnx.load(COMMITTED)
     set_entry(model, "version", "2")
     data: bytes = model.SerializeToString(deterministic=True)
@@ -166,19 +168,19 @@ def another_model() -> bytes:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_suffix(".new")
-    beside.write_bytes(content)
-    beside.replace(path)
+    new = path.with_suffix(".new")
+    new.write_bytes(content)
+    new.replace(path)
 
 
 def _make_unreadable(path: Path) -> None:
-    """Put a folder in its place: root may read whatever its mode says."""
+    """Put a folder in its place: root can read a file with any mode."""
     path.unlink()
     path.mkdir()
 
 
 def _start_again(what: str, path: Path, starts: bool) -> Row:
-    """Start with the file as it is now: it serves the new one, or says in a sentence why not."""
+    """Start with the present file: the service serves the new one, or fails with one sentence."""
     if starts:
         with serving(workers=1, model_path=path) as service:
             found = '"version":"2"' in service.get("/readyz").replace(" ", "")
@@ -197,8 +199,8 @@ def _start_again(what: str, path: Path, starts: bool) -> Row:
     return _one_sentence(f"{what}: a restart", done)
 
 
-def it_hangs_up() -> list[Row]:
-    """Send SIGHUP after the file was replaced: it drains and ends, to be started with the new."""
+def the_service_gets_sighup() -> list[Row]:
+    """Send SIGHUP under load: the service drains and exits, so that it can be started again."""
     with serving(drain_seconds=0.5) as service, Load(service.port, good()["784 bytes"]) as load:
         load.wait_for(100)
         service.process.send_signal(signal.SIGHUP)
@@ -213,7 +215,7 @@ def it_hangs_up() -> list[Row]:
 
 
 def the_disk_is_full() -> list[Row]:
-    """Serve, fit and export where nothing more can be written."""
+    """Serve, fit and export on a full disk."""
     rows = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -234,7 +236,7 @@ def the_disk_is_full() -> list[Row]:
         rows.append(_one_sentence(f"{how}: an export", done))
         intact = file.read_bytes() == b"the old file"
         rows.append(
-            Row.holds(f"{how}: the old file", "whole" if intact else "lost", "whole", met=intact)
+            Row.holds(f"{how}: the old file", "intact" if intact else "lost", "intact", met=intact)
         )
         _fill(disk, spare=0)
         log = disk / "log"
@@ -245,7 +247,7 @@ def the_disk_is_full() -> list[Row]:
 
 
 def there_is_no_temporary_folder() -> list[Row]:
-    """Serve, fit and export where Python finds no folder for temporary files."""
+    """Serve, fit and export without any folder for temporary files."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "sitecustomize.py").write_text(NO_TEMPORARY_FOLDER)
@@ -264,10 +266,10 @@ def there_is_no_temporary_folder() -> list[Row]:
 
 @contextmanager
 def _small_disk(folder: Path) -> Iterator[tuple[Path, Sequence[str]]]:
-    """Mount a disk that can be filled; where that is not allowed, limit the size of files.
+    """Mount a small disk; if this is not allowed, limit the size of files instead.
 
     Yields:
-        the folder, and the command that runs others under the limit; none where it is mounted.
+        the folder, and the beginning of a command line with the limit; empty if it is mounted.
     """
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
@@ -284,7 +286,7 @@ def _succeeds(command: Sequence[str]) -> bool:
 
 
 def _fill(disk: Path, spare: int) -> None:
-    """Fill a mounted disk but for some bytes; on one that is not mounted, write nothing."""
+    """Fill a mounted disk except `spare` bytes; if it is not mounted, do nothing."""
     if not os.path.ismount(disk):
         return
     state = os.statvfs(disk)
@@ -294,11 +296,11 @@ def _fill(disk: Path, spare: int) -> None:
             file.write(bytes(size))
 
 
-# What a process may have
+# Limits of a process
 
 
 def descriptors_run_out() -> list[Row]:
-    """Open more connections than the service may have descriptors."""
+    """Open more connections than the service has descriptors."""
     with serving(workers=1, wrapper=limited("RLIMIT_NOFILE", DESCRIPTORS)) as service:
         held = []
         for _ in range(CONNECTIONS):
@@ -324,10 +326,10 @@ def descriptors_run_out() -> list[Row]:
 
 
 def memory_runs_out() -> list[Row]:
-    """Send large pictures to a service that may not have the memory for them."""
+    """Send large pictures to a service with too little memory for them."""
     what = "memory limit (RLIMIT_AS), pictures of 12 megapixels"
     if not hasattr(psutil.Process, "rlimit"):
-        return [Row.not_measured(what, "only Linux limits a process that runs")]
+        return [Row.not_measured(what, "only Linux can limit a running process")]
     request = post("/predict", {"Content-Type": "image/webp"}, _large_picture())
     rows = []
     for when in ("cold", "warm"):
@@ -340,10 +342,10 @@ def memory_runs_out() -> list[Row]:
             with Load(service.port, request, clients=4) as load:
                 time.sleep(3)
             statuses = {o.status for o in load.outcomes}
-            told = ", ".join(map(str, sorted(statuses)))
-            # libwebp does not say why it failed, so a picture without memory looks damaged.
+            found = ", ".join(map(str, sorted(statuses)))
+            # libwebp gives no reason when memory runs out, so the picture looks damaged.
             fine = bool(statuses) and statuses <= {200, 413, 422, 503}
-            row = Row.holds(f"{what}, {when}: answers", told, "200, 413, 422 or 503", met=fine)
+            row = Row.holds(f"{what}, {when}: answers", found, "200, 413, 422 or 503", met=fine)
             rows.append(row)
             ready = bool(service.get("/readyz"))
             rows.append(
@@ -359,7 +361,7 @@ def _large_picture() -> bytes:
 
 
 def the_clock_jumps() -> list[Row]:
-    """Set the clock of the service an hour ahead and back, by libfaketime."""
+    """Set the service's clock forward by an hour and back, with libfaketime."""
     what = "the clock jumps by an hour, and back"
     found = [path for pattern in FAKETIME for path in Path("/").glob(pattern.lstrip("/"))]
     if not found:
@@ -390,16 +392,16 @@ def the_clock_jumps() -> list[Row]:
     ]
 
 
-# What the faults share
+# Shared by the faults
 
 
 def limited(name: str, limit: int) -> tuple[str, ...]:
-    """Return the beginning of a command line that runs the rest under a limit of `resource`."""
+    """Return the beginning of a command line that runs the rest with a limit of `resource`."""
     return (sys.executable, "-c", LIMITED, name, str(limit))
 
 
 def _lost(what: str, load: Load, most: int) -> Row:
-    """Return the row of the requests that failed: at most one for each client."""
+    """Return the row of failed requests: at most `most` of them."""
     failed = load.failed()
     figure = f"{len(failed)} of {len(load.outcomes):,}"
     return Row.holds(f"{what}: failed requests", figure, IN_FLIGHT, met=len(failed) <= most)
@@ -432,12 +434,12 @@ def _one_sentence(what: str, done: subprocess.CompletedProcess[str]) -> Row:
     """Return the row of a command that must fail with one sentence and no traceback."""
     lines = done.stderr.strip().splitlines()
     fine = done.returncode > 0 and len(lines) == 1 and lines[0].endswith(".")
-    figure = f"status {done.returncode}, {lines[-1][:100] if lines else 'nothing said'}"
+    figure = f"status {done.returncode}, {lines[-1][:100] if lines else 'no message'}"
     return Row.holds(what, "one sentence" if fine else figure, "one sentence", met=fine)
 
 
 def _all_forms(what: str, service: Service) -> Row:
-    """Return the row of a service that must answer every form of body, a large upload too."""
+    """Return the row of a service that must answer every form of body, and a large upload."""
     noise = os.urandom(2_000_000)
     requests = [*good().values(), form(png_of(noise))]
     well = 0
@@ -457,13 +459,13 @@ FAULTS: tuple[Callable[[], list[Row]], ...] = (
     a_worker_is_killed,
     the_supervisor_is_killed,
     a_worker_is_stopped,
-    it_is_told_to_end,
+    the_service_is_stopped,
     the_model_file_changes,
-    it_hangs_up,
+    the_service_gets_sighup,
     the_disk_is_full,
     there_is_no_temporary_folder,
     descriptors_run_out,
     memory_runs_out,
     the_clock_jumps,
 )
-QUICK = (a_worker_is_killed, the_supervisor_is_killed, it_is_told_to_end, descriptors_run_out)
+QUICK = (a_worker_is_killed, the_supervisor_is_killed, the_service_is_stopped, descriptors_run_out)

@@ -1,8 +1,8 @@
-"""Ten times what the service can do: refused quickly, and over when it is over.
+"""Overload: refusals must be quick, and the service must recover at once.
 
-Photographs arrive at ten times the capacity whether earlier ones are answered or not; for 784
-bytes, more clients than a worker lets in ask again at once, which no Python client is quick enough
-to do: `wrk` does that.
+Photographs arrive at ten times the capacity, whether earlier ones are answered or not. For 784
+bytes, `wrk` uses more connections than a worker admits and asks again at once; a Python client is
+too slow for this.
 """
 
 import asyncio
@@ -22,22 +22,22 @@ from benchmarks.reliability.soak import log_row
 from benchmarks.reliability.traffic import LOST, Client, Outcome, photograph, post
 
 TIMES = 10
-IN_FLIGHT = 32  # photographs: some 200 ms of work
+IN_FLIGHT = 32  # photographs: about 200 ms of work
 GOODPUT = 0.8
 RECOVERY_SECONDS = 1.0
-SLOWER = 2.0  # p99, times the quiet one, that counts as recovered
-WRK_CONNECTIONS = 960  # a worker lets 512 in; most shells allow 1,024 descriptors
+SLOWER = 2.0  # recovered means: p99 at most this many times the p99 before
+WRK_CONNECTIONS = 960  # a worker admits 512; most shells allow 1,024 descriptors
 OCTETS = {"Content-Type": "application/octet-stream"}
 
 
 def run(options: Options) -> list[Row]:
-    """Overload a service with one worker in both ways."""
+    """Overload a service with one worker, in both ways."""
     seconds = 2.0 if options.quick else 20.0
     return [*open_loop(seconds), *closed_loop(max(1, int(seconds / 2)))]
 
 
 def open_loop(seconds: float) -> list[Row]:
-    """Let photographs arrive at ten times the capacity."""
+    """Send photographs at ten times the capacity."""
     request = post("/predict", {"Content-Type": "image/jpeg"}, photograph())
     with serving(workers=1, max_in_flight=IN_FLIGHT) as service, apart(service):
         asyncio.run(probe(service, request, 0.2))  # warm
@@ -48,7 +48,7 @@ def open_loop(seconds: float) -> list[Row]:
         return [
             *overload_rows(outcomes, capacity, seconds),
             Row.at_most(
-                "photographs: seconds until p99 is twice the quiet one or less",
+                "photographs: seconds until p99 is at most twice that before",
                 recovery(probes, end, SLOWER * quiet),
                 RECOVERY_SECONDS,
             ),
@@ -57,28 +57,28 @@ def open_loop(seconds: float) -> list[Row]:
 
 
 def overload_rows(outcomes: Sequence[Outcome], capacity: float, seconds: float) -> list[Row]:
-    """Return what became of the photographs."""
+    """Return the figures of the photographs."""
     counts = Counter(outcome.error or str(outcome.status) for outcome in outcomes)
     others = {name: count for name, count in counts.items() if name not in ("200", "503")}
-    told = "; ".join(f"{count:,} x {name}" for name, count in counts.most_common())
+    listed = "; ".join(f"{count:,} x {name}" for name, count in counts.most_common())
     refused = [outcome.seconds for outcome in outcomes if outcome.status == 503]
     return [
         Row(
-            "photographs a second: the capacity, and what arrived",
+            "photographs a second: the capacity; the arrivals",
             f"{capacity:,.0f}; {len(outcomes) / seconds:,.0f}",
         ),
-        Row.holds("photographs: answers", told, "200 or 503", not others),
+        Row.holds("photographs: answers", listed, "200 or 503", not others),
         Row.at_least(
-            "photographs: good answers a second, of the capacity",
+            "photographs: good answers a second / capacity",
             counts["200"] / seconds / capacity,
             GOODPUT,
         ),
-        Row("photographs: median until a 503", f"{1e3 * percentile(refused, 50):.1f} ms"),
+        Row("photographs: median time of a 503", f"{1e3 * percentile(refused, 50):.1f} ms"),
     ]
 
 
 async def measure_capacity(service: Service, request: bytes, seconds: float) -> float:
-    """Return the good answers a second for 16 clients that ask in turn."""
+    """Return the good answers a second to 16 clients; each waits for its answer."""
     found = await asyncio.gather(*(probe(service, request, seconds) for _ in range(16)))
     return sum(map(len, found)) / seconds
 
@@ -86,7 +86,11 @@ async def measure_capacity(service: Service, request: bytes, seconds: float) -> 
 async def probe(
     service: Service, request: bytes, seconds: float, to_the_end: bool = True
 ) -> list[Outcome]:
-    """Ask again and again on one connection; return what is answered well, or all outcomes."""
+    """Send requests on one connection, one after the other; return the outcomes.
+
+    Raises:
+        BenchmarkError: an answer is not 200, unless `to_the_end` is false.
+    """
     client, outcomes = Client(service.port), []
     end = time.monotonic() + seconds
     while (began := time.monotonic()) < end:
@@ -101,10 +105,10 @@ async def probe(
 async def arrive(
     service: Service, request: bytes, rate: float, seconds: float
 ) -> tuple[list[Outcome], float]:
-    """Send requests at a rate, each on a free connection or a new one.
+    """Send requests at a rate, on a free connection or a new one.
 
     Returns:
-        what became of them, and when the last was sent.
+        the outcomes, and the time when the last request was sent.
     """
     free: list[Client] = []
     outcomes: list[Outcome] = []
@@ -136,12 +140,12 @@ async def arrive(
 
 
 def recovery(probes: Sequence[Outcome], end: float, limit: float) -> float:
-    """Return after how many seconds the p99 of the following second is within the limit.
+    """Return the seconds until the p99 of the following second is within the limit.
 
     Args:
-        probes: asked one after the other, from the overload's end on.
-        end: of the overload.
-        limit: in seconds.
+        probes: requests sent one after the other, from the end of the overload on.
+        end: the end of the overload.
+        limit: the largest allowed p99, in seconds.
     """
     for first in probes:
         window = [o for o in probes if first.began <= o.began < first.began + 1]
@@ -154,18 +158,18 @@ def recovery(probes: Sequence[Outcome], end: float, limit: float) -> float:
 
 
 def percentile(seconds: Sequence[float], percent: float = 99) -> float:
-    """Return the least value that so many per cent do not exceed; NaN of none."""
+    """Return the smallest value that `percent` of the values do not exceed; NaN for no values."""
     if not seconds:
         return math.nan
     return sorted(seconds)[math.ceil(percent / 100 * len(seconds)) - 1]
 
 
 def closed_loop(seconds: int) -> list[Row]:
-    """Let more clients than are let in ask for 784 bytes, each again at once."""
+    """Send 784 bytes on more connections than a worker admits, again at once after every answer."""
     what = f"784 bytes, {WRK_CONNECTIONS} connections"
     try:
         cores = Cores.choose()
-    except (BenchmarkError, AttributeError) as exc:  # macOS knows no affinity
+    except (BenchmarkError, AttributeError) as exc:  # macOS has no CPU affinity
         return [Row.not_measured(what, str(exc))]
     requests = Requests("/predict", OCTETS, [bytes(range(196)) * 4])
     with serving(workers=1) as service, apart(service), requests.folder:
@@ -175,20 +179,22 @@ def closed_loop(seconds: int) -> list[Row]:
         rate, lost = _wrk(service, requests, WRK_CONNECTIONS, seconds, cores)
         counted = statuses(service) - before
         again, _ = _wrk(service, requests, 64, 1, cores)
-        told = "; ".join(f"{count:,} x {status}" for status, count in counted.most_common())
+        listed = "; ".join(f"{count:,} x {status}" for status, count in counted.most_common())
         return [
             Row(
-                f"{what}: the capacity (64 connections), and answers of any status",
+                f"{what}: the capacity (64 connections); answers of any status",
                 f"{capacity:,.0f}; {rate:,.0f} a second",
             ),
-            Row.holds(f"{what}: answers", told, "200 or 503", counted.keys() <= {"200", "503"}),
+            Row.holds(f"{what}: answers", listed, "200 or 503", counted.keys() <= {"200", "503"}),
             Row.at_most(f"{what}: connections that failed", lost, 0),
             Row.at_least(
-                f"{what}: good answers a second, of the capacity",
+                f"{what}: good answers a second / capacity",
                 counted["200"] / seconds / capacity,
                 GOODPUT,
             ),
-            Row.at_least("784 bytes: the same in the second after it", again / capacity, GOODPUT),
+            Row.at_least(
+                "784 bytes: answers in the second afterwards / capacity", again / capacity, GOODPUT
+            ),
             log_row(service),
         ]
 
@@ -196,7 +202,7 @@ def closed_loop(seconds: int) -> list[Row]:
 def _wrk(
     service: Service, requests: Requests, connections: int, seconds: int, cores: Cores
 ) -> tuple[float, int]:
-    """Return the answers a second, of any status, and how many connections failed."""
+    """Return the answers a second, of any status, and the number of failed connections."""
     script = SCRIPT.replace("errors.timeout,", "errors.timeout - errors.status,")
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
         file.write(script)
@@ -221,7 +227,7 @@ def _wrk(
 
 
 def statuses(service: Service) -> Counter[str]:
-    """Return how many answers of `/predict` the service has counted, by status."""
+    """Return the service's counts of answers of `/predict`, by status."""
     line = r'^http_requests_total\{method="POST",route="/predict",status="(\d+)"\} (\S+)$'
     found = re.findall(line, service.get("/metrics"), re.MULTILINE)
     return Counter({status: int(float(count)) for status, count in found})

@@ -1,4 +1,4 @@
-"""What the campaigns find: rows with goals, the file they are kept in, and the page's tables."""
+"""The findings of the campaigns: rows with goals, the file of records, the page's tables."""
 
 import json
 import os
@@ -18,7 +18,7 @@ CAMPAIGNS = {
     "training": "kill -9 at random moments, resume",
     "scale": "real containers behind HAProxy",
 }
-"""Each is a module of this package with a function `run`; here is what it attacks."""
+"""The campaigns and what they attack. Each is a module of this package with a function `run`."""
 BEGIN = "<!-- written by `python -m benchmarks.reliability` -->\n"
 END = "<!-- end -->"
 NOT_MEASURED = "not measured"
@@ -26,13 +26,13 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Options:
-    """How much a campaign does.
+    """The size of a campaign.
 
     Attributes:
-        minutes: how long the soak lasts.
-        inputs: how many inputs, requests, files or kills; None for the campaign's own number.
-        quick: little of everything, to see that it runs.
-        failures: the folder where inputs are saved that broke something.
+        minutes: the length of the soak.
+        inputs: the number of inputs, requests, files or kills; None means the campaign's own.
+        quick: a little of everything, to check that it runs.
+        failures: the folder for inputs that broke something.
     """
 
     minutes: float = 30
@@ -41,11 +41,11 @@ class Options:
     failures: Path = Path(".cache") / "reliability"
 
     def count(self, full: int, quick: int) -> int:
-        """Return how many inputs: as asked for, or the campaign's own number."""
+        """Return the number of inputs: `inputs`, or else the campaign's own number."""
         return self.inputs or (quick if self.quick else full)
 
     def save(self, name: str, data: bytes) -> None:
-        """Keep an input that broke something."""
+        """Save an input that broke something."""
         self.failures.mkdir(parents=True, exist_ok=True)
         (self.failures / name).write_bytes(data)
 
@@ -55,10 +55,10 @@ class Row:
     """One figure.
 
     Attributes:
-        what: was measured.
-        figure: as it is to be read.
-        goal: as it is to be read; empty for none.
-        met: whether the figure meets the goal; None without a goal, or when not measured.
+        what: the name of the figure.
+        figure: the formatted figure.
+        goal: the formatted goal; empty means none.
+        met: whether the figure meets the goal; None means no goal, or not measured.
     """
 
     what: str
@@ -68,23 +68,23 @@ class Row:
 
     @classmethod
     def at_most(cls, what: str, value: float, limit: float, unit: str = "") -> "Row":
-        """Return the row of a figure that must not exceed a limit; NaN does."""
+        """Return the row of a figure that must not exceed a limit; NaN misses the goal."""
         goal = "0" if limit == 0 else f"≤ {_number(limit)}{unit}"
         return cls(what, f"{_number(value)}{unit}", goal, value <= limit)
 
     @classmethod
     def at_least(cls, what: str, value: float, limit: float, unit: str = "") -> "Row":
-        """Return the row of a figure that must reach a limit."""
+        """Return the row of a figure that must be at least a limit."""
         return cls(what, f"{_number(value)}{unit}", f"≥ {_number(limit)}{unit}", value >= limit)
 
     @classmethod
     def holds(cls, what: str, figure: str, goal: str, met: bool) -> "Row":
-        """Return the row of something that is so or not."""
+        """Return the row of a condition that holds or not."""
         return cls(what, figure, goal, met)
 
     @classmethod
     def not_measured(cls, what: str, reason: str) -> "Row":
-        """Return the row of something that cannot be had here."""
+        """Return the row of a figure that cannot be measured here."""
         return cls(what, f"{NOT_MEASURED}: {reason}")
 
     @property
@@ -95,7 +95,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Record:
-    """A finished campaign: its rows, and under what conditions they were measured."""
+    """A finished campaign: its rows, its command and its machine."""
 
     campaign: str
     command: str
@@ -112,7 +112,7 @@ def append(file: Path, record: Record) -> None:
 
 
 def read(file: Path) -> dict[str, Record]:
-    """Return the last record of each campaign; none where there is no file."""
+    """Return the last record of each campaign; empty if there is no file."""
     records = {}
     if file.exists():
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -123,7 +123,7 @@ def read(file: Path) -> dict[str, Record]:
 
 
 def section(records: Mapping[str, Record]) -> str:
-    """Return the page's tables: the figures, and how each campaign was run."""
+    """Return the page's tables: the figures, and the commands with their machines."""
     figures = [["campaign", "", "figure", "goal", ""]]
     runs = [["campaign", "command", "minutes", "machine"]]
     for name, attacks in CAMPAIGNS.items():
@@ -137,7 +137,7 @@ def section(records: Mapping[str, Record]) -> str:
 
 
 def machine() -> str:
-    """Return what the figures were measured on, and how busy it is: more than 0.5 spoils them."""
+    """Return machine, versions and load average: above 0.5, do not use the figures."""
     names = []
     if (info := Path("/proc/cpuinfo")).exists():
         lines = info.read_text().splitlines()

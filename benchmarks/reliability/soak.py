@@ -1,4 +1,4 @@
-"""Eight tenths of the capacity for half an hour: nothing grows, nothing fails, all bits stay."""
+"""Load of 0.8 of the capacity for half an hour: memory, failures and bits of the answers."""
 
 import asyncio
 import time
@@ -13,20 +13,20 @@ from benchmarks.reliability.service import Service, Usage, apart, serving
 from benchmarks.reliability.traffic import LOST, Answer, Client, bad, good
 
 CLIENTS = 32
-SHARE = 0.8  # of the capacity
+SHARE = 0.8  # of the capacity: the load
 BAD, ABORTED = 0.05, 0.01
-FIRST_SECONDS = 60.0  # after which nothing may grow; a tenth of a shorter soak
+FIRST_SECONDS = 60.0  # after this, nothing may grow; in a short soak, a tenth of it
 GROWTH_PERCENT = 2.0
 
 
 @dataclass
 class Findings:
-    """What is counted during the soak.
+    """The counts of a soak.
 
     Attributes:
-        counts: by what became of the requests: "good", "bad", "aborted"; "5xx", "other answer",
+        counts: the number of requests by result: "good", "bad", "aborted"; "5xx", "other answer",
             "no answer".
-        samples: by the seconds since the begin, what each worker took.
+        samples: the seconds since the start, and the usage of each worker then.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -34,7 +34,7 @@ class Findings:
 
 
 def run(options: Options) -> list[Row]:
-    """Soak a service with two workers, and compare each answer with those at the start."""
+    """Load a service with two workers; compare every answer with the one at the start."""
     seconds = 2.0 if options.quick else options.minutes * 60
     with serving(workers=2, max_in_flight=512) as service, apart(service):
         requests = [*good().items(), *bad().items()]
@@ -45,13 +45,13 @@ def run(options: Options) -> list[Row]:
         capacity = asyncio.run(measure_capacity(service, min(10.0, seconds / 4)))
         before = service.usage()
         findings = asyncio.run(soak(service, reference, SHARE * capacity, seconds))
-        time.sleep(1)  # until it has seen that the clients are gone
+        time.sleep(1)  # until it has closed the clients' connections
         after = service.usage()
         return [*rows(findings, before, after, capacity, seconds), log_row(service)]
 
 
 async def ask_once(service: Service, requests: Sequence[tuple[str, bytes]]) -> dict[str, Answer]:
-    """Return the answer to each request, asked alone."""
+    """Return the answer to each request, sent alone."""
     client = Client(service.port)
     found = {name: await client.ask(request) for name, request in requests}
     client.close()
@@ -59,7 +59,7 @@ async def ask_once(service: Service, requests: Sequence[tuple[str, bytes]]) -> d
 
 
 async def measure_capacity(service: Service, seconds: float) -> float:
-    """Return how many requests a second are answered when all forms come in turn."""
+    """Return the answers a second when all forms of body are sent in turn."""
     requests = [*good().values()]
     done, end = 0, time.monotonic() + seconds
 
@@ -78,7 +78,7 @@ async def measure_capacity(service: Service, seconds: float) -> float:
 async def soak(
     service: Service, reference: dict[str, Answer], rate: float, seconds: float
 ) -> Findings:
-    """Send requests at a steady rate, and look at the workers once a second."""
+    """Send requests at a steady rate, and measure the workers once a second."""
     findings, random = Findings(), Random(0)  # noqa: S311 - nothing is kept secret with it
     forms, wrong = [*good().items()], [*bad().items()]
     begin, sent = time.monotonic(), 0
@@ -113,9 +113,9 @@ async def soak(
 
 
 def judge(answer: Answer, expected: Answer) -> str:
-    """Compare an answer with that to the same request at the start.
+    """Compare an answer with the answer to the same request at the start.
 
-    Refusals carry a request id, so of these the status alone must be the same.
+    For refusals only the status is compared, because they have a request id.
     """
     if answer.status >= 500:
         return "5xx"
@@ -133,7 +133,7 @@ def rows(
     capacity: float,
     seconds: float,
 ) -> list[Row]:
-    """Return the figures and whether they meet the goals."""
+    """Return the figures, with their goals."""
     counts = findings.counts
     first = min(FIRST_SECONDS, seconds / 10)
     early = next(usage for passed, usage in findings.samples if passed >= first)
@@ -150,19 +150,21 @@ def rows(
             "of these: good; bad; aborted",
             f"{counts['good']:,}; {counts['bad']:,}; {counts['aborted']:,}",
         ),
-        Row.at_most("answers of 5xx", counts["5xx"], 0),
+        Row.at_most("answers with status 5xx", counts["5xx"], 0),
         Row.at_most(
             "answers with other bits or status than at the start", counts["other answer"], 0
         ),
         Row.at_most("requests without an answer", counts["no answer"], 0),
         Row.at_most("workers replaced", len(before.keys() - same), 0),
-        Row.at_most(f"a worker's memory since {first:.0f} s", growth, GROWTH_PERCENT, " %"),
-        Row("the larger worker's memory at the end", f"{largest:.0f} MB"),
-        Row.at_most("open descriptors more than before", descriptors, 0),
-        Row.at_most(f"threads more than after {first:.0f} s", threads, 0),
+        Row.at_most(
+            f"growth of a worker's memory since {first:.0f} s", growth, GROWTH_PERCENT, " %"
+        ),
+        Row("the memory of the larger worker at the end", f"{largest:.0f} MB"),
+        Row.at_most("more open descriptors than before", descriptors, 0),
+        Row.at_most(f"more threads than after {first:.0f} s", threads, 0),
     ]
 
 
 def log_row(service: Service) -> Row:
-    """Return how many tracebacks are in the service's log."""
+    """Return the row of tracebacks in the service's log."""
     return Row.at_most("tracebacks in the log", service.tracebacks(), 0)

@@ -212,8 +212,8 @@ def test_a_soak_notices_growth_and_failures() -> None:
     assert soaked(growth=1.019)[memory]
     assert not soaked(growth=1.021)[memory]
     more = soaked(more=1)
-    assert not more["open descriptors more than before"]
-    assert not more["threads more than after 60 s"]
+    assert not more["more open descriptors than before"]
+    assert not more["more threads than after 60 s"]
     assert [*soaked(**{"5xx": 1}).values()].count(False) == 1
     assert [*soaked(**{"other answer": 1}).values()].count(False) == 1
     assert [*soaked(**{"no answer": 1}).values()].count(False) == 1
@@ -254,7 +254,7 @@ def test_an_answer_that_is_neither_good_nor_a_503_is_noticed() -> None:
     rows = overload.overload_rows(found, capacity=1.0, seconds=2.5)
     assert verdicts(rows) == {
         "photographs: answers": True,
-        "photographs: good answers a second, of the capacity": True,  # 0.8
+        "photographs: good answers a second / capacity": True,  # 0.8
     }
     assert rows[-1].figure == "2.0 ms"
     for other in (Outcome(1, 1, 500), Outcome(1, 1, 0, "ConnectionResetError")):

@@ -31,7 +31,7 @@ def test_impossible_fits_are_refused(chapter: Recipe) -> None:
     with pytest.raises(FitError, match="at least two images a batch"):
         check(replace(chapter, batch_size=1), 1100)
     for holdout in (1099, 1100, -1):
-        with pytest.raises(FitError, match=rf"0 to 1,098: not {holdout:,}"):
+        with pytest.raises(FitError, match=rf"use 0 to 1,098, not {holdout:,}"):
             check(chapter, 1100, holdout)
     check(chapter, 1100, 1098)
     with pytest.raises(FitError, match="9,000,000 steps are more than 5,000,000: lower --epochs"):
