@@ -239,8 +239,8 @@ def table(
     ]
     for name, goal in GOALS.items():
         found = figures.get(name, {})
-        beside = found.get("cpu", "") if device != "cpu" else ""
-        lines.append([name, found.get(device, MISSING), beside, goal])
+        cpu = found.get("cpu", "") if device != "cpu" else ""
+        lines.append([name, found.get(device, MISSING), cpu, goal])
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     where = ", ".join(f"{name} {value}" for name, value in (conditions or {}).items())
     return f"{rows}\n\nMeasured on: {where or 'nothing yet'}.\n"

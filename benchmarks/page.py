@@ -1,11 +1,11 @@
-"""A page's section that a command writes."""
+"""The section of a page that a command writes."""
 
 
 def with_section(page: str, text: str, begin: str, end: str) -> str:
-    """Return the page with the text between its two marks.
+    """Return the page with `text` between the marks `begin` and `end`.
 
     Raises:
-        ValueError: the page lacks one of them.
+        ValueError: the page lacks one of the marks.
     """
     before, found_begin, rest = page.partition(begin)
     _, found_end, after = rest.partition(end)

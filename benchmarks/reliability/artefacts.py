@@ -1,4 +1,4 @@
-"""Ten thousand mutated model files: refused with one sentence, or the very same answers."""
+"""Ten thousand mutated model files: refused with one sentence, or identical answers."""
 
 import tempfile
 from collections import Counter
@@ -13,7 +13,7 @@ SLOWEST_SECONDS = 10.0
 
 
 def run(options: Options) -> list[Row]:
-    """Load the files as the service does, and again with their digest made right."""
+    """Load the files as the service does, then again with a correct digest."""
     count = options.count(10_000, 20)
     data, expected, images = COMMITTED.read_bytes(), Classifier.load(COMMITTED), probe()
     found: dict[str, Counter[str]] = {}
@@ -35,10 +35,10 @@ def run(options: Options) -> list[Row]:
             f"{damaged['refused']:,}; {damaged['identical']:,}",
         ),
         Row.at_most("damaged files: other answers", damaged["other answers"], 0),
-        Row.at_most("files refused with anything but one sentence", crashed, 0),
-        Row.at_most("slowest to load or refuse", slowest, SLOWEST_SECONDS, " s"),
+        Row.at_most("files refused without one clear sentence", crashed, 0),
+        Row.at_most("slowest file", slowest, SLOWEST_SECONDS, " s"),
         Row(
-            "the same with the digest made right, as somebody who means harm can: other answers",
+            "the same files with a correct digest, as an attacker can make: other answers",
             f"{resealed['other answers']:,} of {resealed.total():,}",
         ),
     ]

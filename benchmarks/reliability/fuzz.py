@@ -1,8 +1,8 @@
-"""A million inputs through the decoders of pictures, bodies and tensors: pixels, or our errors.
+"""A million inputs for the decoders of pictures, bodies and tensors: pixels, or our errors.
 
-With atheris installed the inputs are guided by the coverage of the Python code, the service's and
-Pillow's; else they are mutations of valid files. All are tried in processes of their own, so that
-a crash or a hang ends one of them, and its input is saved like any other that fails.
+If atheris is installed, it chooses the inputs by the coverage of the Python code, the service's and
+Pillow's. Otherwise they are mutations of valid files. Separate processes try them, so that a crash
+or a hang ends only one process; inputs that fail are saved.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ from service.routes.bodies import read_body
 from service.routes.tensors import decode
 from tests.service.pictures.drawings import encode, shaded, worn
 
-LIMIT_SECONDS = 2.0  # of processor time, for an input
-STUCK_SECONDS = 60.0  # by the clock
+LIMIT_SECONDS = 2.0  # processor time of an input
+STUCK_SECONDS = 60.0  # wall-clock time of an input
 GUIDED = find_spec("atheris") is not None
 SHAPE = (28, 28)
 MAX_BYTES = 65_536  # of an input
-LENGTH_BYTES = 4  # before binary tensors: the header field with the length of the JSON
+LENGTH_BYTES = 4  # an input of binary tensors begins with the length of its JSON
 EDGES = np.array([0, 1, 0x7F, 0x80, 0xFE, 0xFF, 0x22, 0x2C, 0x5B, 0x7B], np.uint8)
 
 
@@ -65,17 +65,17 @@ def hunt(
     attempt_all: Callable[..., None] | None = None,
     stuck_seconds: float = STUCK_SECONDS,
 ) -> tuple[int, float]:
-    """Try inputs in a process of its own, and in another when that one crashes or hangs.
+    """Try inputs in a separate process; start another if it crashes or hangs.
 
     Args:
-        options: where inputs that fail are saved.
-        seed: of the mutations.
-        count: how many inputs.
-        attempt_all: tries them, in the process.
-        stuck_seconds: how long an input may take by the clock.
+        options: has the folder for inputs that fail.
+        seed: decides the mutations.
+        count: the number of inputs.
+        attempt_all: tries the inputs, in the process.
+        stuck_seconds: an input that takes longer counts as a hang.
 
     Returns:
-        how many failed, and the seconds of the slowest.
+        the number of failures, and the seconds of the slowest input.
     """
     context = multiprocessing.get_context("spawn")
     done, failed, slowest = (context.Value(kind, 0) for kind in "qqd")
@@ -91,9 +91,9 @@ def hunt(
                 process.join(stuck_seconds)
                 if done.value == before:
                     process.kill()
-                elif current.exists():  # it has started
+                elif current.exists():  # the process has started
                     before = done.value
-            if done.value < count:  # it crashed, or was killed
+            if done.value < count:  # the process crashed, or was killed
                 if not current.exists():
                     raise BenchmarkError("the process that tries inputs does not start")
                 done.value += 1
@@ -111,7 +111,7 @@ def _try_all(
     failed: "Synchronized[int]",
     slowest: "Synchronized[float]",
 ) -> None:
-    """Try the inputs that are left."""
+    """Try the remaining inputs."""
     configure_pillow()
     logging.disable()
     file = os.open(current, os.O_RDWR | os.O_CREAT)
@@ -149,17 +149,17 @@ def attempt(data: bytes) -> tuple[str, float]:
     """Try one input.
 
     Args:
-        data: the first byte says what it is, the rest is it.
+        data: the first byte is the kind of input, the rest its content.
 
     Returns:
-        the exception that is not ours, or nothing; and the seconds of processor time.
+        the exception, if it is not ours, else an empty text; and the seconds of processor time.
     """
     begin, error = time.process_time(), ""
     try:
         read(data)
     except ServiceError:
         pass
-    except Exception as exc:  # any other exception is what is looked for
+    except Exception as exc:  # any other exception is a finding
         error = repr(exc)
     return error, time.process_time() - begin
 

@@ -1,8 +1,8 @@
 """A hundred thousand mutated requests over sockets: no 500, no hang, no dead worker.
 
-Heads, chunks and lengths are changed, requests are sent one after the other in one go, in pieces,
-and cut off halfway. Each connection then closes its sending side, so the server must answer what
-is whole and close; one in a hundred stays open, and must be closed by the server's deadline.
+Heads, chunks and lengths are changed. Requests are sent several at once, in pieces, and truncated.
+Then the connection closes its sending side, so the server must answer the complete requests and
+close. One connection in a hundred stays open, and the server's deadline must close it.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from benchmarks.reliability.soak import log_row
 from benchmarks.reliability.traffic import LOST, answers, bad, good
 
 CLIENTS = 32
-DEADLINE_SECONDS = 2.0  # of the service, for a whole request
+DEADLINE_SECONDS = 2.0  # the service's deadline for a request
 HANG_SECONDS = 20.0
 STAYS_OPEN = 0.01
 GETS = (
@@ -73,11 +73,11 @@ def run(options: Options) -> list[Row]:
         before = {worker.pid for worker in service.workers()}
         counts = asyncio.run(send_all(service.port, count, options))
         after = {worker.pid for worker in service.workers()}
-        told = ", ".join(f"{kind} {counts[kind]:,}" for kind in sorted(counts) if kind.isdigit())
+        listed = ", ".join(f"{kind} {counts[kind]:,}" for kind in sorted(counts) if kind.isdigit())
         ready = service.ready()
         return [
-            Row("connections; answers by status", f"{count:,}; {told}"),
-            Row.at_most("answers of 500", counts["500"], 0),
+            Row("connections; answers by status", f"{count:,}; {listed}"),
+            Row.at_most("answers with status 500", counts["500"], 0),
             Row.at_most("connections that were not closed in time", counts["hang"], 0),
             Row.at_most("answers that are not HTTP/1.1, or are cut short", counts["garbled"], 0),
             Row.at_most("workers that died", len(before - after), 0),
@@ -87,7 +87,7 @@ def run(options: Options) -> list[Row]:
 
 
 async def send_all(port: int, count: int, options: Options) -> Counter[str]:
-    """Return how many answers of each status came, and what else went wrong."""
+    """Return the number of answers by status, and of faults by kind."""
     counts: Counter[str] = Counter()
     valid = [*good().values(), *bad().values(), *map(get, GETS)]
     numbers = iter(range(count))
@@ -108,7 +108,7 @@ async def send_all(port: int, count: int, options: Options) -> Counter[str]:
 
 
 async def exchange(port: int, data: bytes, random: Random) -> list[str]:
-    """Send bytes on a connection of their own; return the statuses, or what went wrong."""
+    """Send bytes on a new connection; return the statuses of the answers, or the fault."""
     received = b""
     try:
         async with asyncio.timeout(HANG_SECONDS):
@@ -126,7 +126,7 @@ async def exchange(port: int, data: bytes, random: Random) -> list[str]:
                 writer.transport.abort()
     except TimeoutError:
         return ["hang"]
-    except LOST:  # a reset: the server had answered, and data was still on its way
+    except LOST:  # a reset: the server closed while data was still on its way
         return ["reset"]
     with suppress(ValueError, IndexError):
         return [*map(str, answers(received))] or ["none"]
@@ -134,7 +134,7 @@ async def exchange(port: int, data: bytes, random: Random) -> list[str]:
 
 
 def seeded(number: int) -> Random:
-    """Return the generator of a connection, by its number."""
+    """Return the random generator of a connection, by its number."""
     return Random(number)  # noqa: S311 - nothing is kept secret with it
 
 
@@ -144,7 +144,7 @@ def get(path: str) -> bytes:
 
 
 def mutated(valid: list[bytes], random: Random) -> bytes:
-    """Return one to four valid requests, changed in up to six places and perhaps cut off.
+    """Return one to four valid requests with up to six changes, sometimes truncated.
 
     Heads are changed more often than bodies.
     """
@@ -161,7 +161,7 @@ def mutated(valid: list[bytes], random: Random) -> bytes:
                 data = data[:at] + random.randbytes(random.choice((1, 1, 4))) + data[at + 1 :]
             case 2:
                 data = data[:at] + data[at + random.choice((1, 2, 16)) :]
-            case 3:  # a line twice
+            case 3:  # repeat a line
                 line = data.rfind(b"\r\n", 0, at) + 2 if b"\r\n" in data[:at] else 0
                 end = data.find(b"\r\n", line) + 2
                 data = data[:end] + data[line:end] + data[end:]

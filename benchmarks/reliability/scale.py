@@ -1,7 +1,7 @@
-"""Real containers behind HAProxy under load: more and fewer of them, a new model, one killed.
+"""Real containers behind HAProxy under load: scaled up and down, given a new model, killed.
 
-Builds the image `bn-lenet` and starts `compose.yaml` with `deploy/compose.scale.yaml`, as
-docs/operations.md says. BASE_IMAGE and HAPROXY_IMAGE choose other images to build from.
+Builds the image `bn-lenet` and starts `compose.yaml` with `deploy/compose.scale.yaml`, as in
+docs/operations.md. BASE_IMAGE and HAPROXY_IMAGE set other base images.
 """
 
 import json
@@ -26,7 +26,7 @@ from benchmarks.reliability.service import ROOT
 from benchmarks.reliability.traffic import Load, Outcome, good
 
 FILES = ("-f", "compose.yaml", "-f", "deploy/compose.scale.yaml")
-PORTS = "8101-8116"  # of the containers alone; nobody asks there
+PORTS = "8101-8116"  # published by the containers; not used here
 QUIET_SECONDS = 10.0  # before each step, and after it
 HEALTHY_SECONDS = 120.0
 CLIENTS = 16
@@ -40,10 +40,10 @@ class Containers:
     compose: tuple[str, ...]
 
     def run(self, *command: str) -> str:
-        """Run a command and return what it prints.
+        """Run a command and return its output.
 
         Raises:
-            BenchmarkError: it fails; the message has what it printed.
+            BenchmarkError: the command fails; the message has the end of its error output.
         """
         done = subprocess.run(
             command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False
@@ -57,7 +57,7 @@ class Containers:
         return self.run(*self.compose, "ps", "--quiet", "bn-lenet").split()
 
     def scale(self, count: int, *options: str) -> None:
-        """Run so many containers, and wait until all are healthy.
+        """Run `count` containers, and wait until all are healthy.
 
         Raises:
             BenchmarkError: they are not healthy in time.
@@ -70,12 +70,12 @@ class Containers:
             time.sleep(0.5)
 
     def healthy(self, container: str) -> bool:
-        """Return whether the image's own check succeeds."""
+        """Return whether the image's health check succeeds."""
         status = self.run("docker", "inspect", "--format", "{{.State.Health.Status}}", container)
         return status.strip() == "healthy"
 
     def change_model(self, content: bytes) -> None:
-        """Start as many containers with another model, then stop the old ones."""
+        """Start the same number of containers with another model, then stop the old ones."""
         old = self.ids()
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "bn_lenet.onnx").write_bytes(content)
@@ -88,7 +88,7 @@ class Containers:
 
 
 def run(options: Options) -> list[Row]:
-    """Take every step under load."""
+    """Make all changes under load."""
     reason = "--quick" if options.quick else missing()
     if reason:
         return [Row.not_measured("containers behind HAProxy", reason)]
@@ -108,7 +108,10 @@ def run(options: Options) -> list[Row]:
             versions = {json.loads(load_one(port))["model"]["version"] for _ in range(20)}
             rows.append(
                 Row.holds(
-                    "a new model: version that answers", ", ".join(versions), "2", versions == {"2"}
+                    "a new model: the version in the answers",
+                    ", ".join(versions),
+                    "2",
+                    versions == {"2"},
                 )
             )
             victim = containers.ids()[0]
@@ -122,7 +125,7 @@ def run(options: Options) -> list[Row]:
 
 
 def missing() -> str:
-    """Return what is missing for containers here, or nothing."""
+    """Return the reason why containers cannot run here; empty if they can."""
     if shutil.which("docker") is None:
         return "docker is not installed"
     if subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:  # noqa: S607 - found on the path
@@ -135,9 +138,9 @@ def step(load: Load, name: str, change: Callable[[], object], most: int = 0) -> 
 
     Args:
         load: the clients.
-        name: of the change.
-        change: makes it, and returns when it is complete.
-        most: how many requests may fail: one for each that was in flight.
+        name: the name of the change.
+        change: makes the change, and returns when it is complete.
+        most: how many requests may fail (those in flight).
     """
     begin, refused = time.monotonic(), load.refused
     time.sleep(QUIET_SECONDS)
@@ -155,10 +158,10 @@ def step_rows(
     """Return the failed requests of a step, and p99 before, during and after.
 
     Args:
-        name: of the step.
-        outcomes: of all requests.
-        moments: when the quiet began, the change, the quiet after it, and its end.
-        refused: how often the balancer could not be reached.
+        name: the name of the change.
+        outcomes: the outcomes of all requests.
+        moments: the start of the quiet time, of the change, of the second quiet time, and the end.
+        refused: the number of connections that the balancer refused.
         most: how many requests may fail.
     """
     spans = [[o for o in outcomes if first <= o.began < last] for first, last in pairwise(moments)]
@@ -188,7 +191,7 @@ def _compose() -> tuple[str, ...]:
 
 @contextmanager
 def _containers() -> Iterator[Containers]:
-    """Build the image and give the project; remove its containers, and tag the image as it was."""
+    """Build the image and yield the project; then remove its containers and restore the tag."""
     settings = {
         "COMPOSE_PROJECT_NAME": "bn-lenet-scale",
         "DOCKER_BUILDKIT": os.environ.get("DOCKER_BUILDKIT", "0"),

@@ -1,4 +1,4 @@
-"""The service under attack: a real one with its workers, and what they take of the machine."""
+"""The service under attack: a real one with its workers, and their use of the machine."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ STOP_SECONDS = 30
 
 @dataclass(frozen=True)
 class Usage:
-    """What one worker takes: bytes of resident memory, open descriptors, threads."""
+    """The usage of a worker: bytes of resident memory, open descriptors, threads."""
 
     memory: int
     descriptors: int
@@ -32,7 +32,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Service:
-    """A service that runs; with one worker, its process is the worker."""
+    """A running service; with one worker, its process is the worker."""
 
     port: int
     process: subprocess.Popen[bytes]
@@ -45,10 +45,10 @@ class Service:
         return sorted(main.children(), key=lambda one: one.pid) if self.count > 1 else [main]
 
     def usage(self) -> dict[int, Usage]:
-        """Return what each worker takes now, by its process id."""
+        """Return the present usage of each worker, by its process id."""
         taken = {}
         for one in self.workers():
-            with suppress(psutil.NoSuchProcess), one.oneshot():  # it died while we looked
+            with suppress(psutil.NoSuchProcess), one.oneshot():  # the worker died meanwhile
                 size = one.memory_info().rss
                 taken[one.pid] = Usage(size, one.num_fds(), one.num_threads())
         return taken
@@ -66,7 +66,7 @@ class Service:
         return False
 
     def get(self, path: str) -> str:
-        """Return a good answer's text; empty for none."""
+        """Return the text of a 200 answer; empty if there is none."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
             connection.request("GET", path)
@@ -78,10 +78,10 @@ class Service:
             connection.close()
 
     def wait_until_ready(self) -> float:
-        """Return how many seconds it takes until all workers are there.
+        """Wait until all workers are ready; return the seconds.
 
         Raises:
-            BenchmarkError: it ended, or they are not there in time; the message has its log.
+            BenchmarkError: the service exited, or is not ready in time; the message has its log.
         """
         begin = time.monotonic()
         while not self.ready():
@@ -91,12 +91,12 @@ class Service:
         return time.monotonic() - begin
 
     def tracebacks(self) -> int:
-        """Return how many tracebacks the log has."""
+        """Return the number of tracebacks in the log."""
         return self.log.read_text(errors="replace").count("Traceback")
 
 
 def environment(**settings: object) -> dict[str, str]:
-    """Return our environment with these settings of the service, and no others."""
+    """Return the current environment, with only these settings of the service."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("BNLENET_")}
     given = {"LOG_LEVEL": "warning", "DRAIN_SECONDS": 0, "DEVICE": "cpu"} | settings
     return ours | {f"BNLENET_{name.upper()}": str(value) for name, value in given.items()}
@@ -111,17 +111,17 @@ def serving(
     log: Path | None = None,
     **settings: object,
 ) -> Iterator[Service]:
-    """Run a service until the block ends.
+    """Run a service within the block.
 
     Args:
-        workers: how many.
-        wrapper: a command that runs the service's command.
-        extra: further variables of the environment.
-        log: where standard error goes.
-        settings: of the service, by their names.
+        workers: the number of workers.
+        wrapper: the beginning of a command line that runs the service's command.
+        extra: further environment variables.
+        log: the file for standard error.
+        settings: settings of the service, by name.
 
     Raises:
-        BenchmarkError: it does not start.
+        BenchmarkError: the service does not start.
     """
     port = free_port()
     variables = environment(port=port, workers=workers, **settings) | dict(extra or {})
@@ -162,7 +162,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def apart(service: Service) -> Iterator[None]:
-    """Give us the last core and the service the others, where the system lets us."""
+    """Run this process on the last core and the service on the others, if the system allows it."""
     ours = psutil.Process()
     if not hasattr(ours, "cpu_affinity") or len(cores := ours.cpu_affinity()) < 2:
         yield

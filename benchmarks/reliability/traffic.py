@@ -17,7 +17,7 @@ INFER = "/v2/models/bn-lenet/infer"
 BOUNDARY = "a-boundary"
 TIMEOUT_SECONDS = 30.0
 LOST = (OSError, EOFError, ValueError, TimeoutError)
-"""What a client gets in place of an answer."""
+"""The exceptions of a request without an answer."""
 
 
 def post(path: str, headers: Mapping[str, str], body: bytes) -> bytes:
@@ -62,7 +62,7 @@ def good() -> dict[str, bytes]:
 
 
 def form(file: bytes) -> bytes:
-    """Return an upload of a file by a form."""
+    """Return a request that uploads a file in a form."""
     disposition = 'form-data; name="image"; filename="a.png"'
     head = f"--{BOUNDARY}\r\nContent-Disposition: {disposition}\r\nContent-Type: image/png\r\n\r\n"
     body = head.encode() + file + f"\r\n--{BOUNDARY}--\r\n".encode()
@@ -70,7 +70,7 @@ def form(file: bytes) -> bytes:
 
 
 def bad() -> dict[str, bytes]:
-    """Return requests that must be refused with a status of 4xx."""
+    """Return requests that must be refused with a 4xx status."""
     octets = {"Content-Type": "application/octet-stream"}
     as_json = {"Content-Type": "application/json"}
     return {
@@ -95,7 +95,7 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """One connection, opened when it is needed."""
+    """A client with one connection, which is opened when it is needed."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -106,7 +106,7 @@ class Client:
         """Send a request and return its answer.
 
         Raises:
-            LOST: there is none; ConnectionRefusedError when there is no server.
+            LOST: there is no answer; ConnectionRefusedError means that no server listens.
         """
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
@@ -116,7 +116,7 @@ class Client:
             raise
 
     async def abort(self, request: bytes) -> None:
-        """Send half a request, and leave."""
+        """Send half a request, and close the connection."""
         with suppress(*LOST):
             _, writer = await self._open()
             writer.write(request[: len(request) // 2])
@@ -124,7 +124,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection, without waiting for anything."""
+        """Close the connection at once."""
         if self._writer is not None:
             self._writer.transport.abort()
         self._reader = self._writer = None
@@ -146,7 +146,7 @@ class Client:
 
 
 class Outcome(NamedTuple):
-    """What became of a request: when it was sent, how long it took, the status or the error."""
+    """The outcome of a request: its start, its duration, and its status or error."""
 
     began: float
     seconds: float
@@ -155,16 +155,16 @@ class Outcome(NamedTuple):
 
 
 class Load:
-    """Clients in a thread, each of which asks again as soon as it has its answer.
+    """Clients in a thread; every client sends its next request soon after its answer.
 
     Args:
-        port: the server's.
+        port: the server's port.
         request: the bytes to send.
-        clients: how many.
+        clients: the number of clients.
 
     Attributes:
-        outcomes: of all requests, in the order of their ends.
-        refused: how often there was no server to connect to.
+        outcomes: the outcomes of all requests, in the order of their ends.
+        refused: the number of refused connections.
         bodies: the different bodies of good answers.
     """
 
@@ -187,11 +187,11 @@ class Load:
         self._thread.join()
 
     def failed(self) -> list[Outcome]:
-        """Return the requests that were sent and got no 200."""
+        """Return the outcomes of requests that were sent and got no 200."""
         return [outcome for outcome in self.outcomes if outcome.status != 200]
 
     def wait_for(self, more: int) -> None:
-        """Wait until so many more requests were answered well, or for half a minute."""
+        """Wait for `more` further good answers, but at most half a minute."""
         wanted = len(self.outcomes) - len(self.failed()) + more
         deadline = time.monotonic() + 30
         while len(self.outcomes) - len(self.failed()) < wanted and time.monotonic() < deadline:
@@ -216,15 +216,15 @@ class Load:
             except LOST as exc:
                 error = repr(exc)
             self.outcomes.append(Outcome(began, time.monotonic() - began, status, error))
-            await asyncio.sleep(0.002)  # leaves the cores some air
+            await asyncio.sleep(0.002)  # so that the clients do not take all processor time
         client.close()
 
 
 def answers(stream: bytes) -> Iterator[int]:
-    """Yield the statuses of the answers in all that a server sent on a connection.
+    """Yield the statuses of all answers in the bytes of a connection.
 
     Raises:
-        ValueError: it is not whole answers of HTTP/1.1.
+        ValueError: the bytes are not complete HTTP/1.1 answers.
     """
     while stream:
         head, blank, stream = stream.partition(b"\r\n\r\n")
@@ -233,7 +233,7 @@ def answers(stream: bytes) -> Iterator[int]:
         yield int(head[9:12])
         _, has_length, after = head.lower().partition(b"\r\ncontent-length: ")
         length = int(after.partition(b"\r")[0]) if has_length else 0
-        if not stream.startswith(b"HTTP/1.1 "):  # else it was an answer to HEAD
+        if not stream.startswith(b"HTTP/1.1 "):  # otherwise it was an answer to HEAD
             if len(stream) < length and stream:
                 raise ValueError(f"an answer cut short: {head[:100]!r}")
             stream = stream[length:]

@@ -1,4 +1,4 @@
-"""A fit killed at fifty random moments and resumed: the same bytes as one that nobody disturbed."""
+"""Fits that are killed at fifty random moments and resumed must give the bytes of a whole fit."""
 
 import json
 import multiprocessing
@@ -16,11 +16,11 @@ from training.fitting.plan import new_config
 from training.fitting.recipes import RECIPES
 from training.fitting.run import Run
 
-TIMES = ("images_per_second", "seconds")  # what differs from fit to fit
+TIMES = ("images_per_second", "seconds")  # these differ between equal fits
 
 
 def run(options: Options) -> list[Row]:
-    """Fit once undisturbed; then kill and resume a fit of its own for each moment."""
+    """Fit once without interruption; then, for every kill, start, kill and resume a new fit."""
     kills = options.count(50, 2)
     epochs = 4 if options.quick else 12
     random = Random(0)  # noqa: S311 - nothing is kept secret with it
@@ -43,7 +43,7 @@ def run(options: Options) -> list[Row]:
 
 
 def contents(run: Run) -> dict[str, object]:
-    """Return all that a complete fit leaves, without the times."""
+    """Return the contents of a complete run folder, without the times."""
     results = run.results()
     epochs = [json.loads(line) for line in _text(run, "metrics.jsonl").splitlines()]
     return {
@@ -65,12 +65,12 @@ def _new_run(folder: Path, epochs: int) -> Run:
 
 
 def _fit(run: Run, after: float | None = None) -> float:
-    """Fit in a process of its own; kill it after so many seconds of the fit; return those taken.
+    """Fit in a separate process, and kill it after `after` seconds; return the seconds taken.
 
-    The process is forked from one that has imported torch already.
+    The process is forked from one that has imported torch.
 
     Raises:
-        RuntimeError: it was not killed, and failed.
+        RuntimeError: the fit failed without being killed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "torch._dynamo"])  # torch's optimisers import it late
@@ -89,7 +89,7 @@ def _fit(run: Run, after: float | None = None) -> float:
 
 
 def _fit_here(folder: Path, ready: Event) -> None:
-    import torch  # noqa: PLC0415 - set for this process alone
+    import torch  # noqa: PLC0415 - only this process needs it
 
     torch.set_num_threads(1)
     run = Run(folder)

@@ -208,7 +208,7 @@ def soaked(growth: float = 1.0, more: int = 0, **counts: int) -> dict[str, bool 
 
 def test_a_soak_notices_growth_and_failures() -> None:
     assert set(soaked().values()) == {True}
-    memory = "a worker's memory since 60 s"
+    memory = "growth of a worker's memory since 60 s"
     assert soaked(growth=1.019)[memory]
     assert not soaked(growth=1.021)[memory]
     more = soaked(more=1)
@@ -433,8 +433,8 @@ def test_a_file_that_gives_other_answers_is_noticed(
     monkeypatch.setattr(artefacts, "files", lambda *_, **__: [b"x" * 100] * 4)
     assert verdicts(artefacts.run(options)) == {
         "damaged files: other answers": False,
-        "files refused with anything but one sentence": False,
-        "slowest to load or refuse": True,
+        "files refused without one clear sentence": False,
+        "slowest file": True,
     }
 
 

@@ -22,7 +22,7 @@ BOTH = pytest.mark.parametrize("kind", ["scratch", "torch"])
 def fitted(kind: Literal["scratch", "torch"] = "torch", seed: int = 0) -> BNLeNet:
     """Make a float64 model in which every number matters: no gamma is one, no beta or bias zero.
 
-    Every batch norm has an epsilon of its own, large beside the smallest variances.
+    Every batch norm has a different epsilon, large compared with the smallest variances.
     """
     model = BNLeNet(kind).double().eval()
     initialise(model, seed)

@@ -97,7 +97,7 @@ wrote them.
 | {evaluation.images:,} | {evaluation.accuracy:.4f} | {evaluation.nll:.4f} | {evaluation.ece:.4f} \
 | {evaluation.robust_mean:.4f} | {worst:.4f} ({worst_name}) |
 
-The standard error of an accuracy on so many images is {_standard_error(evaluation):.4f}.
+The standard error of an accuracy on this many images is {_standard_error(evaluation):.4f}.
 
 ## How it was made
 

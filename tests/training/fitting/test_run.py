@@ -56,7 +56,7 @@ def test_damaged_configurations_are_refused(run: Run, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "told"),
+    ("place", "value", "message"),
     [
         ("batch_norm", "ours", r"batch_norm: .* 'scratch' or 'torch'"),
         ("threads", 0, "threads: .* greater than 0"),
@@ -69,7 +69,7 @@ def test_damaged_configurations_are_refused(run: Run, text: str) -> None:
     ],
 )
 def test_configurations_with_other_types_are_refused(
-    run: Run, place: str, value: object, told: str
+    run: Run, place: str, value: object, message: str
 ) -> None:
     """As in files edited by hand; later, such a value would give an unrelated error."""
     fields = inner = json.loads((run.folder / "config.json").read_text())
@@ -78,7 +78,7 @@ def test_configurations_with_other_types_are_refused(
         inner = inner[each]
     inner[name] = value
     (run.folder / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(RunError, match=rf"config\.json is damaged \(.*{told}"):
+    with pytest.raises(RunError, match=rf"config\.json is damaged \(.*{message}"):
         run.config()
 
 
