@@ -1,6 +1,6 @@
 """Runs the campaigns one by one, and prints their findings.
 
-    python -m benchmarks.reliability                      all campaigns, about two hours
+    python -m benchmarks.reliability                      all campaigns, about an hour
     python -m benchmarks.reliability soak --minutes 30    one campaign
     python -m benchmarks.reliability --quick              a little of everything, under a minute
 

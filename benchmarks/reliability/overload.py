@@ -166,7 +166,7 @@ def percentile(seconds: Sequence[float], percent: float = 99) -> float:
 
 def closed_loop(seconds: int) -> list[Row]:
     """Send 784 bytes on more connections than a worker admits, again at once after every answer."""
-    what = f"784 bytes, {WRK_CONNECTIONS} connections"
+    what = f"784 bytes, {WRK_CONNECTIONS} clients that ask again at once"
     try:
         cores = Cores.choose()
     except (BenchmarkError, AttributeError) as exc:  # macOS has no CPU affinity
@@ -182,11 +182,11 @@ def closed_loop(seconds: int) -> list[Row]:
         listed = "; ".join(f"{count:,} x {status}" for status, count in counted.most_common())
         return [
             Row(
-                f"{what}: the capacity (64 connections); answers of any status",
+                f"{what}: the capacity (64 clients); answers of any status",
                 f"{capacity:,.0f}; {rate:,.0f} a second",
             ),
             Row.holds(f"{what}: answers", listed, "200 or 503", counted.keys() <= {"200", "503"}),
-            Row.at_most(f"{what}: connections that failed", lost, 0),
+            Row.at_most(f"{what}: connections lost", lost, 0),
             Row.at_least(
                 f"{what}: good answers a second / capacity",
                 counted["200"] / seconds / capacity,

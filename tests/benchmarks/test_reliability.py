@@ -321,26 +321,22 @@ def test_a_crash_and_a_hang_are_saved_and_the_rest_is_tried(seed: int, options: 
 # Requests over sockets
 
 
-async def served(answer: bytes | None) -> tuple[list[str], bytes]:
-    """Return what one exchange finds with a server that gives this answer, or none and hangs."""
-    received = b""
+async def served(answer: bytes, *, closes: bool = True) -> list[str]:
+    """Return what one exchange finds with a server that gives this answer, and closes or not."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal received
-        received = await reader.read(-1)
         try:
-            if answer is None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+            if not closes:
                 await asyncio.sleep(1)
-            else:
-                writer.write(answer)
         finally:
             writer.close()
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     async with server:
-        found = await requests.exchange(port, b"GET / HTTP/1.1\r\n\r\n", requests.seeded(1))
-    return found, received
+        return await requests.exchange(port, b"GET / HTTP/1.1\r\n\r\n", requests.seeded(1))
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -360,12 +356,23 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
     ],
 )
 def test_every_answer_on_a_connection_is_counted(answer: bytes, found: list[str]) -> None:
-    assert asyncio.run(served(answer)) == (found, b"GET / HTTP/1.1\r\n\r\n")
+    assert asyncio.run(served(answer)) == found
 
 
-def test_a_connection_that_stays_open_is_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stays_open", "answer", "found"),
+    [
+        (0, OK, "hang"),  # the client closed its side, the server did not
+        (1, b"", "hang"),
+        (1, OK, "200"),  # both stay open for the next request
+    ],
+)
+def test_a_connection_without_an_end_or_an_answer_is_a_hang(
+    stays_open: int, answer: bytes, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(requests, "HANG_SECONDS", 0.2)
-    assert asyncio.run(served(None))[0] == ["hang"]
+    monkeypatch.setattr(requests, "STAYS_OPEN", stays_open)
+    assert asyncio.run(served(answer, closes=False)) == [found]
 
 
 def test_a_request_that_breaks_the_server_is_saved(
