@@ -105,14 +105,37 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 
 @main.command("fit")
-@click.option("--recipe", type=click.Choice(list(RECIPES)), default="chapter", show_default=True)
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    default="chapter",
+    show_default=True,
+    help="The settings of the fit.",
 )
-@click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
-@click.option("--batch-size", type=click.IntRange(2), help="Instead of the recipe's.")
-@click.option("--learning-rate", type=float, callback=_positive, help="Instead of the recipe's.")
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="The device; auto is CUDA if there is a CUDA device.",
+)
+@click.option("--epochs", type=click.IntRange(1), help="The epochs, instead of the recipe's.")
+@click.option(
+    "--batch-size", type=click.IntRange(2), help="The batch size, instead of the recipe's."
+)
+@click.option(
+    "--learning-rate",
+    type=float,
+    callback=_positive,
+    help="The highest learning rate, instead of the recipe's.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, MAX_SEED),
+    default=0,
+    show_default=True,
+    help="The seed of the weights, the order of the images and the augmentation.",
+)
 @click.option(
     "--seeds",
     callback=_seeds,
@@ -150,7 +173,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
     is_flag=True,
     help="Continue the run in --out with the settings that it was started with.",
 )
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--quiet", is_flag=True, help="Print only errors.")
 @json_option
 @data_dir_option
 @click.pass_context

@@ -108,8 +108,8 @@ def test_the_study_of_batches_is_of_the_committed_model(fashion_mnist: FashionMN
             if (line["model"], line["among"], line["seed"]) == ("committed", among, 0)
         )
         recorded = line["accuracy"][line["sizes"].index(size)]
-        dealt = prediction_batch.deal(sample.labels, size, among, seed=0)
-        right = prediction_batch.answers(model, sample.pixels, dealt) == sample.labels
+        batches = prediction_batch.draw_batches(sample.labels, size, among, seed=0)
+        right = prediction_batch.answers(model, sample.pixels, batches) == sample.labels
         assert right.double().mean().item() == pytest.approx(recorded, abs=1e-3)
 
 

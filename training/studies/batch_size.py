@@ -21,9 +21,9 @@ from training.studies.fits import (
     Norm,
     batch_norm,
     lenet,
+    recalibrated,
     samples,
     scores,
-    settled,
     steps_per_epoch,
     train,
 )
@@ -100,7 +100,7 @@ def measure(data: FashionMNIST, task: Task) -> Line:
     batch_size = GHOST_BATCH if is_ghost else task["size"]
     steps = task.get("steps", task["epochs"] * steps_per_epoch(parts.train, batch_size))
     train(network, parts.train, seed=task["seed"], steps=steps, batch_size=batch_size)
-    return scores(settled(network, parts.train), parts)
+    return scores(recalibrated(network, parts.train), parts)
 
 
 def report(lines: Sequence[Line]) -> Report:

@@ -18,9 +18,9 @@ from training.model import initialise
 from training.studies.fits import (
     batch_norm,
     lenet,
+    recalibrated,
     samples,
     scores,
-    settled,
     steps_per_epoch,
     train,
 )
@@ -50,7 +50,7 @@ def measure(data: FashionMNIST, task: Task) -> Line:
         steps=task["epochs"] * steps_per_epoch(parts.train, 128),
         optimizer=torch.optim.Adam(network.parameters(), lr=0.003),
     )
-    return scores(settled(network, parts.train), parts)
+    return scores(recalibrated(network, parts.train), parts)
 
 
 def report(lines: Sequence[Line]) -> Report:

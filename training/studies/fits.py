@@ -170,14 +170,14 @@ def train(
 def fitted(
     network: nn.Sequential, sample: Sample, *, seed: int, epochs: int, batch_size: int = 128
 ) -> nn.Sequential:
-    """Initialise a network from `seed`, fit it as the chapter does, and return it `settled`."""
+    """Initialise a network from `seed`, fit it as the chapter does, and recalibrate it."""
     initialise(network, seed)
     steps = epochs * steps_per_epoch(sample, batch_size)
     train(network, sample, seed=seed, steps=steps, batch_size=batch_size)
-    return settled(network, sample)
+    return recalibrated(network, sample)
 
 
-def settled(network: nn.Sequential, sample: Sample) -> nn.Sequential:
+def recalibrated(network: nn.Sequential, sample: Sample) -> nn.Sequential:
     """Return a copy whose batch norms have the statistics of all images of `sample`.
 
     The spread between seeds is then a fifth of the spread with moving averages, so a study needs

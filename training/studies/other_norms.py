@@ -19,9 +19,9 @@ from training.studies.fits import (
     Norm,
     batch_norm,
     lenet,
+    recalibrated,
     samples,
     scores,
-    settled,
     steps_per_epoch,
     train,
 )
@@ -79,7 +79,7 @@ def measure(data: FashionMNIST, task: Task) -> Line:
         batch_size=size,
         optimizer=torch.optim.SGD(network.parameters(), lr=SIZES[size]),
     )
-    return scores(settled(network, parts.train), parts)
+    return scores(recalibrated(network, parts.train), parts)
 
 
 def report(lines: Sequence[Line]) -> Report:

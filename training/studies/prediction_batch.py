@@ -23,11 +23,11 @@ from training.studies.study import Line, Report, Scale, Study, Task, arms, by_se
 
 COMMITTED = Path(__file__).parents[2] / "models" / "run"
 MODELS = {"committed": "the committed model", "chapter": "the chapter's recipe"}
-DEALS = {"any": "images of any class", "same": "images of one class"}
+KINDS = {"any": "images of any class", "same": "images of one class"}
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 10_000)
 
 
-def deal(labels: Tensor, size: int, among: str, seed: int) -> list[Tensor]:
+def draw_batches(labels: Tensor, size: int, among: str, seed: int) -> list[Tensor]:
     """Return batches of row numbers: every row once, in random order; the last may be smaller.
 
     A last batch of one image joins the batch before it, because its variance would be zero.
@@ -36,13 +36,13 @@ def deal(labels: Tensor, size: int, among: str, seed: int) -> list[Tensor]:
     groups = [order]
     if among == "same":
         groups = [order[labels[order] == c] for c in sorted(set(labels.tolist()))]
-    dealt: list[Tensor] = []
+    batches: list[Tensor] = []
     for group in groups:
         parts = list(torch.split(group, size))
         if len(parts) > 1 and len(parts[-1]) == 1:
             parts[-2:] = [torch.cat(parts[-2:])]
-        dealt += parts
-    return dealt
+        batches += parts
+    return batches
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def tasks(scale: Scale) -> list[Task]:
     """
     sizes = SIZES[::3] if scale.quick else SIZES
     return [
-        task | {"sizes": list(sizes)} for task in arms(scale, model=list(MODELS), among=list(DEALS))
+        task | {"sizes": list(sizes)} for task in arms(scale, model=list(MODELS), among=list(KINDS))
     ]
 
 
@@ -80,7 +80,7 @@ def measure(data: FashionMNIST, task: Task) -> Line:
         fixed = torch.cat([model(p.float() / 255).argmax(1) for p in torch.split(pixels, 1000)])
     line: Line = {"fixed": _share(fixed == labels), "accuracy": [], "changed": []}
     for size in task["sizes"]:
-        found = answers(model, pixels, deal(labels, size, task["among"], task["seed"]))
+        found = answers(model, pixels, draw_batches(labels, size, task["among"], task["seed"]))
         line["accuracy"].append(_share(found == labels))
         line["changed"].append(_share(found != fixed))
     return line
@@ -95,8 +95,8 @@ def report(lines: Sequence[Line]) -> Report:
     sizes = lines[0]["sizes"]
 
     def value(model: str, among: str, figure: str, index: int) -> float:
-        by_deal: list[Any] = by_seed(lines, figure, model=model, among=among)
-        return fmean(values[index] for values in by_deal)
+        by_order: list[Any] = by_seed(lines, figure, model=model, among=among)
+        return fmean(values[index] for values in by_order)
 
     last = len(sizes) - 1
     fixed = {m: by_seed(lines, "fixed", model=m)[0] for m in MODELS}
@@ -116,7 +116,7 @@ def report(lines: Sequence[Line]) -> Report:
                 f"{size:,}",
                 *(
                     f"{value(model, among, figure, index):.4f}"
-                    for among in DEALS
+                    for among in KINDS
                     for figure in ("accuracy", "changed")
                 ),
             ]
@@ -140,11 +140,11 @@ def draw(lines: Sequence[Line], figure: Figure) -> None:
     figure.set_size_inches(9, 3.2)
     sizes = lines[0]["sizes"]
     for axes, (model, name) in zip(figure.subplots(1, 2, sharey=True), MODELS.items(), strict=True):
-        for among, label in DEALS.items():
-            deals: list[Any] = by_seed(lines, "changed", model=model, among=among)
-            means = [fmean(d[i] for d in deals) for i in range(len(sizes))]
-            low = [min(d[i] for d in deals) for i in range(len(sizes))]
-            high = [max(d[i] for d in deals) for i in range(len(sizes))]
+        for among, label in KINDS.items():
+            orders: list[Any] = by_seed(lines, "changed", model=model, among=among)
+            means = [fmean(d[i] for d in orders) for i in range(len(sizes))]
+            low = [min(d[i] for d in orders) for i in range(len(sizes))]
+            high = [max(d[i] for d in orders) for i in range(len(sizes))]
             axes.plot(sizes, means, marker=".", label=label)
             axes.fill_between(sizes, low, high, alpha=0.3)
         axes.set(xscale="log", yscale="log", title=name, xlabel="batch size")

@@ -25,8 +25,8 @@ from training.studies.fits import (
     accuracy,
     batch_norm,
     lenet,
+    recalibrated,
     samples,
-    settled,
     steps_per_epoch,
     train,
 )
@@ -103,8 +103,8 @@ def measure(data: FashionMNIST, task: Task) -> Line:
             generator = torch.Generator().manual_seed(step)
             rows = torch.randperm(len(parts.train.labels), generator=generator)[:FEW]
             few = Sample(parts.train.pixels[rows], parts.train.labels[rows])
-            line["few"].append(accuracy(settled(network, few), parts.held_out))
-            line["all"].append(accuracy(settled(network, parts.train), parts.held_out))
+            line["few"].append(accuracy(recalibrated(network, few), parts.held_out))
+            line["all"].append(accuracy(recalibrated(network, parts.train), parts.held_out))
             network.train()
         return False
 

@@ -27,8 +27,8 @@ from training.studies.fits import (
     batches,
     fitted,
     lenet,
+    recalibrated,
     samples,
-    settled,
     steps_per_epoch,
     train,
 )
@@ -128,12 +128,12 @@ def test_moving_averages_of_many_momenta_are_those_of_torchs_layer(few: FashionM
 def test_batches_have_every_image_once_and_more_than_one_image(among: str) -> None:
     labels = torch.arange(101) % 3
     for size in (2, 4, 50, 1000):
-        dealt = prediction_batch.deal(labels, size, among, seed=1)
-        assert sorted(torch.cat(dealt).tolist()) == list(range(101))
-        assert min(map(len, dealt)) > 1
-        assert max(map(len, dealt)) <= size + 1
+        drawn = prediction_batch.draw_batches(labels, size, among, seed=1)
+        assert sorted(torch.cat(drawn).tolist()) == list(range(101))
+        assert min(map(len, drawn)) > 1
+        assert max(map(len, drawn)) <= size + 1
         if among == "same":
-            assert all(len(set(labels[rows].tolist())) == 1 for rows in dealt)
+            assert all(len(set(labels[rows].tolist())) == 1 for rows in drawn)
 
 
 def test_batch_answers_are_those_of_the_layer_in_training_mode(few: FashionMNIST) -> None:
@@ -177,14 +177,14 @@ class TestFits:
         first, second = (network.state_dict() for network in networks)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
-    def test_settled_statistics_are_those_of_all_images(self, few: FashionMNIST) -> None:
+    def test_recalibrated_statistics_are_those_of_all_images(self, few: FashionMNIST) -> None:
         sample = samples(few, 200).train
         network = lenet([batch_norm] * 4)
         initialise(network, 0)
-        settle = norm_layers(settled(network, sample))["norm1"]
+        layer = norm_layers(recalibrated(network, sample))["norm1"]
         with torch.no_grad():
             x = network.get_submodule("conv1").double()(sample.pixels.double() / 255)
-        mean, variance = norm_statistics(settle)
+        mean, variance = norm_statistics(layer)
         assert torch.allclose(mean.double(), x.mean((0, 2, 3)), atol=1e-6)
         assert torch.allclose(variance.double(), x.var((0, 2, 3), correction=0), rtol=1e-5)
 
