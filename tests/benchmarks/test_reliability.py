@@ -55,7 +55,7 @@ def verdicts(rows: list[Row]) -> dict[str, bool | None]:
 
 @pytest.mark.parametrize("name", ["soak", "fuzz", "requests", "artefacts"])
 def test_a_campaign_meets_its_goals_and_is_written_down(name: str, tmp_path: Path) -> None:
-    """Little of each, against a real server; what grows says nothing within two seconds."""
+    """A little of each, against a real server; two seconds are too short to judge growth."""
     file, page = tmp_path / "found.jsonl", tmp_path / "found.md"
     page.write_text(f"# Found\n\n{report.BEGIN}\nold\n{report.END}\nThe rest.\n")
     arguments = [name, "--quick", "--json", "--inputs", "40", "--out", str(file)]
@@ -64,7 +64,7 @@ def test_a_campaign_meets_its_goals_and_is_written_down(name: str, tmp_path: Pat
     (record,) = report.read(file).values()
     assert json.loads(result.stdout)["campaign"] == record.campaign == name
     missed = [row.what for row in record.rows if row.met is False]
-    assert [what for what in missed if not what.startswith(("a worker's memory", "threads"))] == []
+    assert [what for what in missed if not what.startswith(("growth of", "more threads"))] == []
     assert sum(row.met is True for row in record.rows) >= 2
     assert record.command == f"python -m benchmarks.reliability {name} --inputs 40 --quick"
     assert page.read_text().startswith("# Found\n")
