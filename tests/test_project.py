@@ -204,6 +204,13 @@ class TestDocuments:
             for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text_of(path)):
                 assert (ROOT / path).parent.joinpath(target).exists(), f"{path}: {target}"
 
+    def test_every_file_that_a_document_names_exists(self) -> None:
+        """As in `service/app.py`; a path in the text is one from the root."""
+        named = re.compile(r"`((?:service|training|benchmarks|tests|deploy)/[\w/.-]+\.\w+)[`:]")
+        for path in (path for path in tracked() if path.endswith(".md")):
+            for name in named.findall(text_of(path)):
+                assert (ROOT / name).exists(), f"{path}: {name}"
+
     def test_the_changelog_begins_with_the_version_of_the_package(self) -> None:
         headings = re.findall(r"^## (.+)", text_of("CHANGELOG.md"), re.MULTILINE)
         assert headings
