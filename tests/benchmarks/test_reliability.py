@@ -1,4 +1,4 @@
-"""The campaigns: that they run, and above all that they notice what they are for."""
+"""The campaigns run, and detect the faults that they look for."""
 
 import asyncio
 import json
@@ -54,7 +54,7 @@ def verdicts(rows: list[Row]) -> dict[str, bool | None]:
 
 
 @pytest.mark.parametrize("name", ["soak", "fuzz", "requests", "artefacts"])
-def test_a_campaign_meets_its_goals_and_is_written_down(name: str, tmp_path: Path) -> None:
+def test_a_campaign_meets_its_goals_and_is_recorded(name: str, tmp_path: Path) -> None:
     """A little of each, against a real server; two seconds are too short to judge growth."""
     file, page = tmp_path / "found.jsonl", tmp_path / "found.md"
     page.write_text(f"# Found\n\n{report.BEGIN}\nold\n{report.END}\nThe rest.\n")
@@ -74,7 +74,7 @@ def test_a_campaign_meets_its_goals_and_is_written_down(name: str, tmp_path: Pat
 
 @pytest.mark.slow
 def test_every_other_campaign_runs(tmp_path: Path) -> None:
-    """Goals of time depend on the machine; that nothing fails does not."""
+    """Goals of the overload depend on the machine's speed, so they are not checked."""
     file = tmp_path / "found.jsonl"
     arguments = ["overload", "faults", "training", "scale", "--quick", "--out", str(file)]
     result = CliRunner().invoke(command_line.main, arguments)
@@ -112,7 +112,7 @@ def test_a_campaign_that_the_file_has_is_not_run_again_unless_named(
 
 
 @pytest.mark.parametrize(("met", "status"), [(True, 0), (None, 0), (False, 1)])
-def test_a_missed_goal_is_an_exit_status(
+def test_a_missed_goal_gives_exit_status_1(
     met: bool | None, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = replace(RECORD, rows=(Row("figure", "1", "0", met), RECORD.rows[0]))
@@ -153,7 +153,7 @@ def test_the_committed_page_is_made_from_the_committed_file() -> None:
     )
 
 
-def test_the_page_names_what_was_not_measured() -> None:
+def test_the_page_says_not_measured_for_missing_campaigns() -> None:
     lines = report.section({"soak": RECORD}).splitlines()
     assert "| soak | failures | 0 | 0 | met |" in lines
     assert "| soak | `python -m x` | 1.5 | a machine |" in lines
@@ -190,7 +190,7 @@ def test_a_value_equal_to_its_goal_meets_it(row: Row, figure: str, goal: str, ve
         (Answer(503, b"a"), Answer(200, b"a"), "5xx"),
     ],
 )
-def test_an_answer_is_compared_with_that_at_the_start(
+def test_an_answer_is_compared_with_the_one_at_the_start(
     answer: Answer, expected: Answer, found: str
 ) -> None:
     assert soak.judge(answer, expected) == found
@@ -206,7 +206,7 @@ def soaked(growth: float = 1.0, more: int = 0, **counts: int) -> dict[str, bool 
     return verdicts(soak.rows(found, usage, after, 700.0, 600.0))
 
 
-def test_a_soak_notices_growth_and_failures() -> None:
+def test_a_soak_detects_growth_and_failures() -> None:
     assert set(soaked().values()) == {True}
     memory = "growth of a worker's memory since 60 s"
     assert soaked(growth=1.019)[memory]
@@ -219,7 +219,7 @@ def test_a_soak_notices_growth_and_failures() -> None:
     assert [*soaked(**{"no answer": 1}).values()].count(False) == 1
 
 
-def test_a_replaced_worker_is_noticed() -> None:
+def test_a_replaced_worker_is_detected() -> None:
     before, after = ({1: Usage(1, 1, 1), last: Usage(1, 1, 1)} for last in (2, 3))
     found = soak.Findings(samples=[(1.0, before), (2.0, after)])
     assert not verdicts(soak.rows(found, before, after, 1.0, 2.0))["workers replaced"]
@@ -229,11 +229,11 @@ def test_a_replaced_worker_is_noticed() -> None:
 
 
 def outcomes(*seconds: float, status: int = 200) -> list[Outcome]:
-    """Make requests, one every tenth of a second from 10 s on."""
+    """Make the outcomes of requests, one every tenth of a second from 10 s on."""
     return [Outcome(10 + i / 10, taken, status) for i, taken in enumerate(seconds)]
 
 
-def test_recovery_is_when_the_following_second_is_quick() -> None:
+def test_recovery_is_the_time_until_a_whole_second_is_quick() -> None:
     quick = [0.01] * 20
     assert overload.recovery(outcomes(*quick), end=10.0, limit=0.02) == 0
     assert overload.recovery(outcomes(0.5, 0.3, *quick), 10.0, 0.02) == pytest.approx(0.2)
@@ -243,13 +243,13 @@ def test_recovery_is_when_the_following_second_is_quick() -> None:
     assert overload.recovery(outcomes(*[0.5] * 20), 10.0, 0.02) == math.inf
 
 
-def test_percentiles_are_of_values_that_occurred() -> None:
+def test_percentiles_are_values_of_the_sample() -> None:
     assert overload.percentile(range(1, 101)) == 99
     assert overload.percentile([3, 1, 2], 50) == 2
     assert math.isnan(overload.percentile([]))
 
 
-def test_an_answer_that_is_neither_good_nor_a_503_is_noticed() -> None:
+def test_an_answer_that_is_neither_good_nor_a_503_misses_the_goals() -> None:
     found = [*outcomes(0.1, 0.1), *outcomes(0.001, 0.003, 0.002, status=503)]
     rows = overload.overload_rows(found, capacity=1.0, seconds=2.5)
     assert verdicts(rows) == {
@@ -266,7 +266,7 @@ def test_an_answer_that_is_neither_good_nor_a_503_is_noticed() -> None:
 
 
 def test_every_seed_is_valid() -> None:
-    """Else its mutations would end at the first check."""
+    """Otherwise its mutations would all fail at the first check."""
     for data in fuzz.seeds():
         try:
             fuzz.read(data)
@@ -275,7 +275,7 @@ def test_every_seed_is_valid() -> None:
     assert {data[:1] for data in fuzz.seeds()} == {b"A", b"P", b"J", b"F", b"T", b"B"}
 
 
-def test_mutations_differ_and_can_be_made_again() -> None:
+def test_mutations_differ_and_are_reproducible() -> None:
     valid = fuzz.seeds()
     made = [fuzz.mutated(valid, np.random.default_rng([0, i])) for i in range(50)]
     assert len({*made} - {*valid}) > 40
@@ -285,7 +285,7 @@ def test_mutations_differ_and_can_be_made_again() -> None:
 @pytest.mark.parametrize(
     ("error", "fails"), [(InvalidInput("no"), False), (OSError("no"), True), (KeyError(1), True)]
 )
-def test_only_our_errors_are_fine(
+def test_only_our_errors_are_accepted(
     error: Exception, fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -296,13 +296,13 @@ def test_only_our_errors_are_fine(
     assert found == (repr(error) if fails else "")
 
 
-def test_what_is_no_image_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_returns_no_image_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "SHAPE", (28, 27))
     assert fuzz.attempt(b"J" + b'{"pixels": [%b]}' % b",".join([b"0"] * 784))[0]
 
 
 def crash_or_hang(_: Options, seed: int, count: int, current: Path, done: Any, *__: object) -> None:
-    """Stand in for what tries inputs, in a process: the third of them ends it, or hangs."""
+    """Stand in for the process that tries inputs: the third input ends it, or hangs."""
     while done.value < count:
         current.write_bytes(b"input %d" % done.value)
         if done.value == 2:
@@ -311,7 +311,9 @@ def crash_or_hang(_: Options, seed: int, count: int, current: Path, done: Any, *
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_crash_and_a_hang_are_saved_and_the_rest_is_tried(seed: int, options: Options) -> None:
+def test_a_crash_and_a_hang_are_saved_and_the_other_inputs_are_tried(
+    seed: int, options: Options
+) -> None:
     failed, _ = fuzz.hunt(options, seed, 5, crash_or_hang, stuck_seconds=0.5)
     assert failed == 1
     (saved,) = options.failures.glob("*.bin")
@@ -387,7 +389,7 @@ def test_a_request_that_breaks_the_server_is_saved(
     assert 0 < counts["500"] == len([*options.failures.glob("request-*.bin")])
 
 
-def test_mutated_requests_can_be_made_again() -> None:
+def test_mutated_requests_are_reproducible() -> None:
     valid = [*traffic.good().values()]
     made = [requests.mutated(valid, requests.seeded(number)) for number in range(50)]
     assert made == [requests.mutated(valid, requests.seeded(number)) for number in range(50)]
@@ -397,8 +399,8 @@ def test_mutated_requests_can_be_made_again() -> None:
 # Clients
 
 
-def test_a_load_tells_good_answers_from_none() -> None:
-    """The second connection is cut; after the server's end there is nobody to ask."""
+def test_a_load_counts_good_answers_and_failures() -> None:
+    """The second connection is cut; later the server is gone, and connections are refused."""
     count = 0
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -432,7 +434,7 @@ def test_a_load_tells_good_answers_from_none() -> None:
 # Artefacts
 
 
-def test_a_file_that_gives_other_answers_is_noticed(
+def test_a_file_that_gives_other_answers_is_detected(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = iter(["refused", "identical", "other answers", "traceback"] * 2)
@@ -463,7 +465,7 @@ def test_a_command_must_fail_with_one_sentence(status: int, said: str, met: bool
     assert faults._one_sentence("x", done).met is met
 
 
-def test_a_fault_that_cannot_be_judged_is_a_missed_goal(
+def test_a_fault_that_raises_an_error_is_a_missed_goal(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_server() -> list[Row]:
@@ -486,7 +488,7 @@ def test_a_limit_holds_for_the_command_that_follows(tmp_path: Path) -> None:
 # Scale
 
 
-def test_a_step_counts_failures_and_tells_the_times_around_it() -> None:
+def test_a_step_counts_failures_and_measures_latency_around_it() -> None:
     """Quiet from 10 to 11 s, the change to 12 s, quiet until 13 s."""
     took = [*[0.001] * 10, *[0.05] * 10, *[0.002] * 10]
     moments = (10.0, 11.0, 12.0, 13.0)
