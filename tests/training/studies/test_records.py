@@ -10,7 +10,9 @@ CONDITIONS = {"epochs": 3}
 
 def test_measurements_under_other_conditions_are_not_mixed(tmp_path: Path) -> None:
     Records(tmp_path / "a.jsonl", CONDITIONS).add({"seed": 0})
-    with pytest.raises(RunError, match=r"a\.jsonl was begun with epochs 3, not 5: choose another"):
+    with pytest.raises(
+        RunError, match=r"a\.jsonl was started with epochs 3, not 5: choose another"
+    ):
         Records(tmp_path / "a.jsonl", {"epochs": 5})
     assert Records(tmp_path / "a.jsonl", CONDITIONS).lines == [{"seed": 0}]
 
