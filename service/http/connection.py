@@ -556,7 +556,7 @@ class Connection(asyncio.Protocol):
 
 def _new_parser(connection: Connection) -> HttpRequestParser:
     parser = HttpRequestParser(connection)
-    # Without this, bytes after a request with `Connection: close` make that request an error.
+    # Otherwise bytes after a request with `Connection: close` count as an invalid request.
     parser.set_dangerous_leniencies(lenient_data_after_close=True)
     return parser
 

@@ -1,4 +1,4 @@
-"""Tiny artefacts made with onnx alone, and a way to talk ASGI to the application in the test."""
+"""Model files made with onnx alone, and an application reached without a network."""
 
 import asyncio
 import base64
@@ -189,7 +189,7 @@ def weights() -> Weights:
 
 @pytest.fixture(scope="session")
 def artefact(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save a sound model file with random weights."""
+    """Save a valid model file with random weights."""
     path = tmp_path_factory.mktemp("artefact") / "model.onnx"
     path.write_bytes(seal(make_artefact(weights)))
     return path
@@ -197,7 +197,7 @@ def artefact(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def broken_artefact(weights: Weights, tmp_path: Path) -> Callable[..., Path]:
-    """Return a maker of files that break the contract in the ways that `make_artefact` takes."""
+    """Return a function that makes files which break the contract, as `make_artefact` allows."""
 
     def make(**changes: Any) -> Path:
         path = tmp_path / "broken.onnx"
@@ -227,18 +227,18 @@ def classifier(artefact: Path) -> Classifier:
 
 @pytest.fixture
 def make_app(classifier: Classifier) -> Callable[..., Gate]:
-    """Return a maker of applications from settings by their field names."""
+    """Return a function that makes an application from settings, by their field names."""
     return lambda **settings: create_app(Settings(**settings), classifier)
 
 
 class Transport(asyncio.Transport):
-    """A connection's other end, in memory.
+    """A connection's transport, in memory.
 
     Attributes:
-        sent: all that was written, one item for each write.
-        reading: it is not paused.
-        closed, ended: by `close`, by `write_eof`.
-        unread: what the client has not read; set by the test.
+        sent: the bytes of each write.
+        reading: reading is not paused.
+        closed, ended: `close` or `write_eof` was called.
+        unread: the number of bytes that the client has not read; set by the test.
     """
 
     def __init__(self) -> None:
@@ -300,7 +300,7 @@ def connect(app: Gate, state: ServerState | None = None) -> tuple[Connection, Tr
 
 @dataclass
 class Conversation:
-    """One request on a connection of its own, in memory, whose body the test sends in pieces."""
+    """One request on its own connection, in memory; the test sends its body in pieces."""
 
     app: Gate
     method: str = "POST"
@@ -323,7 +323,7 @@ class Conversation:
 
     @property
     def status(self) -> int:
-        """The answer's; 0 while there is none."""
+        """The status of the answer, or 0 while there is none."""
         head, _ = self._answer
         return int(head[9:12]) if head else 0
 
@@ -349,7 +349,7 @@ class Conversation:
         self.transport.close()
 
     async def answer(self) -> Any:
-        """Wait for the end, and return the answer's JSON, if it is JSON."""
+        """Wait for the answer, and return its JSON, if it is JSON."""
         async with asyncio.timeout(10):
             while not (self.closed or self.transport.closed):  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0)
@@ -368,7 +368,7 @@ async def ask(
     target: str = "/predict",
     headers: dict[str, str] | None = None,
 ) -> Conversation:
-    """Send a whole request at once and wait for its answer."""
+    """Send a complete request at once and wait for its answer."""
     length = {"Content-Length": str(len(body))}
     conversation = Conversation(app, method, target, {**BYTES, **length, **(headers or {})})
     conversation.send(body)
@@ -378,7 +378,7 @@ async def ask(
 
 
 def through_framework(app: Gate) -> Gate:
-    """Let the framework's routes call the hot paths' handlers."""
+    """Send the requests of hot paths to FastAPI, whose routes have the same handlers."""
 
     async def handler(exchange: Exchange) -> Answer:
         return await framework.call(app.application, exchange)

@@ -1,4 +1,4 @@
-"""The error tree: complete, consistent, and free of any framework."""
+"""The error tree is complete and consistent, and needs no framework."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ def test_every_error_has_an_error_status_and_a_code_of_its_own() -> None:
 
 
 def test_every_error_has_the_status_and_the_code_that_clients_know() -> None:
-    """Both are part of the interface: a change is a change for every client."""
+    """Both are part of the API: a change breaks clients."""
     assert {kind.__name__: (kind.status, kind.code) for kind in tree()} == {
         "ServiceError": (500, "internal_error"),
         "BadRequest": (400, "bad_request"),

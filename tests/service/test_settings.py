@@ -1,4 +1,4 @@
-"""Settings come from the environment and are checked before anything starts."""
+"""Settings are read from the environment, and checked before anything starts."""
 
 import os
 from pathlib import Path
@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "log_format": "text",
 }
 
-ENDS = {  # the last values that are taken
+ENDS = {  # the extreme values that are accepted
     "port": ["0", "65535"],
     "workers": ["1", "64"],
     "max_body_bytes": ["1024"],
@@ -114,7 +114,7 @@ def test_a_wrong_value_is_named_in_one_sentence(
 
 
 @pytest.mark.parametrize(("name", "text"), [(n, t) for n, texts in ENDS.items() for t in texts])
-def test_the_last_value_within_the_limits_is_taken(
+def test_the_extreme_values_are_accepted(
     monkeypatch: pytest.MonkeyPatch, name: str, text: str
 ) -> None:
     monkeypatch.setenv(f"{PREFIX}{name.upper()}", text)
@@ -175,12 +175,12 @@ def test_a_variable_that_looks_like_a_setting_is_warned_of(
 
 
 def test_an_empty_key_is_never_a_key() -> None:
-    """An empty variable means none; the settings themselves take no empty key either."""
+    """An empty variable means no key; and `Settings` refuses an empty key."""
     with pytest.raises(ValidationError, match="at least 1"):
         Settings(api_key=SecretStr(""))
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_immutable() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().port = 1
 

@@ -87,6 +87,17 @@ class TestPipelining:
         transport.close()
         await until(lambda: app.admission.in_flight == 0)
 
+    async def test_the_deadline_of_a_request_begins_with_its_turn(self, make_app: MakeApp) -> None:
+        app = make_app()
+        done = never_ready(app)
+        connection, transport = connect(app)
+        connection.data_received(POST + POST)
+        connection._queue[1].started -= 3600
+        done.set()
+        await until(lambda: len(transport.sent) == 2)
+        assert statuses(transport) == [200, 200]
+        transport.close()
+
     async def test_a_client_that_does_not_read_gets_no_more_answers(
         self, make_app: MakeApp
     ) -> None:
@@ -151,20 +162,21 @@ class TestMemory:
         assert budget.bytes_left == 500
         transport.close()
 
+    @pytest.mark.parametrize("count", [3, 10_000])
     async def test_a_flood_that_does_not_fit_the_budget_gets_one_answer(
-        self, make_app: MakeApp
+        self, make_app: MakeApp, count: int
     ) -> None:
         app = make_app()
         done = never_ready(app)
         budget = app.admission.budget
-        budget.bytes_left = 10_000
+        budget.bytes_left = 5000
         connection, transport = connect(app)
-        connection.data_received(POST + GET * 10_000)
-        assert budget.bytes_left == 10_000 - 784
+        connection.data_received(POST + GET * count)
+        assert budget.bytes_left == 5000 - 784
         done.set()
         await until(lambda: transport.ended)
         assert statuses(transport) == [200, 503]
-        assert budget.bytes_left == 10_000
+        assert budget.bytes_left == 5000
         transport.close()
 
     async def test_a_client_that_does_not_read_is_disconnected_when_the_budget_is_full(
@@ -382,6 +394,16 @@ class TestAnswers:
         assert (b"connection: close" in transport.sent[0]) == bool(closing)
         if not closing:
             transport.close()
+
+    async def test_bytes_after_the_last_request_are_ignored(
+        self, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """They are neither answered nor logged as a request."""
+        caplog.set_level(logging.DEBUG, "service.access")
+        transport = await talk(make_app(), GET[:-2] + b"Connection: close\r\n\r\n" + GET)
+        await until(lambda: transport.closed)
+        assert statuses(transport) == [200]
+        assert len([r for r in caplog.records if r.name == "service.access"]) == 1
 
 
 class TestHalfClosed:

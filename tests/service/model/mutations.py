@@ -1,7 +1,7 @@
-"""Damages a model file in the ways that a disk, a network or a person might.
+"""Changes to a model file, as a disk, a network or a person may make them.
 
-`python -m tests.service.model.mutations 10000` tries that many on the committed model, and that
-many again with the digest made right, and prints what becomes of them.
+`python -m tests.service.model.mutations 10000` makes so many changes to the committed model, and as
+many with a corrected digest, and prints how many files are refused.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ COMMITTED = Path(__file__).parents[3] / "models" / "bn_lenet.onnx"
 
 
 def sealed(data: bytes) -> bytes:
-    """Make the digest at a file's end right again, as somebody who means harm would."""
+    """Correct the digest at the end of a file, as an attacker would."""
     return data[:-64] + hashlib.sha256(data[:-64] + b"0" * 64).hexdigest().encode()
 
 
 def damaged(data: bytes, random: Random) -> bytes:
-    """Change some bytes: in the weights, which are nearly all of the file, and as often around."""
+    """Change some bytes: in the weights, which are most of the file, or around them."""
     changed = bytearray(data)
     for _ in range(random.choice((1, 1, 1, 2, 8))):
         size = len(changed)
@@ -119,7 +119,7 @@ def _entry(key: str, value: str) -> Change:
 
 
 def _external(model: onnx.ModelProto) -> None:
-    """Keep the weights in a file beside the model, which ONNX Runtime would read in silence."""
+    """Move the weights to another file, which ONNX Runtime would read."""
     tensor = weights(model, "linear1.weight")
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
@@ -191,7 +191,7 @@ CHANGED_WEIGHTS: dict[str, Change] = {
         np.nextafter(numpy_helper.to_array(weights(model, "conv1.bias")), np.float32(np.inf)),
     ),
 }
-"""With a right digest, some of these are what somebody may well want to serve."""
+"""With a right digest, some of these are valid models."""
 
 CHANGED_SELF_TEST: dict[str, Change] = {
     "self-test that expects something else": _self_test_rows([0.1] * 10),
@@ -297,13 +297,13 @@ CHANGED_MEANING: dict[str, Change] = {
 
 
 def outcome(path: Path, expected: Classifier, images: NDArray[np.uint8]) -> str:
-    """Load a file as the service does; return `refused`, `identical`, or else what is wrong."""
+    """Load a file as the service does; return `refused`, `identical`, or what is wrong."""
     try:
         loaded = Classifier.load(path)
     except ModelError as error:
         sentence = str(error)
         return "refused" if sentence.endswith(".") and "\n" not in sentence else "no sentence"
-    except Exception:  # any other exception is what is looked for
+    except Exception:  # this is the bug that the test looks for
         traceback.print_exc()
         return "traceback"
     same = np.array_equal(loaded.probabilities(images), expected.probabilities(images))
@@ -316,7 +316,7 @@ def probe() -> NDArray[np.uint8]:
 
 
 def files(data: bytes, count: int, seed: int) -> Iterator[bytes]:
-    """Yield damaged files: of each meaning once, and then as many of changed bytes as are asked."""
+    """Yield a file for each change of meaning, then this number with changed bytes."""
     for change in (CHANGED_WEIGHTS | CHANGED_SELF_TEST | CHANGED_MEANING).values():
         model = onnx.load_from_string(data)
         change(model)
@@ -327,7 +327,7 @@ def files(data: bytes, count: int, seed: int) -> Iterator[bytes]:
 
 
 def main() -> None:
-    """Print how many files were refused, or kept their answers, or else."""
+    """Print the number of files by outcome."""
     count = int(sys.argv[1])
     data, expected, images = COMMITTED.read_bytes(), Classifier.load(COMMITTED), probe()
     with tempfile.TemporaryDirectory() as folder:

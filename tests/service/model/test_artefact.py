@@ -1,4 +1,4 @@
-"""A model file is served as it was exported, or refused with one sentence."""
+"""A model file is either as exported, or it is refused with one sentence."""
 
 import hashlib
 import os
@@ -41,7 +41,7 @@ def refusal(path: Path) -> str:
     return sentence
 
 
-def test_it_reads_what_the_file_says(artefact: Path) -> None:
+def test_it_reads_the_file(artefact: Path) -> None:
     read = read_artefact(artefact)
     data = artefact.read_bytes()
     assert read.data == data
@@ -52,21 +52,21 @@ def test_it_reads_what_the_file_says(artefact: Path) -> None:
     assert read.self_test.tolerance == 1e-5
 
 
-def test_the_committed_file_is_one_and_its_name_can_be_replaced() -> None:
+def test_the_committed_file_is_accepted_and_its_name_can_be_replaced() -> None:
     assert read_artefact(COMMITTED).name == "bn-lenet"
     assert read_artefact(COMMITTED, "garments").name == "garments"
 
 
-def test_the_export_writes_what_is_expected() -> None:
-    """With whatever version of onnx is installed: the graph is compared field by field."""
+def test_an_exported_file_is_accepted() -> None:
+    """With any installed version of onnx: the graph is compared field by field."""
     metadata = {**read_artefact(COMMITTED).metadata, "digest": NO_DIGEST}
     model = build_model(fold_batch_norm(BNLeNet().eval()), metadata)
     data = with_digest(model.SerializeToString(deterministic=True))
     assert check_artefact(Path("exported.onnx"), data).metadata.keys() == metadata.keys()
 
 
-def test_reading_brings_neither_the_runtime_nor_numpy() -> None:
-    """So the supervisor of several workers knows its model without loading them."""
+def test_reading_imports_neither_the_runtime_nor_numpy() -> None:
+    """The supervisor of several workers reads the file without them."""
     code = (
         "import sys, pathlib, service.model.artefact as a;"
         f"a.read_artefact(pathlib.Path({str(COMMITTED)!r}));"
@@ -110,7 +110,7 @@ class TestFolder:
 
 
 class TestFile:
-    """What is no model file is refused, and never waited for."""
+    """Anything but a model file is refused, without waiting."""
 
     def test_missing(self, tmp_path: Path) -> None:
         assert "cannot be read (No such file or directory)" in refusal(tmp_path / "none.onnx")
@@ -123,14 +123,14 @@ class TestFile:
         assert "cannot be read (Permission denied)" in refusal(path)
 
     def test_pipe(self, tmp_path: Path) -> None:
-        """A pipe to which nobody writes would hold up the start for ever."""
+        """Opening a pipe without a writer would block the start for ever."""
         os.mkfifo(tmp_path / "model.onnx")
         assert "is not a regular file" in refusal(tmp_path / "model.onnx")
 
     def test_too_large(self, tmp_path: Path) -> None:
         path = tmp_path / "large.onnx"
         with path.open("wb") as file:
-            file.truncate(2**40)  # a file with holes: more than any memory, and no disk
+            file.truncate(2**40)  # a sparse file: more than any memory, but no disk
         assert "has more than 1,048,576 bytes" in refusal(path)
         os.truncate(path, MAX_BYTES)
         assert "does not end with a digest" in refusal(path)
@@ -157,10 +157,10 @@ def test_the_digest_covers_every_byte(artefact: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("right_digest", [False, True])
 @pytest.mark.parametrize("meaning", CHANGED_MEANING)
-def test_another_meaning_is_refused_before_the_runtime_sees_it(
+def test_another_meaning_is_refused_before_the_runtime_opens_it(
     artefact: Path, tmp_path: Path, meaning: str, right_digest: bool
 ) -> None:
-    """ONNX Runtime would load weights from elsewhere, or loop for ever."""
+    """ONNX Runtime would load weights from another file, or loop for ever."""
     refusal(write(artefact, tmp_path, CHANGED_MEANING[meaning], right_digest))
 
 
@@ -174,14 +174,12 @@ def test_another_self_test_is_refused(
 
 @pytest.mark.parametrize("meaning", CHANGED_WEIGHTS)
 def test_other_weights_are_refused(artefact: Path, tmp_path: Path, meaning: str) -> None:
-    """The self-test alone lets pass what changes a probability by less than 1e-5."""
+    """The self-test alone would accept a change of a probability below 1e-5."""
     path = write(artefact, tmp_path, CHANGED_WEIGHTS[meaning], right_digest=False)
     assert "its digest does not match" in refusal(path)
 
 
-def test_other_class_names_are_refused_and_served_when_exported_so(
-    artefact: Path, tmp_path: Path
-) -> None:
+def test_other_class_names_need_the_right_digest(artefact: Path, tmp_path: Path) -> None:
     def rename(model: onnx.ModelProto) -> None:
         entry = next(e for e in model.metadata_props if e.key == "classes")
         set_entry(model, "classes", entry.value.replace("Sandal", "Sandam"))
@@ -207,7 +205,7 @@ def write(artefact: Path, folder: Path, change: Change, right_digest: bool) -> P
 def test_damaged_bytes_are_refused_or_change_nothing(
     classifier: Classifier, artefact: Path, tmp_path: Path, repair: type[bytes], count: int
 ) -> None:
-    """With a right digest another answer is another model, and a crash still a fault."""
+    """With a right digest, other answers are another model; but no file may crash the start."""
     data, images = artefact.read_bytes(), probe()
     path = tmp_path / "model.onnx"
     random = Random(1)  # noqa: S311 - nothing is kept secret with it

@@ -1,4 +1,4 @@
-"""The classifier agrees with the mathematics in any batch, and refuses what is not its own."""
+"""The classifier agrees with float64 in any batch, and refuses other models and devices."""
 
 import os
 import subprocess
@@ -44,10 +44,10 @@ def test_an_image_gets_the_same_bits_in_every_batch_from_1_to_256(
         assert np.array_equal(batch, alone[-size:]), f"batch of {size}"
 
 
-def test_rows_are_run_one_by_one_where_a_runtime_mixes_them(
+def test_images_run_one_by_one_if_the_runtime_depends_on_the_batch(
     artefact: Path, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A runtime that adds up in another order for larger batches must not be noticed."""
+    """Here the runtime sums in another order in larger batches; the answers do not show it."""
     honest = onnxruntime.InferenceSession.run
 
     def dishonest(session: Any, names: Any, feed: Any) -> Any:
@@ -59,13 +59,13 @@ def test_rows_are_run_one_by_one_where_a_runtime_mixes_them(
     assert np.array_equal(Classifier.load(artefact).probabilities(images[:20]), alone)
 
 
-def test_a_gpu_gets_batches_of_few_sizes_each_run_before_the_service_is_ready(
+def test_a_gpu_gets_few_batch_sizes_and_each_is_run_at_the_start(
     artefact: Path,
     classifier: Classifier,
     images: NDArray[np.uint8],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Shown on the CPU, whose session here says that it has CUDA."""
+    """On the CPU: the session here only claims to have CUDA."""
     sizes: list[int] = []
     run = onnxruntime.InferenceSession.run
 
@@ -87,10 +87,10 @@ def test_a_gpu_gets_batches_of_few_sizes_each_run_before_the_service_is_ready(
         assert np.array_equal(bucketed.probabilities(many[:count]), expected[:count]), count
         assert set(sizes) <= set(BUCKETS)
         assert len(sizes) == -(-count // 256)
-        assert sizes[-1] < 2 * ((count - 1) % 256 + 1)  # never padded further than need be
+        assert sizes[-1] < 2 * ((count - 1) % 256 + 1)  # padded to the next size only
 
 
-def test_it_tells_what_the_file_says(classifier: Classifier) -> None:
+def test_its_description_is_the_files(classifier: Classifier) -> None:
     info = classifier.info
     assert (info.name, info.version, info.classes) == ("bn-lenet", "1", tuple(CLASSES))
     assert info.provider == "CPUExecutionProvider"
@@ -112,23 +112,23 @@ def set_bias(model: onnx.ModelProto, values: NDArray[np.float32]) -> None:
 
 
 @pytest.mark.parametrize("step", [0.001, np.nan])
-def test_other_weights_than_the_self_tests_are_refused(
+def test_weights_that_fail_the_self_test_are_refused(
     weights: dict[str, NDArray[np.float32]], artefact: Path, tmp_path: Path, step: float
 ) -> None:
-    """The digest is right; only the numbers are not those that the self-test was made with."""
+    """The digest is right, but the self-test was made with other weights."""
     model = onnx.load(artefact)
     slope = np.linspace(-step, step, 10, dtype=np.float32)
     set_bias(model, weights["linear3.bias"] + slope)
     refuse(model, tmp_path / "changed.onnx", "fails its self-test on CPUExecutionProvider")
 
 
-def test_what_the_runtime_cannot_open_is_refused(artefact: Path, tmp_path: Path) -> None:
+def test_a_model_that_the_runtime_cannot_open_is_refused(artefact: Path, tmp_path: Path) -> None:
     model = onnx.load(artefact)
     model.graph.node[0].output[0] = model.graph.node[1].input[0] = ""
     refuse(model, tmp_path / "nameless.onnx", "ONNX Runtime cannot open the model file")
 
 
-def test_what_the_runtime_cannot_run_is_refused(
+def test_a_model_that_the_runtime_cannot_run_is_refused(
     artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: Any) -> Any:
@@ -138,13 +138,13 @@ def test_what_the_runtime_cannot_run_is_refused(
     refuse(onnx.load(artefact), tmp_path / "model.onnx", "cannot be run on CPUExecutionProvider")
 
 
-def test_the_name_can_be_set_from_outside(artefact: Path, classifier: Classifier) -> None:
+def test_the_name_can_be_replaced(artefact: Path, classifier: Classifier) -> None:
     info = Classifier.load(artefact, name="garments").info
     assert info == replace(classifier.info, name="garments")
 
 
 def test_cuda_is_refused_where_there_is_none(artefact: Path) -> None:
-    """In a process of its own, from which any GPU is hidden."""
+    """In a process without access to any GPU."""
     settings = {"BNLENET_DEVICE": "cuda", "BNLENET_MODEL_PATH": str(artefact), "BNLENET_PORT": "0"}
     result = subprocess.run(
         [sys.executable, "-m", "service"],
@@ -157,12 +157,10 @@ def test_cuda_is_refused_where_there_is_none(artefact: Path) -> None:
     assert result.returncode == 1
     assert "BNLENET_DEVICE is cuda, but ONNX Runtime got no CUDA device" in result.stderr
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        assert result.stderr.count("\n") == 1  # the other build has words of its own to say
+        assert result.stderr.count("\n") == 1  # the GPU build prints messages of its own
 
 
-def test_bytes_that_were_read_already_are_not_read_again(
-    artefact: Path, classifier: Classifier
-) -> None:
+def test_given_bytes_are_not_read_again(artefact: Path, classifier: Classifier) -> None:
     """A supervisor reads the file once, so that all its workers serve the same revision."""
     data = artefact.read_bytes()
     assert Classifier.load(Path("/gone.onnx"), data=data).info == classifier.info
@@ -170,10 +168,10 @@ def test_bytes_that_were_read_already_are_not_read_again(
         Classifier.load(Path("/gone.onnx"), data=data[:-1])
 
 
-def test_a_gpu_that_is_not_got_is_refused_and_never_replaced_by_the_cpu(
+def test_a_missing_gpu_is_never_replaced_by_the_cpu(
     artefact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ONNX Runtime opens a session on the CPU where CUDA fails, and says nothing."""
+    """If CUDA fails, ONNX Runtime silently opens a session on the CPU."""
     asked: list[Any] = []
     session = onnxruntime.InferenceSession
 

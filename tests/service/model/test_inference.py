@@ -1,4 +1,4 @@
-"""Requests that are there together go through the model together, and each gets its own answer."""
+"""Requests that arrive together run together, and each gets its own answer."""
 
 import asyncio
 import threading
@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from service.model.inference import Inference, ThreadedInference
 from service.telemetry.tallies import Runs, Stages
 
-IN_A_CROWD = SimpleNamespace(in_flight=2)
+BUSY = SimpleNamespace(in_flight=2)
 
 pytestmark = pytest.mark.anyio
 
 
 class Device:
-    """A stand-in for the model that tells images apart: a row of its answer repeats the pixel.
+    """Stands in for the model: a row of its answer repeats the first pixel of the image.
 
     Attributes:
-        batches: how many images it was given, run by run.
+        batches: the number of images in each run.
         tasks: the requests that `in_one_batch` makes.
     """
 
@@ -58,8 +58,8 @@ def device() -> Iterator[Device]:
     device.free.set()
 
 
-def crowd(kind: type[Inference], device: Any, **options: int) -> Inference:
-    return kind(device, Runs(), IN_A_CROWD, **options)
+def make_busy(kind: type[Inference], device: Any, **options: int) -> Inference:
+    return kind(device, Runs(), BUSY, **options)
 
 
 KINDS = pytest.mark.parametrize("kind", [Inference, ThreadedInference])
@@ -69,7 +69,7 @@ KINDS = pytest.mark.parametrize("kind", [Inference, ThreadedInference])
 async def test_each_caller_gets_the_answer_for_its_own_images(
     kind: type[Inference], device: Device
 ) -> None:
-    infer = crowd(kind, device)
+    infer = make_busy(kind, device)
     counts = [1 + value % 3 for value in range(200)]
     answers = await asyncio.gather(
         *(infer(image(value, count)) for value, count in enumerate(counts))
@@ -80,30 +80,30 @@ async def test_each_caller_gets_the_answer_for_its_own_images(
     assert len(device.batches) < 200
 
 
-async def test_one_turn_of_the_loop_is_one_run(device: Device) -> None:
-    await asyncio.gather(*(crowd_of_one(device)(image(i)) for i in range(3)))
-    infer = crowd(Inference, device)
+async def test_one_iteration_of_the_loop_is_one_run(device: Device) -> None:
+    await asyncio.gather(*(make_alone(device)(image(i)) for i in range(3)))
+    infer = make_busy(Inference, device)
     device.batches.clear()
     await asyncio.gather(*(infer(image(i)) for i in range(20)))
     assert device.batches == [20]
 
 
-def crowd_of_one(device: Any) -> Inference:
+def make_alone(device: Any) -> Inference:
     return Inference(device, Runs(), SimpleNamespace(in_flight=1))
 
 
 async def test_a_request_that_is_alone_runs_at_once(device: Device) -> None:
-    coroutine = crowd_of_one(device)(image(7))
+    coroutine = make_alone(device)(image(7))
     with pytest.raises(StopIteration) as done:
         coroutine.send(None)
     assert done.value.value[0, 0] == 7
 
 
 @KINDS
-async def test_batches_have_their_limit_and_a_larger_request_goes_alone(
+async def test_batches_are_limited_and_a_larger_request_runs_alone(
     kind: type[Inference], device: Device
 ) -> None:
-    infer = crowd(kind, device, max_batch=8)
+    infer = make_busy(kind, device, max_batch=8)
     await asyncio.gather(*(infer(image(i, count)) for i, count in enumerate([5, 3, 1, 20, 7, 1])))
     allowed = {8, 1, 20}
     assert sum(device.batches) == 37
@@ -114,11 +114,11 @@ async def test_batches_have_their_limit_and_a_larger_request_goes_alone(
 @pytest.mark.parametrize(
     ("count", "size", "batches"), [(100, 1, [32, 32, 32, 4]), (5, 256, [256, 256])]
 )
-async def test_one_iteration_of_the_loop_serves_all_who_wait_within_a_limit(
+async def test_one_iteration_of_the_loop_serves_all_waiting_requests_up_to_a_limit(
     device: Device, count: int, size: int, batches: list[int]
 ) -> None:
-    """Else an overloaded loop spends its time on refusals; without a limit it would stand still."""
-    infer = crowd(Inference, device)
+    """With one batch, an overloaded loop mostly refuses; without a limit it would block."""
+    infer = make_busy(Inference, device)
     requests = [asyncio.ensure_future(infer(image(0, size))) for _ in range(count)]
     await asyncio.sleep(0)
     assert device.batches == []
@@ -128,10 +128,10 @@ async def test_one_iteration_of_the_loop_serves_all_who_wait_within_a_limit(
     assert sum(device.batches) == count * size
 
 
-async def test_what_waits_when_the_device_becomes_free_goes_next(device: Device) -> None:
-    """The first goes alone and at once, all that came meanwhile go together: no timer anywhere."""
+async def test_requests_that_wait_for_the_device_run_together_next(device: Device) -> None:
+    """The first runs alone and at once; those that arrive meanwhile run together."""
     device.free.clear()
-    infer = crowd(ThreadedInference, device)
+    infer = make_busy(ThreadedInference, device)
     first = asyncio.ensure_future(infer(image(0)))
     await settle()
     assert device.batches == [1]
@@ -144,9 +144,9 @@ async def test_what_waits_when_the_device_becomes_free_goes_next(device: Device)
     assert [a[0, 0] for a in answers] == list(range(30))
 
 
-async def test_those_given_up_while_waiting_are_not_run(device: Device) -> None:
+async def test_requests_cancelled_while_waiting_do_not_run(device: Device) -> None:
     device.free.clear()
-    infer = crowd(ThreadedInference, device)
+    infer = make_busy(ThreadedInference, device)
     first = asyncio.ensure_future(infer(image(0)))
     await settle()
     waiting = [asyncio.ensure_future(infer(image(i))) for i in range(1, 6)]
@@ -157,16 +157,16 @@ async def test_those_given_up_while_waiting_are_not_run(device: Device) -> None:
     device.free.set()
     answers = await asyncio.gather(first, *waiting, return_exceptions=True)
     assert device.batches == [1, 4]
-    gone = [i for i, a in enumerate(answers) if isinstance(a, asyncio.CancelledError)]
-    assert gone == [0, 2]
+    cancelled = [i for i, a in enumerate(answers) if isinstance(a, asyncio.CancelledError)]
+    assert cancelled == [0, 2]
     assert [a[0, 0] for a in answers if isinstance(a, np.ndarray)] == [1, 3, 4, 5]
 
 
 @KINDS
-async def test_a_failing_device_fails_those_in_the_batch_and_no_others(
+async def test_a_failed_run_fails_the_requests_of_its_batch_alone(
     kind: type[Inference], device: Device
 ) -> None:
-    infer = crowd(kind, device, max_batch=2)
+    infer = make_busy(kind, device, max_batch=2)
     answers = await asyncio.gather(
         *(infer(image(i, 2)) for i in (1, 255, 3)), return_exceptions=True
     )
@@ -178,20 +178,20 @@ async def test_a_failing_device_fails_those_in_the_batch_and_no_others(
 @KINDS
 async def test_runs_are_counted(kind: type[Inference], device: Device) -> None:
     runs = Runs()
-    infer = kind(device, runs, IN_A_CROWD)  # type: ignore[arg-type] # a stand-in
+    infer = kind(device, runs, BUSY)  # type: ignore[arg-type] # a stand-in
     await infer(image(1))
     await infer(image(2, 3))
     assert (sum(runs.counts), infer.runs.images) == (2, 4)
     assert runs.seconds > 0
 
 
-def test_the_threaded_way_works_on_the_real_model_bit_for_bit(
+def test_both_ways_give_the_real_models_bits(
     classifier: Any, make_images: Callable[[int], NDArray[np.uint8]]
 ) -> None:
     images = make_images(100)
 
     async def all_at_once(kind: type[Inference]) -> NDArray[np.float32]:
-        infer = kind(classifier, Runs(), IN_A_CROWD)
+        infer = kind(classifier, Runs(), BUSY)
         return np.concatenate(await asyncio.gather(*(infer(i[None]) for i in images)))
 
     alone = np.concatenate([classifier.probabilities(i[None]) for i in images])
@@ -205,8 +205,8 @@ def make_images() -> Callable[[int], NDArray[np.uint8]]:
 
 
 async def in_one_batch(infer: Inference, device: Device, values: list[int]) -> list[Any]:
-    """Let requests of one, two, three ... images run together; return answers and exceptions."""
-    if isinstance(infer, ThreadedInference):  # while one runs, the others gather
+    """Run requests of one, two, three ... images together; return answers and exceptions."""
+    if isinstance(infer, ThreadedInference):  # while one runs, the others wait
         device.free.clear()
         first = asyncio.ensure_future(infer(image(0)))
         await settle()
@@ -225,7 +225,7 @@ async def in_one_batch(infer: Inference, device: Device, values: list[int]) -> l
 async def test_a_failed_batch_fails_every_request_in_it(
     kind: type[Inference], device: Device
 ) -> None:
-    answers = await asyncio.wait_for(in_one_batch(crowd(kind, device), device, [1, 255, 3]), 10)
+    answers = await asyncio.wait_for(in_one_batch(make_busy(kind, device), device, [1, 255, 3]), 10)
     assert [str(answer) for answer in answers] == ["the device failed"] * 3
 
 
@@ -254,7 +254,7 @@ async def test_a_request_cancelled_while_it_runs_leaves_the_others_their_own_row
     kind: type[Inference],
 ) -> None:
     device = CancellingDevice()
-    infer = crowd(kind, device)
+    infer = make_busy(kind, device)
     answers = await in_one_batch(infer, device, [1, 2, 3, 4])
     assert isinstance(answers.pop(1), asyncio.CancelledError)
     for answer, (value, count) in zip(answers, [(1, 1), (3, 3), (4, 4)], strict=True):
@@ -264,7 +264,7 @@ async def test_a_request_cancelled_while_it_runs_leaves_the_others_their_own_row
 
 async def test_every_request_has_its_wait_for_the_model_counted(device: Device) -> None:
     """A wait is from the request's pixels to the start of its own run."""
-    infer = crowd(ThreadedInference, device)
+    infer = make_busy(ThreadedInference, device)
     device.free.clear()
     begin = perf_counter()
     tasks = [asyncio.ensure_future(infer(image(i))) for i in range(5)]
@@ -279,21 +279,21 @@ async def test_every_request_has_its_wait_for_the_model_counted(device: Device) 
     assert 4 * waited <= queue.seconds <= 5 * (perf_counter() - begin)
 
 
-async def test_a_wait_of_one_turn_is_counted_too(device: Device) -> None:
-    infer = crowd(Inference, device)
+async def test_a_wait_of_one_iteration_is_counted(device: Device) -> None:
+    infer = make_busy(Inference, device)
     await asyncio.gather(*(infer(image(i)) for i in range(20)))
     assert sum(infer.runs.queue.counts) == 20
     assert infer.runs.queue.seconds > 0
-    alone = crowd_of_one(device)
+    alone = make_alone(device)
     await alone(image(1))
     assert (sum(alone.runs.queue.counts), alone.runs.queue.seconds) == (1, 0)
 
 
 @KINDS
-async def test_requests_of_one_run_share_its_time_and_know_its_size(
+async def test_requests_of_one_run_get_its_time_and_its_size(
     kind: type[Inference], device: Device
 ) -> None:
-    infer = crowd(kind, device)
+    infer = make_busy(kind, device)
     device.free.clear()
     threading.Timer(0.05, device.free.set).start()
     stages = [Stages() for _ in range(4)]

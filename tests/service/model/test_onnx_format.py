@@ -1,4 +1,4 @@
-"""The reader of ONNX's messages agrees with `onnx`, and refuses what the export never writes."""
+"""The parser agrees with `onnx`, and refuses what the export never writes."""
 
 import random
 from pathlib import Path
@@ -53,13 +53,13 @@ def test_numbers_of_every_length_are_read() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"\x08", "damaged"),  # a number that does not begin
-        (b"\x08\x80", "damaged"),  # or does not end
+        (b"\x08", "damaged"),  # no number after the tag
+        (b"\x08\x80", "damaged"),  # a number without an end
         (b"\x08" + b"\xff" * 11, "damaged"),
-        (b"\x12\x05abc", "damaged"),  # a text longer than what is left
+        (b"\x12\x05abc", "damaged"),  # a text longer than the rest
         (b"\x12\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", "damaged"),
         (b"\x0d\x00\x00\x00\x00", "damaged"),  # four bytes: no field of the export has this type
-        (b"\x0b\x0c", "damaged"),  # a group, long deprecated
+        (b"\x0b\x0c", "damaged"),  # a group, which is deprecated
         (b"\x12\x02\xff\xfe", "a text is not UTF-8"),
         (b"\x12\x03\xed\xa0\x80", "a text is not UTF-8"),  # half of a surrogate pair
         (b"\x28\x01", "field 5 is not what the export writes"),
@@ -76,7 +76,7 @@ def test_other_messages_are_refused(data: bytes, reason: str) -> None:
 
 
 def test_any_bytes_are_read_or_refused_in_bounded_depth() -> None:
-    """A message nested a thousand deep is a field that no schema has, and random bytes no crash."""
+    """A message nested a thousand times is outside every schema; random bytes do not crash."""
     nested = b""
     for _ in range(1000):
         nested = b"\x3a" + onnx_varint(len(nested)) + nested

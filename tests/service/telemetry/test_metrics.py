@@ -1,4 +1,4 @@
-"""Metrics say what happened, as `prometheus_client` itself would have counted it."""
+"""Metrics count as `prometheus_client` itself does, and are summed over workers."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ IN_FLIGHT = ("http_requests_in_flight",)
 
 
 def samples(text: bytes, name: str) -> dict[tuple[str, ...], float]:
-    """Return a metric's values by the values of its labels, in the alphabetical order of labels."""
+    """Return a metric's values by its label values; labels are in alphabetical order."""
     return {
         tuple(sample.labels.values()): sample.value
         for family in text_string_to_metric_families(text.decode())
@@ -29,8 +29,8 @@ def samples(text: bytes, name: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def told(*metrics: Metrics) -> bytes:
-    """Return the text that worker processes with these metrics would write together."""
+def text_of(*metrics: Metrics) -> bytes:
+    """Return the text of several workers' metrics, summed."""
     total = Totals()
     for one in metrics:
         total.add(Totals.from_json(one.totals().to_json()))
@@ -38,7 +38,7 @@ def told(*metrics: Metrics) -> bytes:
 
 
 def answer(metrics: Metrics, *images: int, run: float = 0.5) -> None:
-    """Count one run of the model for requests of so many images, and their answers."""
+    """Count one run of the model, and the answers to its requests of so many images."""
     metrics.inference.ran(sum(images), run)
     for i, _ in enumerate(images, 1):
         stages = Stages()
@@ -48,7 +48,9 @@ def answer(metrics: Metrics, *images: int, run: float = 0.5) -> None:
 
 
 @given(st.lists(st.floats(0, 20) | st.sampled_from(BUCKETS)), st.lists(st.floats(0, 20)))
-def test_durations_are_counted_as_the_library_does(one: list[float], other: list[float]) -> None:
+def test_durations_are_counted_as_prometheus_client_counts(
+    one: list[float], other: list[float]
+) -> None:
     """In one process, and summed over two."""
     registry = CollectorRegistry()
     library = Histogram("h_seconds", "h", ["route"], buckets=BUCKETS, registry=registry)
@@ -58,7 +60,7 @@ def test_durations_are_counted_as_the_library_does(one: list[float], other: list
             worker.decode.observe(value)
             worker.count_request("/predict", "POST", 200, value)
             library.labels("/predict").observe(value)
-    ours, theirs = told(*workers), generate_latest(registry)
+    ours, theirs = text_of(*workers), generate_latest(registry)
 
     def by_bound(text: bytes, name: str) -> dict[str | None, float]:
         families = text_string_to_metric_families(text.decode())
@@ -84,7 +86,7 @@ def test_requests_are_counted_and_timed() -> None:
         metrics.count_request(route, method, status, seconds)
     metrics.count_refusal("overloaded")
     metrics.count_refusal("overloaded")
-    text = told(metrics)
+    text = text_of(metrics)
     assert samples(text, "http_requests_total") == {
         ("POST", "/predict", "200"): 2,
         ("POST", "/predict", "422"): 1,
@@ -104,7 +106,7 @@ def test_images_and_stages_are_counted() -> None:
     metrics.inference.queue.observe(0.25)
     answer(metrics, 1, 3)
     answer(metrics, 256)
-    text = told(metrics)
+    text = text_of(metrics)
     assert samples(text, "bnlenet_images_total") == {(): 260}
     assert samples(text, "bnlenet_inference_duration_seconds_count") == {(): 2}
     assert samples(text, "bnlenet_inference_duration_seconds_sum") == {(): 1}
@@ -112,21 +114,21 @@ def test_images_and_stages_are_counted() -> None:
     assert samples(text, "bnlenet_encode_duration_seconds_sum") == {(): pytest.approx(0.4)}
 
 
-def test_the_model_and_its_real_provider_are_told() -> None:
-    text = told(Metrics(MODEL), Metrics(MODEL))
+def test_the_model_and_its_provider_are_shown() -> None:
+    text = text_of(Metrics(MODEL), Metrics(MODEL))
     assert samples(text, "bnlenet_model_info") == {("bn-lenet", "CPU", "abc", "1"): 1}
 
 
 def test_each_process_is_measured() -> None:
-    one, two = told(Metrics(MODEL)), told(Metrics(MODEL), Metrics(MODEL))
+    one, two = text_of(Metrics(MODEL)), text_of(Metrics(MODEL), Metrics(MODEL))
     for name in ("process_resident_memory_bytes", "process_open_fds", "process_cpu_seconds_total"):
         assert samples(two, name)[()] == pytest.approx(2 * samples(one, name)[()], rel=0.1)
     (started,) = samples(one, "process_start_time_seconds").values()
     assert samples(two, "process_start_time_seconds") == {(): started}
 
 
-def test_of_a_worker_that_has_ended_only_the_counts_stay() -> None:
-    """A sum that fell would look like a restart; a gauge that stayed would be a lie."""
+def test_the_counters_of_an_ended_worker_stay_and_its_gauges_go() -> None:
+    """A counter that falls looks like a restart; an old gauge is wrong."""
     metrics = Metrics(MODEL)
     metrics.count_request("/predict", "POST", 200, 0.001)
     metrics.count_refusal("overloaded")
@@ -149,7 +151,7 @@ def test_the_latest_run_of_any_worker_is_the_last() -> None:
     early, late = Metrics(MODEL), Metrics(MODEL)
     early.inference.last, late.inference.last = 100.0, 200.0
     for order in ((early, late), (late, early)):
-        assert samples(told(*order), "bnlenet_last_inference_timestamp_seconds") == {(): 200}
+        assert samples(text_of(*order), "bnlenet_last_inference_timestamp_seconds") == {(): 200}
 
 
 def test_sums_are_independent_of_the_order() -> None:
@@ -176,7 +178,7 @@ def test_totals_are_of_one_instant() -> None:
     assert before.to_json() == kept
 
 
-def test_no_series_says_when_it_was_created() -> None:
+def test_there_are_no_created_series() -> None:
     metrics = Metrics(MODEL)
     metrics.count_request("/predict", "POST", 200, 0.001)
     for accept in ("", OPENMETRICS):
@@ -184,7 +186,7 @@ def test_no_series_says_when_it_was_created() -> None:
         assert b"_created" not in text
 
 
-def test_open_metrics_is_written_for_those_that_ask() -> None:
+def test_openmetrics_is_written_if_accepted() -> None:
     metrics = Metrics(MODEL)
     metrics.count_request("/predict", "POST", 200, 0.001)
     text, content_type = metrics.render(metrics.totals(), OPENMETRICS)
@@ -198,7 +200,7 @@ def test_open_metrics_is_written_for_those_that_ask() -> None:
 
 
 def test_statistics_count_the_time_of_a_run_for_each_request_in_it() -> None:
-    """As Triton defines them; `perf_analyzer` refuses stages whose counts differ."""
+    """Triton defines them so; `perf_analyzer` refuses stages with different counts."""
     metrics = Metrics(MODEL)
     answer(metrics, 1, 1, 1, run=0.5)
     answer(metrics, 3, run=0.25)
@@ -238,7 +240,7 @@ def test_statistics_count_the_time_of_a_run_for_each_request_in_it() -> None:
 def test_a_request_counts_in_all_stages_or_in_none() -> None:
     metrics = Metrics(MODEL)
     metrics.inference.queue.observe(0.1)
-    metrics.inference.ran(1, 0.5)  # its answer is still being written
+    metrics.inference.ran(1, 0.5)  # its answer is not complete yet
     stages = statistics(metrics.totals(), [])["inference_stats"]
     assert {stage["count"] for stage in stages.values()} == {0}
 
