@@ -27,7 +27,7 @@ class Load(Protocol):
 
 
 class Inference:
-    """Runs the model on the event loop, once for all requests of one iteration of the loop.
+    """Runs the model on the event loop, in batches of the requests that have arrived.
 
     A thread would take longer than the model itself. One run of several images takes less time than
     several runs: it saves calls, and the CPU's caches stay warm. Requests never wait for a batch to
