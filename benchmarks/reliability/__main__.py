@@ -22,6 +22,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.load import BenchmarkError
 from benchmarks.page import with_section
 from benchmarks.reliability.report import (
     BEGIN,
@@ -68,13 +69,17 @@ def main(
     known = read(out) if out else {}
     chosen = names or tuple(name for name in CAMPAIGNS if not (quick and name == "scale"))
     options = Options(minutes, inputs, quick)
-    found = []
+    found, failed = [], []
     for name in chosen:
         if name in known and not (again or names):
             found.append(known[name])
             continue
-        with Console(stderr=True).status(name):
-            found.append(_run(name, options))
+        try:
+            with Console(stderr=True).status(name):
+                found.append(_run(name, options))
+        except BenchmarkError as exc:  # the other campaigns still run
+            failed.append(f"{name}: {exc}")
+            continue
         if out:
             append(out, found[-1])
             page = out.with_suffix(".md")
@@ -85,6 +90,8 @@ def main(
             click.echo(json.dumps(asdict(found[-1]), ensure_ascii=False))
     if not as_json:
         _show(found)
+    if failed:
+        raise click.ClickException("\n".join(failed))
     sys.exit(any(row.met is False for record in found for row in record.rows))
 
 

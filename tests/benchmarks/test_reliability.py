@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import capacity
+from benchmarks.load import BenchmarkError
 from benchmarks.page import with_section
 from benchmarks.reliability import __main__ as command_line
 from benchmarks.reliability import (
@@ -109,6 +110,22 @@ def test_a_campaign_that_the_file_has_is_not_run_again_unless_named(
         assert result.exit_code == 0, result.output
         assert ran == expected
     assert "failures" in result.stdout
+
+
+def test_a_campaign_that_cannot_run_is_reported_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, _: Options) -> Record:
+        if name == "soak":
+            raise BenchmarkError("the service is not ready")
+        return replace(RECORD, campaign=name)
+
+    monkeypatch.setattr(command_line, "_run", run)
+    file = tmp_path / "found.jsonl"
+    result = CliRunner().invoke(command_line.main, ["soak", "fuzz", "--out", str(file)])
+    assert result.exit_code == 1
+    assert "soak: the service is not ready\n" in result.stderr
+    assert [*report.read(file)] == ["fuzz"]
 
 
 @pytest.mark.parametrize(("met", "status"), [(True, 0), (None, 0), (False, 1)])
