@@ -342,20 +342,23 @@ def test_a_crash_and_a_hang_are_saved_and_the_other_inputs_are_tried(
 
 async def served(answer: bytes, *, closes: bool = True) -> list[str]:
     """Return what one exchange finds with a server that gives this answer, and closes or not."""
+    left, handled = asyncio.Event(), asyncio.Event()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(answer)
-            if not closes:
-                await asyncio.sleep(1)
-        finally:
-            writer.close()
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        if not closes:
+            await left.wait()
+        writer.close()
+        handled.set()
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     async with server:
-        return await requests.exchange(port, b"GET / HTTP/1.1\r\n\r\n", requests.seeded(1))
+        found = await requests.exchange(port, b"GET / HTTP/1.1\r\n\r\n", requests.seeded(1))
+        left.set()
+        await handled.wait()
+    return found
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
