@@ -3,14 +3,11 @@
 import asyncio
 import json
 import math
-import os
 import subprocess
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +33,7 @@ from benchmarks.reliability.report import Options, Record, Row
 from benchmarks.reliability.service import Usage
 from benchmarks.reliability.traffic import Answer, Outcome
 from service.errors import InvalidInput
+from tests.benchmarks.crashes import crash_or_hang
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
@@ -316,15 +314,6 @@ def test_only_our_errors_are_accepted(
 def test_a_decoder_that_returns_no_image_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "SHAPE", (28, 27))
     assert fuzz.attempt(b"J" + b'{"pixels": [%b]}' % b",".join([b"0"] * 784))[0]
-
-
-def crash_or_hang(_: Options, seed: int, count: int, current: Path, done: Any, *__: object) -> None:
-    """Stand in for the process that tries inputs: the third input ends it, or hangs."""
-    while done.value < count:
-        current.write_bytes(b"input %d" % done.value)
-        if done.value == 2:
-            os.abort() if seed == 0 else time.sleep(60)
-        done.value += 1
 
 
 @pytest.mark.parametrize("seed", [0, 1])
