@@ -55,13 +55,15 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     return Interval(fmean(values), quantile * stdev(values) / count**0.5, count)
 
 
-def paired_difference(after: Sequence[float], before: Sequence[float]) -> Interval:
+def paired_difference(
+    after: Sequence[float], before: Sequence[float], confidence: float = 0.95
+) -> Interval:
     """Return the mean of `after - before` over pairs (such as equal seeds), with its t-interval.
 
     Raises:
         ValueError: the sequences differ in length or are empty.
     """
-    return mean_interval([a - b for a, b in zip(after, before, strict=True)])
+    return mean_interval([a - b for a, b in zip(after, before, strict=True)], confidence)
 
 
 def welch_p(first: Sequence[float], second: Sequence[float]) -> float:

@@ -115,7 +115,9 @@ def report(lines: Sequence[Line]) -> Report:
     }
     best = {s: max(sizes[s], key=lambda n, s=s: fmean(value(s, n))) for s in SWEEPS}  # type: ignore[misc] # a default binds the loop's value
     whole, right = max(sizes["ghost"]), best["ghost"]
-    noise = paired_difference(value("ghost", right), value("ghost", whole))
+    # Bonferroni's interval, because the best of several sizes is chosen on the same fits.
+    confidence = 1 - 0.05 / max(1, len(sizes["ghost"]) - 1)
+    noise = paired_difference(value("ghost", right), value("ghost", whole), confidence)
     if right == whole:
         verdict = "No"
         found = "the statistics of the whole batch are best, so more noise does not help"
@@ -148,7 +150,11 @@ def report(lines: Sequence[Line]) -> Report:
         )
         for sweep, name in SWEEPS.items()
     )
-    return Report(answer, tables)
+    choice = (
+        "The interval in the answer is Bonferroni's, for the choice of one group size among "
+        f"{len(sizes['ghost']) - 1}."
+    )
+    return Report(answer, f"{tables}\n\n{choice}")
 
 
 def draw(lines: Sequence[Line], figure: Figure) -> None:
