@@ -59,9 +59,8 @@ def report(lines: Sequence[Line]) -> Report:
     single = max(singles, key=lambda s: singles[s])
     where, one = PLACES[single.index("1")], singles[single]
     full, none = accuracies["1111"].mean, accuracies["0000"].mean
-    gain = paired_difference(
-        *(by_seed(lines, "held_out", places=subset) for subset in ("1111", "0000"))
-    )
+    with_all, without = (by_seed(lines, "held_out", places=s) for s in ("1111", "0000"))
+    gain = paired_difference(with_all, without)
     if gain.low <= 0:
         answer = "No: batch norm in all four places does not measurably raise the accuracy here"
     elif one >= full:
