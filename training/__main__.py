@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Any
 
 import click
@@ -23,9 +23,11 @@ from rich.table import Table
 from training.atomic import write_whole
 from training.dataset import CLASS_NAMES, DatasetError, load
 from training.evaluation import pictures
-from training.evaluation.card import Runs, model_card
+from training.evaluation.card import model_card
+from training.evaluation.fits import Fits
+from training.evaluation.intervals import mean_interval
 from training.evaluation.measures import Evaluation, EvaluationError, evaluate, onnx_classifier
-from training.evaluation.robustness import perturbations
+from training.evaluation.robustness import UNSEEN, perturbations
 from training.export import ExportError, ExportReport, Provenance, export
 from training.fitting.fit import Fitted
 from training.fitting.plan import FitError, create_runs, new_config, resumed_run, versions
@@ -264,14 +266,17 @@ def _as_json(run: Run, fitted: Fitted) -> dict[str, Any]:
 
 
 def _print_scores(runs: Sequence[Run], fitted: Sequence[Fitted]) -> None:
-    """Print accuracies (with several seeds, their mean and spread) and the next command."""
+    """Print accuracies (of several seeds the mean and spread) and the next command."""
     holdout = runs[0].config().holdout
     judged = f"{holdout:,} held-out images" if holdout else "test set"
     click.echo(f"{'Statistics':<12} accuracy on the {judged}")
     for name in fitted[0].scores:
         found = [one.scores[name].accuracy for one in fitted]
-        spread = f" mean, standard deviation {stdev(found):.4f}" if len(found) > 1 else ""
-        click.echo(f"{name:<12} {fmean(found):.4f}{spread}")
+        if len(found) > 1:
+            spread = f"standard deviation {stdev(found):.4f}"
+            click.echo(f"{name:<12} {mean_interval(found):.4f} (mean, 95 % t-interval), {spread}")
+        else:
+            click.echo(f"{name:<12} {found[0]:.4f}")
     first, *others = [shlex.quote(str(run.folder)) for run in runs]
     click.echo(f"Run folder{'s' * bool(others)}: {' '.join([first, *others])}")
     if holdout:
@@ -387,19 +392,18 @@ def export_command(
     data_dir: Path | None,
 ) -> None:
     """Fold and verify RUN's model; write it as ONNX, with MODEL_CARD.md in the same folder."""
-    seeds = [Run(folder) for folder in dict.fromkeys((run, *seeds_from))]
-    runs = Runs(seeds[0], seeds, Run(held_out) if held_out else None)
-    runs.check()  # before anything is written
-    config = runs.exported.config()
+    runs = [Run(folder) for folder in dict.fromkeys((run, *seeds_from))]
+    fits = Fits.of(runs, Run(held_out) if held_out else None)  # refuses before anything is written
+    exported_run, config = runs[0], runs[0].config()
     statistics = statistics or config.recipe.statistics
-    temperature = temperature or runs.temperature()
+    temperature = temperature or fits.temperature
     test, source = load(data_dir).test, Provenance.of(config, statistics)
     with _steps("comparing the file with the model", 2 + len(perturbations())) as on_step:
-        model = runs.exported.model(statistics)
+        model = exported_run.model(statistics)
         exported = export(model, source, test, out, temperature=temperature)
         on_step("evaluating the file")
         evaluation = evaluate(onnx_classifier(out), test, on_step)
-    card = model_card(exported, source, temperature, runs, evaluation)
+    card = model_card(exported, source, temperature, exported_run, fits, evaluation)
     write_whole(out.parent / "MODEL_CARD.md", card.encode())
     pictures.draw_confusion(evaluation.confusion, out.parent / "confusion.png")
     if as_json:
@@ -442,18 +446,24 @@ def _steps(first: str, total: int) -> Iterator[Callable[[str], None]]:
 @json_option
 @data_dir_option
 def evaluate_command(model: Path, as_json: bool, data_dir: Path | None) -> None:
-    """Evaluate an ONNX file on the test set: accuracy, classes, calibration, robustness."""
+    """Evaluate an ONNX file on the test set: accuracy, classes, confidence, robustness.
+
+    "Unseen" are the changed images that no choice of a recipe may look at.
+    """
     classify, test = onnx_classifier(model), load(data_dir).test
     with _steps("images as they are", 1 + len(perturbations())) as on_step:
         evaluation = evaluate(classify, test, on_step)
     if as_json:
-        worst = {"robust_mean": evaluation.robust_mean, "robust_worst": evaluation.robust_worst}
-        click.echo(json.dumps(asdict(evaluation) | worst))
+        names = ("robust_mean", "robust_mean_seen", "robust_mean_unseen", "robust_worst")
+        robust = {name: getattr(evaluation, name) for name in names}
+        click.echo(json.dumps(asdict(evaluation) | robust))
         return
-    console = Console(highlight=False)
+    console, floor = Console(highlight=False), evaluation.ece_floor
     console.print(
         f"accuracy {evaluation.accuracy:.4f}  NLL {evaluation.nll:.4f}  ECE {evaluation.ece:.4f}  "
-        f"({evaluation.images:,} images)"
+        f"({evaluation.images:,} images)\n"
+        "a perfectly calibrated model with these confidences: "
+        f"ECE {floor.mean:.4f}\n({floor.low:.4f} to {floor.high:.4f} in 90 % of samples)"
     )
     for table in _tables(evaluation):
         console.print(table)
@@ -470,11 +480,18 @@ def _tables(evaluation: Evaluation) -> Iterator[Table]:
         counts = map(str, evaluation.confusion[i])
         confusion.add_row(f"{i} {name}", *counts, *(f"{share:.3f}" for share in shares))
     yield confusion
+    confident = Table("confidence", "answered", "accuracy", title="Answers by least confidence")
+    for one in evaluation.answered:
+        right = "none" if one.accuracy is None else f"{one.accuracy:.4f}"
+        confident.add_row(f"{one.threshold:g}", f"{one.share:.4f}", right)
+    yield confident
     robustness = Table("changed images", "accuracy", title="Robustness")
     for name, accuracy in evaluation.robustness.items():
-        robustness.add_row(name, f"{accuracy:.4f}")
+        robustness.add_row(f"{name} (unseen)" if name in UNSEEN else name, f"{accuracy:.4f}")
     robustness.add_section()
     robustness.add_row("mean", f"{evaluation.robust_mean:.4f}")
+    robustness.add_row("mean of the unseen", f"{evaluation.robust_mean_unseen:.4f}")
+    robustness.add_row("mean of the others", f"{evaluation.robust_mean_seen:.4f}")
     robustness.add_row(f"worst: {evaluation.robust_worst[0]}", f"{evaluation.robust_worst[1]:.4f}")
     yield robustness
 

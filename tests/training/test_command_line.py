@@ -96,6 +96,8 @@ def test_fit_export_evaluate_by_the_commands_that_each_prints_last(
     serve = "Serve it: BNLENET_MODEL_PATH=runs/chapter-0/bn_lenet.onnx python -m service\n"
     assert evaluated.stdout.endswith(serve)
     assert "rotation -10" in evaluated.stdout
+    assert re.search(r"calibrated model with these confidences: ECE 0\.\d{4}\n", evaluated.stdout)
+    assert re.search(r"│ 0\.99 +│ 0\.\d{4}", evaluated.stdout)
     assert "\n 9 Ankle boot" in evaluated.stdout  # not cut, though the screen's width is unknown
     assert max(map(len, evaluated.stdout.splitlines()[:-1])) <= 80
 
@@ -128,6 +130,10 @@ def test_the_same_fit_gives_the_same_file(finished: Path, tmp_path: Path) -> Non
     assert judged["accuracy"] == pytest.approx(scores["population"]["accuracy"], abs=1e-9)
     assert judged["accuracy"] == pytest.approx(exported["test_accuracy"])
     assert judged["robust_mean"] == pytest.approx(sum(judged["robustness"].values()) / 16)
+    halves = judged["robust_mean_seen"], judged["robust_mean_unseen"]
+    assert judged["robust_mean"] == pytest.approx(sum(halves) / 2)
+    assert judged["ece_floor"]["low"] < judged["ece_floor"]["mean"] < judged["ece_floor"]["high"]
+    assert [one["threshold"] for one in judged["answered"]][::6] == [0.5, 0.99]
 
 
 def test_the_metrics_have_a_line_an_epoch(finished: Path) -> None:
@@ -233,11 +239,19 @@ def test_several_seeds_get_a_run_folder_each(
     result = succeed(*FIT, "--seeds", "4,6", "--out", out)
     lines = re.findall(r"^seed (\d)  epoch (\d)/2  loss", result.stderr, re.MULTILINE)
     assert lines == [(seed, epoch) for seed in "46" for epoch in "12"]
-    assert re.search(r"moving +0\.\d{4} mean, standard deviation 0\.\d{4}", result.stdout)
+    (shown,) = re.findall(
+        r"^moving +(0\.\d{4} ± \d\.\d{4}) \(mean, 95 % t-interval\), standard deviation 0",
+        result.stdout,
+        re.MULTILINE,
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["many-4", "many-6"]
     runs = [Run(tmp_path / f"many-{seed}") for seed in (4, 6)]
     assert [run.config().seed for run in runs] == [4, 6]
-    assert len({run.results()["scores"]["moving"]["loss"] for run in runs}) == 2
+    scores = [run.results()["scores"]["moving"] for run in runs]
+    assert len({score["loss"] for score in scores}) == 2
+    first, second = (score["accuracy"] for score in scores)
+    # Student's t for one degree of freedom is 12.7062; two values' standard error is |a - b| / 2.
+    assert shown == f"{(first + second) / 2:.4f} ± {12.7062047 * abs(first - second) / 2:.4f}"
     assert (runs[1].folder / "curves.png").exists()
     assert "many-4 already exists" in fail(*FIT, "--seeds", "4-5", "--out", out)
     assert "leave out --seed and" in fail(*FIT, "--seeds", "0-1", "--seed", 1, "--out", out)

@@ -2,70 +2,30 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from statistics import mean, stdev
+from dataclasses import asdict
+from statistics import stdev
 
 from training.dataset import CLASS_NAMES
+from training.evaluation.fits import Fit, Fits
+from training.evaluation.intervals import mean_interval
 from training.evaluation.measures import Evaluation
+from training.evaluation.robustness import UNSEEN
 from training.export import ExportReport, Provenance
 from training.fitting.recipes import NO_AUGMENTATION, RECIPES
-from training.fitting.run import Config, Run, RunError
+from training.fitting.run import Config, Run
 
+_INTERVAL = """
+The mean has its 95 % t-interval over the seeds.
+"""
 SHOWN_ELSEWHERE = ("name", "origin", "statistics", "temperature")
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The runs that a model card reports.
-
-    Attributes:
-        exported: the run of the exported model.
-        seeds: the runs of the table by seed; `exported` is one of them.
-        held_out: a run of the same recipe with held-out images, which decide the temperature.
-    """
-
-    exported: Run
-    seeds: Sequence[Run]
-    held_out: Run | None = None
-
-    def check(self) -> None:
-        """Refuse runs that do not belong into one card.
-
-        Raises:
-            RunError: a run is not complete, has another recipe, has the same seed as another run,
-                or held images out although it must not; or `held_out` held none out.
-        """
-        recipe = self.exported.config().recipe
-        for run in [*self.seeds, *([self.held_out] if self.held_out else [])]:
-            run.results()
-            if run.config().recipe != recipe:
-                raise RunError(
-                    f"{run.folder} was fitted by another recipe than {self.exported.folder}: use "
-                    "runs of one recipe."
-                )
-        if len({run.config().seed for run in self.seeds}) < len(self.seeds):
-            raise RunError("two of the runs have the same seed: name one run for each seed.")
-        for run in self.seeds:
-            if run.config().holdout:
-                raise RunError(
-                    f"{run.folder} held images out: fit it without --holdout, or name it with "
-                    "--held-out."
-                )
-        if self.held_out and not self.held_out.config().holdout:
-            raise RunError(f"{self.held_out.folder} held no images out: fit it with --holdout.")
-
-    def temperature(self) -> float:
-        """Return the best temperature on the held-out images; without such a run, the recipe's."""
-        if self.held_out is None:
-            return self.exported.config().recipe.temperature
-        return float(self.held_out.results()["temperature"])
 
 
 def model_card(
     exported: ExportReport,
     source: Provenance,
     temperature: float,
-    runs: Runs,
+    run: Run,
+    fits: Fits,
     evaluation: Evaluation,
 ) -> str:
     """Write the model card (Mitchell et al., "Model Cards for Model Reporting", 2019) in Markdown.
@@ -74,10 +34,11 @@ def model_card(
         exported: the report of the export.
         source: where the weights come from.
         temperature: the logits are divided by it.
-        runs: the exported run, and the other runs of its recipe.
+        run: the run of the exported model.
+        fits: the fits of its recipe, for the table by seed; they include this run's.
         evaluation: the measures of the exported file on the test set.
     """
-    config = runs.exported.config()
+    config, floor = run.config(), evaluation.ece_floor
     recipe, (worst_name, worst) = config.recipe, evaluation.robust_worst
     settings = {n: v for n, v in asdict(recipe).items() if n not in SHOWN_ELSEWHERE and v}
     for key, where in (("augmentation", ""), ("finish_augmentation", " in the finish")):
@@ -119,8 +80,8 @@ Test accuracy of the unfolded models, by batch-norm statistics: `moving` are the
 fitting, `population` the statistics of the whole training set after fitting, `clean` the same
 without augmentation. **This file carries: {source.statistics}.**
 
-{_scores(runs.seeds)}
-
+{scores_table(fits.fits)}
+{_INTERVAL if len(fits.fits) > 1 else ""}
 ## Classes
 
 {table(["class", "precision", "recall"], [[n, f"{p:.3f}", f"{r:.3f}"] for n, p, r in shares])}
@@ -129,13 +90,22 @@ without augmentation. **This file carries: {source.statistics}.**
 
 ## Robustness
 
-Accuracy on changed test sets. `training/evaluation/robustness.py` defines the changes.
+Accuracy on changed test sets. `training/evaluation/robustness.py` defines the changes. No choice of
+a recipe may look at those marked "unseen" from now on; the present recipe was chosen by all of
+them, on held-out images.
 
-{table(["change", "accuracy"], [[n, f"{a:.4f}"] for n, a in evaluation.robustness.items()])}
+{_robustness_table(evaluation)}
 
 ## Calibration
 
-Temperature {temperature:g}, folded into the last layer. {_choice(runs.held_out)}
+Temperature {temperature:g}, folded into the last layer. {_choice(fits.held_out)}
+
+A perfectly calibrated model with these confidences has by chance an ECE of {floor.mean:.4f} on
+average, and {floor.low:.4f} to {floor.high:.4f} in 90 % of samples of this size.
+
+Answers whose confidence is at least a threshold:
+
+{answered_table(evaluation)}
 
 ## The file
 
@@ -149,7 +119,7 @@ Temperature {temperature:g}, folded into the last layer. {_choice(runs.held_out)
 | of these, images that the file classifies differently | {len(exported.disagreements)} |
 | largest error of its self-test | {exported.self_test_error:.1e} |
 | fitted with | {", ".join(f"{name} {number}" for name, number in config.versions.items())} |
-| fitting took | {runs.exported.results()["seconds"]["fit"]:.0f} s on {config.device} |
+| fitting took | {run.results()["seconds"]["fit"]:.0f} s on {config.device} |
 
 ## Intended use and limits
 
@@ -174,29 +144,65 @@ def _fit_command(config: Config) -> str:
     return f"{command} --device {config.device} --threads {config.threads}"
 
 
-def _scores(runs: Sequence[Run]) -> str:
-    """Return a table of accuracies by seed and statistics, with mean and standard deviation."""
-    scores = [run.results()["scores"] for run in runs]
-    columns = {kind: [score[kind]["accuracy"] for score in scores] for kind in scores[0]}
+def scores_table(fits: Sequence[Fit]) -> str:
+    """Return a table of accuracies by seed and statistics.
+
+    With several fits, the last rows are the mean with its t-interval and the standard deviation.
+    """
+    columns = {kind: [fit.scores[kind].accuracy for fit in fits] for kind in fits[0].scores}
     rows = [
-        [str(run.config().seed), *(f"{values[i]:.4f}" for values in columns.values())]
-        for i, run in enumerate(runs)
+        [str(fit.seed), *(f"{values[i]:.4f}" for values in columns.values())]
+        for i, fit in enumerate(fits)
     ]
-    if len(runs) > 1:
-        for name, statistic in (("mean", mean), ("standard deviation", stdev)):
-            rows.append([name, *(f"{statistic(values):.4f}" for values in columns.values())])
+    if len(fits) > 1:
+        rows += summary_rows(list(columns.values()))
     return table(["seed", *columns], rows)
 
 
-def _choice(held_out: Run | None) -> str:
+def summary_rows(columns: Sequence[Sequence[float]]) -> list[list[str]]:
+    """Return two rows of a table: the means with their t-intervals, and standard deviations."""
+    return [
+        ["mean", *(f"{mean_interval(values):.4f}" for values in columns)],
+        ["standard deviation", *(f"{stdev(values):.4f}" for values in columns)],
+    ]
+
+
+def _robustness_table(evaluation: Evaluation) -> str:
+    """Return a table of the accuracies on the changed images, with the means of both halves."""
+    rows = [
+        [f"{name}, unseen" if name in UNSEEN else name, f"{found:.4f}"]
+        for name, found in evaluation.robustness.items()
+    ]
+    means = {
+        "mean of the eight unseen": evaluation.robust_mean_unseen,
+        "mean of the other eight": evaluation.robust_mean_seen,
+        "mean": evaluation.robust_mean,
+    }
+    return table(["change", "accuracy"], [*rows, *([n, f"{m:.4f}"] for n, m in means.items())])
+
+
+def answered_table(evaluation: Evaluation) -> str:
+    """Return a table of the share and the accuracy of answers by least confidence."""
+    rows = [
+        [f"{one.threshold:g}", f"{one.share:.4f}", _accuracy(one.accuracy)]
+        for one in evaluation.answered
+    ]
+    return table(["confidence at least", "share of images", "accuracy of these"], rows)
+
+
+def _accuracy(accuracy: float | None) -> str:
+    return "" if accuracy is None else f"{accuracy:.4f}"
+
+
+def _choice(held_out: Fit | None) -> str:
     """Return the sentence that says how the temperature was chosen."""
     if held_out is None:
         return "It was not chosen on held-out images."
-    results, holdout = held_out.results(), held_out.config().holdout
-    scores = [f"{n} {s['accuracy']:.4f}" for n, s in results["scores"].items()]
+    scores = [f"{name} {score.accuracy:.4f}" for name, score in held_out.scores.items()]
     return (
-        f"It gave the\nlowest cross-entropy on {holdout:,} images held out of a fit of the same "
-        f"recipe. Accuracies on\nthese images, by batch-norm statistics: {', '.join(scores)}."
+        "It gave the\n"
+        f"lowest cross-entropy on {held_out.holdout:,} images held out of a fit of the "
+        f"same recipe. Accuracies on\nthese images, by batch-norm statistics: {', '.join(scores)}."
     )
 
 

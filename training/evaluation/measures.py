@@ -3,16 +3,24 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from training.dataset import Split
-from training.evaluation.robustness import perturbed
+from training.evaluation.confidence import (
+    Answered,
+    CalibrationFloor,
+    Probabilities,
+    answered,
+    calibration_error,
+    calibration_floor,
+)
+from training.evaluation.robustness import UNSEEN, perturbed
 from training.fitting.scoring import confusion_matrix
 
-Probabilities = NDArray[np.float32]
 Classifier = Callable[[NDArray[np.uint8]], Probabilities]
 """From uint8 images [n, 28, 28] to probabilities [n, 10]."""
 
@@ -36,6 +44,8 @@ class Evaluation:
         accuracy: share of right answers.
         nll: mean negative log-likelihood of the right class, in nats.
         ece: expected calibration error over 15 equal bins of confidence.
+        ece_floor: the error that a perfectly calibrated model with these confidences has by chance.
+        answered: how many answers have at least a confidence, and their accuracy.
         precision: for every class, the share of right answers among the answers with this class;
             zero if there are none.
         recall: for every class, the share of its images with the right answer.
@@ -47,6 +57,8 @@ class Evaluation:
     accuracy: float
     nll: float
     ece: float
+    ece_floor: CalibrationFloor
+    answered: list[Answered]
     precision: list[float]
     recall: list[float]
     confusion: list[list[int]]
@@ -55,7 +67,17 @@ class Evaluation:
     @property
     def robust_mean(self) -> float:
         """The mean accuracy over the changed test sets."""
-        return sum(self.robustness.values()) / len(self.robustness)
+        return fmean(self.robustness.values())
+
+    @property
+    def robust_mean_seen(self) -> float:
+        """The mean over the changes that a choice of recipe may look at."""
+        return fmean(a for name, a in self.robustness.items() if name not in UNSEEN)
+
+    @property
+    def robust_mean_unseen(self) -> float:
+        """The mean over the changes of `UNSEEN`."""
+        return fmean(self.robustness[name] for name in UNSEEN)
 
     @property
     def robust_worst(self) -> tuple[str, float]:
@@ -83,6 +105,8 @@ def evaluate(
         accuracy=accuracy(probabilities, split.labels),
         nll=float(-np.log(np.maximum(likelihood, np.finfo(np.float32).tiny)).mean()),
         ece=calibration_error(probabilities, split.labels),
+        ece_floor=calibration_floor(probabilities),
+        answered=answered(probabilities, split.labels),
         precision=(right / np.maximum(confusion.sum(0), 1)).tolist(),
         recall=(right / np.maximum(confusion.sum(1), 1)).tolist(),
         confusion=confusion.tolist(),
@@ -93,22 +117,6 @@ def evaluate(
 def accuracy(probabilities: Probabilities, labels: NDArray[np.uint8]) -> float:
     """Return the share of rows [n, 10] that are largest at the label."""
     return float((probabilities.argmax(1) == labels).mean())
-
-
-def calibration_error(
-    probabilities: Probabilities, labels: NDArray[np.uint8], bins: int = 15
-) -> float:
-    """Return the expected calibration error.
-
-    The answers are sorted by confidence into equal bins ((i - 1)/bins, i/bins]. The error is
-    |accuracy - mean confidence| of a bin, averaged over all images (Guo et al., "On Calibration of
-    Modern Neural Networks", 2017, equation 3).
-    """
-    confidence = probabilities.max(1).astype(np.float64)
-    right = probabilities.argmax(1) == labels
-    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(which, weights=right - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(labels))
 
 
 def onnx_classifier(path: Path) -> Classifier:

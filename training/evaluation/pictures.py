@@ -1,4 +1,4 @@
-"""Pictures of a fit: curves by epoch, the confusion matrix, batch norm's gamma and beta."""
+"""Pictures of a fit: curves by epoch, confusion, confidence, batch norm's gamma and beta."""
 
 import copy
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch import nn
 from training.atomic import write_whole
 from training.batch_norm import affine
 from training.dataset import CLASS_NAMES
+from training.evaluation.confidence import Labels, Probabilities, answered, answered_curve
 from training.fitting.run import Epoch, Run
 from training.model import BNLeNet, norm_layers
 
@@ -74,6 +75,29 @@ def draw_norms(model: BNLeNet, out: Path) -> None:
         axes.axvline(0, color="black", linewidth=0.5)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="gamma (scale)")
+    save_figure(figure, out)
+
+
+def draw_confidence(probabilities: Probabilities, labels: Labels, out: Path) -> None:
+    """Draw the accuracy of the answers against the share of images that get one.
+
+    Each point of the line is a threshold of confidence. The dots are `THRESHOLDS`.
+    """
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*answered_curve(probabilities, labels), linewidth=1.2)
+    for one in answered(probabilities, labels):
+        if one.accuracy is not None:
+            axes.plot(one.share, one.accuracy, "o", color="C0", markersize=4)
+            axes.annotate(
+                f"{one.threshold:g}",
+                (one.share, one.accuracy),
+                xytext=(3, 3),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    axes.set(xlabel="share of images answered", ylabel="accuracy of the answers", xlim=(0, 1.05))
+    axes.grid(alpha=0.3)
     save_figure(figure, out)
 
 

@@ -6,44 +6,19 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from tests.training.evaluation.conftest import rows
 from training.dataset import FashionMNIST, Split
+from training.evaluation.confidence import CalibrationFloor, Probabilities
 from training.evaluation.measures import (
     Evaluation,
     EvaluationError,
-    Probabilities,
-    calibration_error,
     evaluate,
     onnx_classifier,
 )
+from training.evaluation.robustness import UNSEEN, perturbations
 from training.export import build_model
 from training.folding import fold_batch_norm
 from training.model import BNLeNet, initialise
-
-
-def rows(*confidences: tuple[int, float]) -> Probabilities:
-    """Make probability rows: the class named gets the confidence, the others share the rest."""
-    made = np.empty((len(confidences), 10), np.float32)
-    for row, (answer, confidence) in zip(made, confidences, strict=True):
-        row[:] = (1 - confidence) / 9
-        row[answer] = confidence
-    return made
-
-
-def test_calibration_error_of_a_case_worked_out_by_hand() -> None:
-    """Bin (9/15, 10/15]: confidences 0.61 right, 0.65 wrong; bin (14/15, 1]: 0.95 and 1.0, right.
-
-    |1/2 - 0.63| * 2/4 + |1 - 0.975| * 2/4 = 0.065 + 0.0125.
-    """
-    probabilities = rows((0, 0.61), (1, 0.65), (2, 0.95), (3, 1.0))
-    labels = np.array([0, 9, 2, 3], np.uint8)
-    assert calibration_error(probabilities, labels) == pytest.approx(0.0775, abs=1e-6)
-
-
-def test_confidence_on_the_edge_of_a_bin_belongs_to_the_lower_one() -> None:
-    """0.5 closes bin (0, 1/2]; there its gap and that of 0.45 cancel, apart they would add up."""
-    labels = np.array([0, 9], np.uint8)
-    found = calibration_error(rows((0, 0.5), (1, 0.45)), labels, bins=2)
-    assert found == pytest.approx((0.5 - 0.45) / 2, abs=1e-6)
 
 
 def test_an_evaluation_counts_what_the_classifier_says(fashion_mnist: FashionMNIST) -> None:
@@ -69,6 +44,11 @@ def test_an_evaluation_counts_what_the_classifier_says(fashion_mnist: FashionMNI
     assert result.confusion[6][0] == shirts
     right, wrong = -np.log(0.91), -np.log(0.01)
     assert result.nll == pytest.approx(right * (1 - shirts / 100) + wrong * shirts / 100, rel=1e-5)
+    assert result.ece == pytest.approx(abs(0.91 - result.accuracy), abs=1e-6)
+    assert 0 < result.ece_floor.low < result.ece_floor.mean < result.ece_floor.high
+    shares = {one.threshold: (one.share, one.accuracy) for one in result.answered}
+    assert shares[0.9] == (1, result.accuracy)
+    assert shares[0.95] == (0, None)
     assert set(result.robustness.values()) == {shirts_t / 100}
     assert result.robust_mean == pytest.approx(shirts_t / 100)
     assert result.robust_worst[1] == shirts_t / 100
@@ -82,9 +62,19 @@ def test_a_right_class_with_probability_zero_has_a_finite_cost() -> None:
 
 def test_the_worst_change_has_the_lowest_accuracy() -> None:
     changes = {"blur": 0.9, "shift": 0.7, "scale": 0.8}
-    result = Evaluation(1, 1.0, 0.0, 0.0, [], [], [], changes)
+    floor = CalibrationFloor(0, 0, 0)
+    result = Evaluation(1, 1.0, 0.0, 0.0, floor, [], [], [], [], changes)
     assert result.robust_worst == ("shift", 0.7)
     assert result.robust_mean == pytest.approx(0.8)
+
+
+def test_the_changes_have_a_seen_and_an_unseen_half() -> None:
+    changes = dict.fromkeys(perturbations(), 0.5) | dict.fromkeys(UNSEEN, 0.9)
+    floor = CalibrationFloor(0, 0, 0)
+    result = Evaluation(1, 1.0, 0.0, 0.0, floor, [], [], [], [], changes)
+    assert result.robust_mean_seen == pytest.approx(0.5)
+    assert result.robust_mean_unseen == pytest.approx(0.9)
+    assert result.robust_mean == pytest.approx(0.7)
 
 
 def test_files_that_are_not_models_are_refused(tmp_path: Path) -> None:

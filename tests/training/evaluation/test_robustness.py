@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from training.dataset import FashionMNIST
-from training.evaluation.robustness import perturbations, perturbed, resample
+from training.evaluation.robustness import UNSEEN, perturbations, perturbed, resample
 from training.fitting.augmentation import gaussian_blur
 
 
@@ -23,6 +23,22 @@ def test_the_set_is_the_sixteen_changes_of_its_definition(images: NDArray[np.uin
         assert result.shape == images.shape, name
         assert result.dtype == np.uint8, name
         assert not np.array_equal(result, images), name
+
+
+def test_one_change_of_each_pair_of_opposites_is_unseen() -> None:
+    pairs = [
+        ("shift (-2, -2)", "shift (+2, +2)"),
+        ("shift (-2, +0)", "shift (+2, +0)"),
+        ("shift (-2, +2)", "shift (+2, -2)"),
+        ("shift (+0, -2)", "shift (+0, +2)"),
+        ("rotation +10", "rotation -10"),
+        ("blur 0.7", "unsharp 100 %"),
+        ("gamma 0.7", "gamma 1.4"),
+        ("contrast 0.6", "scale 0.9"),
+    ]
+    assert {name for pair in pairs for name in pair} == set(perturbations())
+    assert len(UNSEEN) == 8
+    assert [len({*pair} & {*UNSEEN}) for pair in pairs] == [1] * 8
 
 
 def test_no_image_of_a_large_set_is_lost(fashion_mnist: FashionMNIST) -> None:
