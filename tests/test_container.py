@@ -1,7 +1,13 @@
 """The Dockerfile and the compose files, value by value; `tests/docker.sh` checks a container."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +61,50 @@ class TestDockerfile:
         assert last_stage["CMD"] == '["python", "-m", "service"]'
         options = "--interval=5s --timeout=3s --start-period=10s --retries=3 CMD "
         assert last_stage["HEALTHCHECK"].startswith(options)
-        assert "'/readyz'" in last_stage["HEALTHCHECK"]
+        assert last_stage["LABEL"].endswith('licenses="MIT"')
+
+    @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1), (404, 1)])
+    def test_the_health_check_asks_whether_the_service_is_ready(
+        self, instructions: list[tuple[str, str]], status: int, code: int
+    ) -> None:
+        asked = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        _, _, command = dict(instructions)["HEALTHCHECK"].partition(" CMD ")
+        python, *arguments = json.loads(command)
+        assert python == "python"
+        with HTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.handle_request).start()
+            environment = os.environ | {"BNLENET_PORT": str(server.server_port)}
+            done = subprocess.run([sys.executable, *arguments], env=environment, check=False)
+        assert (done.returncode, asked) == (code, ["/readyz"])
+
+    def test_the_stages(self, instructions: list[tuple[str, str]]) -> None:
+        """The last one gets the packages and the code, and neither pip nor a compiler."""
+        assert [rest for word, rest in instructions if word == "FROM"] == [
+            *("${BASE_IMAGE} AS build", "${BASE_IMAGE}")
+        ]
+        arguments = dict(rest.split("=") for word, rest in instructions if word == "ARG")
+        assert arguments == {"BASE_IMAGE": "python:3.11-slim-bookworm", "RUNTIME": "cpu"}
+        assert [rest for word, rest in instructions if word == "COPY"] == [
+            "deploy/image/${RUNTIME}.txt /tmp/packages.txt",
+            "service service",
+            "models models",
+            "--from=build /opt/venv /opt/venv",
+            "--from=build /app /app",
+        ]
+        install, compiled = (rest for word, rest in instructions if word == "RUN")
+        assert "pip uninstall --yes --quiet setuptools pip" in install
+        assert install.count("&&") == 3  # a step that fails ends the build
+        assert compiled == "python -m compileall -q --invalidation-mode unchecked-hash service"
 
     def test_every_package_is_installed_by_version_and_digest(
         self, instructions: list[tuple[str, str]]

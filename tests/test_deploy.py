@@ -120,6 +120,71 @@ class TestKubernetes:
         (port,) = by_kind["Service"]["spec"]["ports"]
         assert port == {"name": "http", "port": 80, "targetPort": "http"}
 
+    def test_the_pod_gets_the_key_from_a_secret_and_is_scraped(self) -> None:
+        by_kind = {d["kind"]: d for d in documents(DEPLOY / "kubernetes" / "base")}
+        template = by_kind["Deployment"]["spec"]["template"]
+        assert template["metadata"]["annotations"] == {
+            "prometheus.io/scrape": "true",
+            "prometheus.io/port": "8000",
+            "prometheus.io/path": "/metrics",
+        }
+        secret = {"name": "bn-lenet", "key": "api-key", "optional": True}
+        assert container_of(by_kind["Deployment"])["env"] == [
+            {"name": "BNLENET_API_KEY", "valueFrom": {"secretKeyRef": secret}}
+        ]
+
+    def test_every_resource_selects_the_deployments_pods(self) -> None:
+        by_kind = {d["kind"]: d for d in documents(DEPLOY / "kubernetes" / "base")}
+        deployment = by_kind["Deployment"]["spec"]
+        labels = {"app.kubernetes.io/name": "bn-lenet"}
+        assert deployment["template"]["metadata"]["labels"] == labels
+        assert deployment["selector"] == {"matchLabels": labels}
+        assert by_kind["Service"]["spec"]["selector"] == labels
+        assert by_kind["PodDisruptionBudget"]["spec"]["selector"] == {"matchLabels": labels}
+        assert deployment["template"]["spec"]["topologySpreadConstraints"] == [
+            {
+                "maxSkew": 1,
+                "topologyKey": "kubernetes.io/hostname",
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {"matchLabels": labels},
+            }
+        ]
+        assert "replicas" not in deployment  # the autoscaler's
+        scaler = by_kind["HorizontalPodAutoscaler"]["spec"]
+        target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "bn-lenet"}
+        assert scaler["scaleTargetRef"] == target
+        utilization = {"type": "Utilization", "averageUtilization": 60}
+        cpu = {"type": "Resource", "resource": {"name": "cpu", "target": utilization}}
+        assert scaler["metrics"] == [cpu]
+
+    def test_the_overlays_change_these_values(self) -> None:
+        """Read as written: on many machines kustomize is not installed."""
+        base, local, gpu = (
+            yaml.safe_load((DEPLOY / "kubernetes" / overlay / "kustomization.yaml").read_text())
+            for overlay in OVERLAYS
+        )
+        files = {path.name for path in (DEPLOY / "kubernetes" / "base").glob("*.yaml")}
+        assert {*base["resources"], "kustomization.yaml"} == files
+        assert base["images"] == [{"name": "bn-lenet", "newTag": "latest"}]
+        assert (local["resources"], gpu["resources"]) == (["../../base"], ["../../base"])
+        deployment, scaler = (yaml.safe_load(each["patch"]) for each in local["patches"])
+        assert container_of(deployment) == {
+            "name": "bn-lenet",
+            "imagePullPolicy": "Never",
+            "resources": {"requests": {"cpu": "100m"}},
+        }
+        assert scaler["spec"] == {"minReplicas": 1, "maxReplicas": 1}
+        (deployment,) = (yaml.safe_load(each["patch"]) for each in gpu["patches"])
+        assert gpu["images"] == [{"name": "bn-lenet", "newTag": "gpu"}]
+        assert container_of(deployment) == {
+            "name": "bn-lenet",
+            "env": [{"name": "BNLENET_DEVICE", "value": "cuda"}],
+            "resources": {
+                "requests": {"memory": "2Gi"},
+                "limits": {"memory": "4Gi", "nvidia.com/gpu": "1"},
+            },
+        }
+
     @pytest.mark.parametrize("overlay", OVERLAYS)
     def test_every_overlay_builds_to_valid_manifests(self, overlay: str) -> None:
         manifests = built(overlay)
@@ -212,7 +277,8 @@ class TestKServe:
         ours = container_of(by_kind["Deployment"])
         assert container["name"] == "kserve-container"  # the name KServe looks for
         assert spec["protocolVersions"] == ["v2"]
-        assert container["ports"][0]["containerPort"] == 8080
+        assert container["image"] == "bn-lenet:latest"
+        assert container["ports"] == [{"name": "http1", "containerPort": 8080, "protocol": "TCP"}]
         variables = {each["name"]: each["value"] for each in container["env"]}
         assert variables == {
             "BNLENET_PORT": "8080",
@@ -242,8 +308,11 @@ class TestKServe:
         runtime = manifests["ServingRuntime"]
         predictor = manifests["InferenceService"]["spec"]["predictor"]
         assert predictor["model"]["runtime"] == runtime["metadata"]["name"]
-        served = [f["name"] for f in runtime["spec"]["supportedModelFormats"]]
-        assert predictor["model"]["modelFormat"]["name"] in served
+        served = {"name": "bn-lenet", "version": "1"}
+        assert runtime["spec"]["supportedModelFormats"] == [{**served, "autoSelect": True}]
+        assert predictor["model"]["modelFormat"] == served
+        assert predictor["model"]["protocolVersion"] == "v2"
+        assert (predictor["minReplicas"], predictor["maxReplicas"]) == (1, 10)
         settings = Settings.model_construct()
         needed = settings.drain_seconds + settings.request_timeout_seconds
         assert predictor["terminationGracePeriodSeconds"] > needed
@@ -287,6 +356,33 @@ class TestScaling:
         (defaults,) = (line for line in lines if line[:1] == ["default-server"])
         assert int(defaults[defaults.index("maxconn") + 1]) <= settings.max_in_flight
 
+    def test_the_balancer_does_this(self) -> None:
+        """By its lines: on many machines HAProxy is not installed."""
+        text = (DEPLOY / "haproxy.cfg").read_text()
+        lines = {line.strip() for line in text.splitlines()}
+        assert lines >= {
+            "mode http",
+            "timeout connect 1s",
+            "timeout client 75s",
+            "timeout check 2s",
+            "timeout http-request 10s",
+            "retries 3",
+            "retry-on conn-failure",  # of requests that no container has got
+            "option redispatch 1",
+            "bind :8000",
+            "default_backend containers",
+            "balance leastconn",
+            "option httpchk",
+            "http-check send meth GET uri /readyz hdr Host bn-lenet",
+            "http-check expect status 200",
+            "default-server check inter 500ms fall 1 rise 1 maxconn 512",
+            "server-template container 16 bn-lenet:8000 resolvers docker init-addr none",
+            "nameserver dns 127.0.0.11:53",
+            "accepted_payload_size 8192",
+            *(f"hold {kind} 500ms" for kind in ("valid", "nx", "obsolete")),
+        }
+        assert text.count("retry-on") == 1
+
     def test_haproxy_accepts_the_configuration(self) -> None:
         if shutil.which("haproxy") is None:
             pytest.skip("haproxy is not installed: apt-get install haproxy")
@@ -304,8 +400,95 @@ class TestScaling:
             "services"
         ].values()
         service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["bn-lenet"]
-        for key in ("read_only", "cap_drop", "security_opt", "restart"):
-            assert balancer[key] == service[key]
+        config = "/usr/local/etc/haproxy/haproxy.cfg"
+        assert balancer == {
+            **{key: service[key] for key in ("read_only", "cap_drop", "security_opt", "restart")},
+            "image": "${HAPROXY_IMAGE:-haproxy:3.0}",
+            "command": ["haproxy", "-f", config],
+            "ports": ["127.0.0.1:${BALANCER_PORT:-8000}:8000"],
+            "volumes": [f"./deploy/haproxy.cfg:{config}:ro"],
+            "mem_limit": "256m",
+            "pids_limit": 64,
+        }
+
+
+class TestPrometheus:
+    """By explicit values: on many machines promtool is not installed."""
+
+    @pytest.fixture
+    def rules(self) -> dict[str, dict[str, Any]]:
+        (group,) = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yaml").read_text())["groups"]
+        return {rule.get("alert") or rule["record"]: rule for rule in group["rules"]}
+
+    def test_the_alerts_wait_so_long_and_are_so_severe(
+        self, rules: dict[str, dict[str, Any]]
+    ) -> None:
+        alerts = {name: rule for name, rule in rules.items() if "alert" in rule}
+        assert {n: (r["for"], r["labels"]["severity"]) for n, r in alerts.items()} == {
+            "BnLenetDown": ("1m", "critical"),
+            "BnLenetFailing": ("2m", "critical"),
+            "BnLenetOverloaded": ("2m", "warning"),
+            "BnLenetSlow": ("10m", "warning"),
+            "BnLenetModelsDiffer": ("30m", "warning"),
+            "BnLenetMemoryGrows": ("15m", "warning"),
+        }
+        for rule in alerts.values():
+            assert rule["annotations"].keys() == {"summary", "description"}
+
+    @pytest.mark.parametrize(
+        ("name", "expression"),
+        [
+            (
+                "bnlenet:predictions:rate5m",
+                (
+                    'sum(rate(http_requests_total{job="bn-lenet",'
+                    ' route!~"/livez|/readyz|/metrics"}[5m]))'
+                ),
+            ),
+            ("BnLenetDown", 'up{job="bn-lenet"} == 0 or absent(up{job="bn-lenet"})'),
+            (
+                "BnLenetFailing",
+                (
+                    'sum(rate(http_requests_total{job="bn-lenet", status=~"5..",'
+                    ' status!="503"}[5m])) > 0.001 * bnlenet:predictions:rate5m'
+                ),
+            ),
+            (
+                "BnLenetOverloaded",
+                (
+                    'sum(rate(bnlenet_rejected_total{job="bn-lenet", reason="overloaded"}[5m]))'
+                    " > 0.01 * bnlenet:predictions:rate5m"
+                ),
+            ),
+            (
+                "BnLenetSlow",
+                (
+                    "histogram_quantile(0.99, sum by (le) ("
+                    'rate(http_request_duration_seconds_bucket{job="bn-lenet",'
+                    ' route=~"/predict|/v2/models/.+/infer"}[5m])) ) > 0.1'
+                ),
+            ),
+            (
+                "BnLenetModelsDiffer",
+                'count(count by (revision, provider) (bnlenet_model_info{job="bn-lenet"})) > 1',
+            ),
+            ("BnLenetMemoryGrows", 'process_resident_memory_bytes{job="bn-lenet"} > 400e6'),
+        ],
+    )
+    def test_a_rule_has_this_expression(
+        self, rules: dict[str, dict[str, Any]], name: str, expression: str
+    ) -> None:
+        assert " ".join(rules[name]["expr"].split()) == expression
+
+    def test_the_rules_watch_the_job_that_is_scraped(self) -> None:
+        scrape = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text())
+        assert scrape == {
+            "global": {"scrape_interval": "15s", "evaluation_interval": "15s"},
+            "rule_files": ["alerts.yaml"],
+            "scrape_configs": [
+                {"job_name": "bn-lenet", "static_configs": [{"targets": ["127.0.0.1:8000"]}]}
+            ],
+        }
 
 
 def test_every_variable_in_deploy_is_a_setting() -> None:

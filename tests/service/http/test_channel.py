@@ -1,6 +1,7 @@
 """A worker and its supervisor exchange messages, and neither waits long for the other."""
 
 import asyncio
+import gc
 import socket
 import threading
 from collections.abc import AsyncIterator
@@ -70,6 +71,50 @@ def test_a_supervisor_that_ends_before_the_model_is_complete_is_one_sentence(sen
 async def test_a_worker_reports_regularly(ends: Ends) -> None:
     _, reader, _ = ends
     assert [await message(reader) for _ in range(5)] == [(0, OWN)] * 5
+
+
+async def test_a_worker_reports_when_it_is_ready_and_again_when_it_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between two routine reports too. Afterwards nothing of the channel runs."""
+    monkeypatch.setattr(channel_module, "REPORT_SECONDS", 3600)
+    ours, theirs = socket.socketpair()
+    channel = Channel(theirs)
+    channel.report(lambda: OWN)
+    reader, writer = await asyncio.open_unix_connection(sock=ours)
+    before = asyncio.all_tasks()
+    await channel.open()
+    assert await message(reader) == (0, OWN)
+    channel.report(lambda: SUM)
+    await channel.close()
+    assert (await asyncio.wait_for(reader.read(), 10)) == b"0 " + SUM.to_json() + b"\n"
+    assert asyncio.all_tasks() == before
+    writer.close()
+
+
+async def test_a_supervisor_that_is_killed_ends_the_channel_without_an_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A socket that closes with unread bytes resets its peer."""
+    ours, theirs = socket.socketpair()
+    channel = Channel(theirs)
+    channel.report(lambda: OWN)
+    await channel.open()
+    await asyncio.sleep(0.05)  # for the report, which is not read
+    ours.close()
+    await asyncio.sleep(0.05)
+    await channel.close()
+    del channel
+    gc.collect()
+    assert caplog.text == ""
+
+
+async def test_a_sum_may_be_long(ends: Ends) -> None:
+    channel, _, writer = ends
+    asking = asyncio.ensure_future(channel.totals())
+    long = Totals({("a" * 200_000,): [1]})
+    writer.write(long.to_json() + b"\n")
+    assert await asyncio.wait_for(asking, 10) == long
 
 
 async def test_a_worker_answers_a_question(ends: Ends) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import errno
+import gc
+import logging
 import os
 import re
 import shutil
@@ -20,6 +22,8 @@ import httpx
 import onnx
 import pytest
 
+from service import __version__
+from service.http import channel as channel_module
 from service.http import workers as workers_module
 from service.http.workers import Supervisor
 from service.telemetry.tallies import Totals
@@ -359,7 +363,9 @@ channel = socket.socket(fileno=int(sys.argv[2]))  # after the supervisor's proce
 folder = os.environ["STUB_FOLDER"]
 with open(f"{folder}/starts", "a") as starts:
     starts.write(f"{os.getpid()} {os.getsid(0)}\\n")
-first = len(open(f"{folder}/starts").readlines()) == 1
+pids = [int(line.split()[0]) for line in open(f"{folder}/starts")]
+number = pids.index(os.getpid())  # of this start, from 0
+first = number == 0
 def report():
     channel.sendall(b"0 " + Totals().to_json() + b"\\n")
 """
@@ -381,8 +387,8 @@ class Stub:
 
         async def run() -> int:
             command = [sys.executable, "-c", STUB + program]
-            supervisor = Supervisor([listener] * workers, b"model", "http://here/", command)
-            return await asyncio.wait_for(supervisor.run(), 60)
+            self.supervisor = Supervisor([listener] * workers, b"model", "http://here/", command)
+            return await asyncio.wait_for(self.supervisor.run(), 60)
 
         with socket.socket() as listener:
             return asyncio.run(run())
@@ -411,14 +417,15 @@ def test_the_service_ends_when_no_worker_can_be_started_any_more(
     assert "no worker can be started" in caplog.text
 
 
+@pytest.mark.parametrize(("other", "starts"), [("report(); sys.exit(3)", 4), ("time.sleep(60)", 2)])
 def test_a_worker_that_cannot_be_replaced_does_not_end_the_others(
-    stub: Stub, monkeypatch: pytest.MonkeyPatch
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, other: str, starts: int
 ) -> None:
+    """Whether it dies again and again, or never becomes ready."""
     monkeypatch.setattr(workers_module, "GIVE_UP_TICKS", 150)
     report_and_stop = f"for _ in range(400): report(); time.sleep(0.01)\n{STOP_SUPERVISOR}"
-    program = f"if not first:\n report()\n sys.exit(3)\n{report_and_stop}"
-    assert stub.supervise(program, workers=2) == 0
-    assert len(stub.starts()) > 3
+    assert stub.supervise(f"if not first: {other}\n{report_and_stop}", workers=2) == 0
+    assert len(stub.starts()) >= starts
 
 
 def test_a_first_worker_that_fails_ends_the_service(stub: Stub) -> None:
@@ -442,11 +449,16 @@ def test_a_worker_that_hangs_is_killed_and_replaced(
 def test_a_worker_that_reports_is_not_killed(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "service")
     monkeypatch.setattr(workers_module, "HANGS_AFTER_TICKS", 50)
     program = f"for _ in range(150): report(); time.sleep(0.01)\n{STOP_SUPERVISOR}"
     assert stub.supervise(program) == 0
     assert len(stub.starts()) == 1
-    assert "hangs" not in caplog.text
+    (ready,) = caplog.records  # once, and nothing hangs
+    assert (ready.message, vars(ready)["fields"]) == (
+        "ready",
+        {"page": "http://here/", "version": __version__, "workers": 1},
+    )
 
 
 def test_counters_of_a_dead_worker_stay_and_its_gauges_go(stub: Stub, tmp_path: Path) -> None:
@@ -510,6 +522,76 @@ time.sleep(600)
     assert Totals.from_json((tmp_path / "sum").read_bytes()).counters == {("requests",): [45]}
 
 
+ASK_FOR_THE_SUM = f"""
+channel.recv(100)
+channel.sendall(b"-1 " + Totals({{("requests",): [40]}}).to_json() + b"\\n")
+with open(f"{{folder}}/sum", "wb") as file:
+    file.write(channel.recv(1000))
+{STOP_SUPERVISOR}"""
+
+
+def test_a_worker_that_dies_when_it_is_asked_does_not_delay_the_sum(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its last report counts."""
+    monkeypatch.setattr(workers_module, "COLLECT_SECONDS", 3600)
+    program = f"""
+if first:
+    channel.recv(100)
+    channel.sendall(b"0 " + Totals({{("requests",): [2]}}).to_json() + b"\\n")
+    open(f"{{folder}}/reported", "w")
+    channel.recv(100)  # the question
+    sys.exit(3)
+if number == 2: time.sleep(60)
+while not os.path.exists(f"{{folder}}/reported"):
+    time.sleep(0.02)
+time.sleep(0.2)  # for the report to arrive
+{ASK_FOR_THE_SUM}"""
+    assert stub.supervise(program, workers=2) == 0
+    assert Totals.from_json((tmp_path / "sum").read_bytes()).counters == {("requests",): [42]}
+
+
+def test_a_worker_that_starts_is_not_asked(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It loads the model, and cannot answer."""
+    monkeypatch.setattr(workers_module, "COLLECT_SECONDS", 3600)
+    program = f"""
+if not first: time.sleep(60)
+while len(open(f"{{folder}}/starts").readlines()) < 2:
+    time.sleep(0.02)
+{ASK_FOR_THE_SUM}"""
+    assert stub.supervise(program, workers=2) == 0
+    assert Totals.from_json((tmp_path / "sum").read_bytes()).counters == {("requests",): [40]}
+
+
+def test_sums_that_were_sent_are_not_kept(stub: Stub) -> None:
+    """Prometheus asks for one several times a minute, for months."""
+    program = f"""
+channel.recv(100)
+for _ in range(20):
+    channel.sendall(b"-1 " + Totals().to_json() + b"\\n")
+    channel.recv(100)
+{STOP_SUPERVISOR}"""
+    assert stub.supervise(program) == 0
+    gc.collect()
+    tasks = [one for one in gc.get_objects() if isinstance(one, asyncio.Task)]
+    assert [task for task in tasks if "_send_sum" in repr(task)] == []
+
+
+def test_a_report_may_be_long_or_cut_off(stub: Stub) -> None:
+    """Many routes make it long; a worker that is killed leaves half of one."""
+    program = f"""
+channel.recv(100)
+channel.sendall(b"0 " + Totals({{("a" * 200_000,): [1]}}).to_json() + b"\\n")
+if first:
+    channel.sendall(b"0 [[")
+    sys.exit(3)
+{STOP_SUPERVISOR}"""
+    assert stub.supervise(program) == 0
+    assert len(stub.starts()) == 2
+
+
 def test_there_is_a_pause_before_a_worker_is_replaced(
     stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,6 +618,51 @@ def test_the_exit_status_is_one_when_a_worker_ended_badly(
 ) -> None:
     handler = f"def end(*_): {ends}\nsignal.signal(signal.SIGTERM, end)\n"
     assert stub.supervise(handler + STOP_SUPERVISOR) == status
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGTERM")]
+)
+def test_a_worker_gets_the_signal_that_stops_the_supervisor(
+    stub: Stub, tmp_path: Path, sent: str, received: str
+) -> None:
+    """SIGTERM drains, SIGINT does not; a closed terminal drains."""
+    program = f"""
+def end(number, _):
+    with open(f"{{folder}}/signal", "w") as file:
+        file.write(signal.Signals(number).name)
+    sys.exit(0)
+for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+    signal.signal(getattr(signal, name), end)
+os.kill(os.getppid(), signal.{sent})
+time.sleep(60)
+"""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert stub.supervise(program) == 0
+    signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "signal").read_text() == received
+
+
+def test_a_starting_worker_that_dies_by_the_signal_is_not_a_failure(stub: Stub) -> None:
+    program = "signal.signal(signal.SIGINT, signal.SIG_DFL); os.kill(os.getppid(), signal.SIGINT)"
+    assert stub.supervise(f"{program}; time.sleep(60)") == 0
+
+
+def test_a_starting_worker_that_ignores_the_stop_is_killed(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the time that a start may take."""
+    monkeypatch.setattr(workers_module, "HANGS_AFTER_TICKS", 5)
+    program = f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{STOP_SUPERVISOR}"
+    assert stub.supervise(program) == 1
+
+
+def test_the_waits_fit_together() -> None:
+    """A worker reports often before it counts as hung, and outwaits the supervisor's collecting."""
+    hangs_after = workers_module.HANGS_AFTER_TICKS * workers_module.TICK_SECONDS
+    assert hangs_after >= 5 * channel_module.REPORT_SECONDS
+    assert workers_module.COLLECT_SECONDS < channel_module.ANSWER_SECONDS < hangs_after
+    assert workers_module.HANGS_AFTER_TICKS < workers_module.START_TICKS
 
 
 def test_a_signal_during_the_start_of_a_worker_reaches_it(
@@ -571,3 +698,5 @@ def test_a_worker_that_cannot_be_started_is_tried_again(
     assert stub.supervise("") == 0
     assert tries == 3
     assert caplog.text.count("a worker cannot be started") == 3
+    reasons = [vars(record)["fields"]["reason"] for record in caplog.records]
+    assert reasons == ["Resource temporarily unavailable"] * 3
