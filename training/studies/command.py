@@ -8,9 +8,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from training.atomic import write_whole
 from training.dataset import load
 from training.studies import STUDIES
-from training.studies.runner import begin, missing, run, write
+from training.studies.runner import begin, missing, overview, run, write
 from training.studies.study import QUICK, Line, Scale
 
 
@@ -65,8 +66,8 @@ def study(
 ) -> None:
     """Answer questions about batch norm by experiment.
 
-    A study writes NAME.md, NAME.png and NAME.jsonl. If it is stopped, the next run continues it:
-    finished fits are not repeated.
+    A study writes NAME.md, NAME.png, NAME.jsonl and the overview README.md. If it is stopped, the
+    next run continues it: finished fits are not repeated.
     """
     if show:
         for known in STUDIES.values():
@@ -108,6 +109,7 @@ def study(
                 on_line=advance,
             )
         report = write(STUDIES[name], records, scale, out)
+        write_whole(out / "README.md", overview(STUDIES.values(), out).encode())
         if as_json:
             click.echo(json.dumps({"study": name, "answer": report.answer, "scale": asdict(scale)}))
         else:

@@ -69,15 +69,19 @@ def report(lines: Sequence[Line]) -> Report:
     verdict = (
         "Yes, here" if swap.low > 0 else "No" if swap.high < 0 else "The figures show no difference"
     )
-    if narrower.high < 0:
-        regularises = "so batch norm acts as one"
-    else:
-        regularises = "so batch norm does not measurably act as one"
+    gap_change = (
+        "narrows it"
+        if narrower.high < 0
+        else "widens it"
+        if narrower.low > 0
+        else "does not measurably change it"
+    )
     answer = (
-        f"{verdict}: the held-out accuracy of batch norm without dropout is {swap:+.4f} compared "
+        f"{verdict}: without dropout, the network with batch norm is right on "
+        f"{fmean(held_out('batch norm', 0.0)):.3f} of the held-out images, {swap:+.4f} compared "
         f"with the best network without batch norm (dropout {best['none']:g}). A regulariser "
-        f"narrows the gap between fitted and held-out images; batch norm changes it by "
-        f"{narrower:+.4f}, {regularises}."
+        f"narrows the gap between fitted and held-out images; batch norm {gap_change} "
+        f"({narrower:+.4f})."
     )
     rows = [
         [

@@ -59,6 +59,9 @@ def fixed(gamma: bool, beta: bool) -> Norm:
     return make
 
 
+FAILED = 0.2
+"""Twice the accuracy of guessing: below it, a fit has not learnt."""
+
 NORMS: dict[str, Norm | None] = {
     "full": batch_norm,
     "mean only": lambda channels, dims: MeanOnly(channels, 4 if dims == 4 else 2),
@@ -97,10 +100,16 @@ def report(lines: Sequence[Line]) -> Report:
     if apart.excludes(0) and min(mean.high, variance.high) < 0:
         verdict = f"The {'division' if apart.mean < 0 else 'subtraction'} matters most"
     affine = loss["both fixed"]
+    failed = {
+        norm: f"{sum(value < FAILED for value in by_seed(lines, 'held_out', norm=norm))} of "
+        f"{len(full)} fits stay below {FAILED:.0%}"
+        for norm in ("mean only", "variance only")
+    }
     answer = (
-        f"{verdict}: accuracy changes by {mean:+.3f} without the division, and by {variance:+.3f} "
-        f"without the subtraction. With gamma fixed at 1 and beta at 0 it changes by {affine:+.3f}"
-        f"{'' if affine.excludes(0) else ', which may be chance'}."
+        f"{verdict}: without the division, accuracy changes by {mean:+.3f} and "
+        f"{failed['mean only']}; without the subtraction, it changes by {variance:+.3f} and "
+        f"{failed['variance only']}. With gamma fixed at 1 and beta at 0 it changes by "
+        f"{affine:+.3f}{'' if affine.excludes(0) else ', which may be chance'}."
     )
     rows = [
         [

@@ -3,7 +3,7 @@
 Every measurement is written at once, so that a stopped study can go on where it was.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,12 @@ from training.studies.records import Records, conditions, in_words
 from training.studies.study import Line, Report, Scale, Study, Task
 
 CONNECT_SECONDS = 10.0
+OVERVIEW = """# Studies
+
+The chapter's questions, answered by experiment. `python -m training study NAME` runs a study,
+`--list` shows the names, `--all` runs all studies (about two hours on two cores), `--cluster
+ADDRESS` sends the fits to a Dask scheduler. The command writes this page.
+"""
 
 
 class ClusterError(Exception):
@@ -151,6 +157,24 @@ def write(study: Study, records: Records, scale: Scale, out: Path) -> Report:
     save_figure(figure, out / f"{study.name}.png")
     write_whole(out / f"{study.name}.md", page(study, report, records, scale).encode())
     return report
+
+
+def overview(studies: Iterable[Study], folder: Path) -> str:
+    """Return question, answer and figure of each study with a page in the folder."""
+    parts, missing_names = [], []
+    for study in studies:
+        file = folder / f"{study.name}.md"
+        if file.exists():
+            answer = file.read_text(encoding="utf-8").split("**")[1]
+            parts.append(
+                f"## [{study.title}]({study.name}.md)\n\n{answer}\n\n"
+                f"![{study.title}]({study.name}.png)\n"
+            )
+        else:
+            missing_names.append(f"`{study.name}`")
+    if missing_names:
+        parts.append(f"## Not run here yet\n\n{', '.join(missing_names)}\n")
+    return "\n".join([OVERVIEW, *parts])
 
 
 def begin(study: Study, out: Path, dataset_sha256: str) -> Records:

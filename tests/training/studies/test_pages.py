@@ -6,7 +6,7 @@ import pytest
 
 from training.studies import STUDIES
 from training.studies.records import Records
-from training.studies.runner import lines_of, missing, page
+from training.studies.runner import lines_of, missing, overview, page
 from training.studies.study import Scale
 
 FOLDER = Path(__file__).parents[3] / "docs" / "studies"
@@ -22,9 +22,13 @@ def test_the_committed_pages_are_made_from_the_committed_measurements(name: str)
     assert (FOLDER / f"{name}.md").read_text() == written
 
 
-def test_the_overview_names_every_study() -> None:
-    overview = (FOLDER / "README.md").read_text()
+def test_the_overview_has_the_answer_and_figure_of_every_committed_study() -> None:
+    written = (FOLDER / "README.md").read_text()
+    assert written == overview(STUDIES.values(), FOLDER)
     assert len(COMMITTED) >= 2
     for name in STUDIES:
-        assert f"({name}.md)" in overview or f"`{name}`" in overview
-        assert (f"({name}.md)" in overview) == (name in COMMITTED)
+        assert (f"\n![{STUDIES[name].title}]({name}.png)\n" in written) == (name in COMMITTED)
+        assert (f"`{name}`" in written) != (name in COMMITTED)
+    for name in COMMITTED:
+        answer = (FOLDER / f"{name}.md").read_text().splitlines()[2]
+        assert f"\n{answer.strip('*')}\n" in written
