@@ -13,6 +13,7 @@ from training.dataset import FashionMNIST
 from training.model import BNLeNet, initialise, norm_layers
 from training.studies import (
     batch_size,
+    covariate_shift,
     dropout,
     other_norms,
     parts,
@@ -90,6 +91,25 @@ def test_an_answer_fits_the_sign_of_its_figures(
         value = 0.8 + effect * (arm.items() <= task.items()) + 0.002 * math.sin(index**2)
         lines.append(task | {"train": 0.9, "held_out": value, "test": value})
     assert study.report(lines).answer.startswith(beginning)
+
+
+@pytest.mark.parametrize(
+    ("drift", "beginning", "end"),
+    [(9.0, "No: noise", "batch norm alone."), (2.0, "These figures do not", "be the reason.")],
+)
+def test_noise_must_drift_more_than_no_batch_norm(drift: float, beginning: str, end: str) -> None:
+    """Otherwise less drift can still be the reason why batch norm helps."""
+    drifts = {"batch norm": 0.0, "batch norm, then noise": drift, "none": 5.0}
+    accuracies = {"batch norm": 0.9, "batch norm, then noise": 0.85, "none": 0.7}
+    lines = [
+        task
+        | {"drift": drifts[task["norm"]] + 0.1 * task["seed"], "steps_to_70": None, "range": 1.0}
+        | {"accuracy": accuracies[task["norm"]] + 0.001 * task["seed"] ** 2}
+        for task in covariate_shift.tasks(Scale())
+    ]
+    answer = covariate_shift.report(lines).answer
+    assert answer.startswith(beginning)
+    assert answer.endswith(end)
 
 
 def test_a_linear_trend_is_not_counted_as_spread() -> None:
