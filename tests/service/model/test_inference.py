@@ -99,6 +99,15 @@ async def test_a_request_that_is_alone_runs_at_once(device: Device) -> None:
     assert done.value.value[0, 0] == 7
 
 
+async def test_a_request_that_is_alone_is_counted_and_timed_without_a_wait(device: Device) -> None:
+    infer, stages = make_alone(device), Stages()
+    stages.wait = 9.0
+    await infer(image(7, 3), stages)
+    assert (stages.wait, stages.images) == (0.0, 3)
+    assert (infer.runs.images, sum(infer.runs.counts)) == (3, 1)
+    assert infer.runs.seconds == stages.run > 0
+
+
 @KINDS
 async def test_batches_are_limited_and_a_larger_request_runs_alone(
     kind: type[Inference], device: Device
