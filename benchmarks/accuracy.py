@@ -132,9 +132,9 @@ The served file's answers whose confidence is at least a threshold:
 ![Accuracy of the answers against the share of images answered](confidence.png)
 
 The choice of the recipe looked at all sixteen changes, on held-out images. From now on no choice
-may look at eight of them, so that their mean says what nobody tuned for: {unseen}.
-The served file's mean over these is {evaluation.robust_mean_unseen:.4f}, over the other eight
-{evaluation.robust_mean_seen:.4f}."""
+may look at eight of them: {unseen}.
+The served file's mean is {evaluation.robust_mean_unseen:.4f} over these eight, and
+{evaluation.robust_mean_seen:.4f} over the other eight."""
 
 
 def sections(fits: Fits, committed: Committed) -> dict[Path, str]:
