@@ -643,6 +643,40 @@ time.sleep(60)
     assert (tmp_path / "signal").read_text() == received
 
 
+def test_the_supervisor_closes_the_port_before_it_stops_the_workers(
+    stub: Stub, tmp_path: Path
+) -> None:
+    """Otherwise clients would wait at a port where nobody accepts their connections."""
+    program = f"""
+listener = socket.socket(fileno=int(sys.argv[3]))
+listener.listen()
+port = listener.getsockname()[1]
+def end(*_):
+    listener.close()
+    with open(f"{{folder}}/connected", "w") as file, socket.socket() as client:
+        print(client.connect_ex(("127.0.0.1", port)), file=file)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+{STOP_SUPERVISOR}"""
+    assert stub.supervise(program) == 0
+    assert (tmp_path / "connected").read_text() == f"{errno.ECONNREFUSED}\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux lists open files there")
+def test_a_worker_that_ended_leaves_no_open_file(stub: Stub, tmp_path: Path) -> None:
+    program = f"""
+channel.recv(100)  # with unread bytes, the connection would be reset and closed
+with open(f"{{folder}}/files", "a") as files:
+    print(len(os.listdir(f"/proc/{{os.getppid()}}/fd")), file=files)
+report()
+if number < 5: sys.exit(3)
+{STOP_SUPERVISOR}"""
+    stub.supervise(program)
+    _, *later = (tmp_path / "files").read_text().split()
+    assert len(later) == 5
+    assert len({*later}) == 1
+
+
 def test_a_starting_worker_that_dies_by_the_signal_is_not_a_failure(stub: Stub) -> None:
     program = "signal.signal(signal.SIGINT, signal.SIG_DFL); os.kill(os.getppid(), signal.SIGINT)"
     assert stub.supervise(f"{program}; time.sleep(60)") == 0

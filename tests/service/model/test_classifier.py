@@ -1,5 +1,6 @@
 """The classifier agrees with float64 in any batch, and refuses other models and devices."""
 
+import json
 import os
 import subprocess
 import sys
@@ -44,19 +45,28 @@ def test_an_image_gets_the_same_bits_in_every_batch_from_1_to_256(
         assert np.array_equal(batch, alone[-size:]), f"batch of {size}"
 
 
+@pytest.mark.parametrize("sizes", [{2}, {9}, {16}, {31}, {32}, {*range(8, 33)}])
 def test_images_run_one_by_one_if_the_runtime_depends_on_the_batch(
-    artefact: Path, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+    artefact: Path,
+    images: NDArray[np.uint8],
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: set[int],
 ) -> None:
-    """Here the runtime sums in another order in larger batches; the answers do not show it."""
+    """Here the runtime sums in another order in such batches; the answers do not show it."""
     honest = onnxruntime.InferenceSession.run
 
     def dishonest(session: Any, names: Any, feed: Any) -> Any:
         (out,) = honest(session, names, feed)
-        return [np.nextafter(out, 1, dtype=np.float32) if len(out) > 7 else out]
+        if len(out) in sizes:
+            out[-1] = np.nextafter(out[-1], 1, dtype=np.float32)
+        return [out]
 
-    alone = [Classifier.load(artefact).probabilities(image[None])[0] for image in images[:20]]
+    honest_one = Classifier.load(artefact)
+    alone = [honest_one.probabilities(image[None])[0] for image in images[:32]]
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", dishonest)
-    assert np.array_equal(Classifier.load(artefact).probabilities(images[:20]), alone)
+    one_by_one = Classifier.load(artefact)
+    for size in sizes:
+        assert np.array_equal(one_by_one.probabilities(images[:size]), alone[:size])
 
 
 def test_a_gpu_gets_few_batch_sizes_and_each_is_run_at_the_start(
@@ -122,6 +132,42 @@ def test_weights_that_fail_the_self_test_are_refused(
     refuse(model, tmp_path / "changed.onnx", "fails its self-test on CPUExecutionProvider")
 
 
+@pytest.mark.parametrize("place", [(0, 0), (3, 9)])
+@pytest.mark.parametrize("off", [2e-5, -2e-5])
+def test_every_probability_of_the_self_test_counts(
+    artefact: Path,
+    broken_artefact: Callable[..., Path],
+    place: tuple[int, int],
+    off: float,
+) -> None:
+    """One is off by twice the tolerance, which is then raised to three times the difference."""
+    metadata = {entry.key: entry.value for entry in onnx.load(artefact).metadata_props}
+    self_test = json.loads(metadata["self_test"])
+    row, column = place
+    self_test["probabilities"][row][column] += off
+    self_test["probabilities"][row][(column + 1) % 10] -= off  # each row sums to 1
+    with pytest.raises(ModelError, match=r"off by 2\.\de-05 where 1e-05 is allowed"):
+        Classifier.load(broken_artefact(self_test=json.dumps(self_test)))
+
+
+def test_the_runtime_uses_one_thread_and_prints_nothing(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image is too little work to share, and a worker has one core."""
+    asked: list[onnxruntime.SessionOptions] = []
+    session = onnxruntime.InferenceSession
+
+    def recorded(data: bytes, options: onnxruntime.SessionOptions, **others: Any) -> Any:
+        asked.append(options)
+        return session(data, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", recorded)
+    Classifier.load(artefact)
+    (options,) = asked
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
+    assert options.log_severity_level == 4
+
+
 def test_a_model_that_the_runtime_cannot_open_is_refused(artefact: Path, tmp_path: Path) -> None:
     model = onnx.load(artefact)
     model.graph.node[0].output[0] = model.graph.node[1].input[0] = ""
@@ -168,19 +214,22 @@ def test_given_bytes_are_not_read_again(artefact: Path, classifier: Classifier) 
         Classifier.load(Path("/gone.onnx"), data=data[:-1])
 
 
+@pytest.mark.parametrize("raises", [False, True])
 def test_a_missing_gpu_is_never_replaced_by_the_cpu(
-    artefact: Path, monkeypatch: pytest.MonkeyPatch
+    artefact: Path, monkeypatch: pytest.MonkeyPatch, raises: bool
 ) -> None:
-    """If CUDA fails, ONNX Runtime silently opens a session on the CPU."""
+    """If CUDA fails, ONNX Runtime raises or silently opens a session on the CPU."""
     asked: list[Any] = []
     session = onnxruntime.InferenceSession
 
     def on_the_cpu(data: bytes, options: Any, providers: list[Any]) -> Any:
         asked.append(providers[0])
+        if raises and len(providers) == 2:
+            raise RuntimeError("CUDA failure 35")
         return session(data, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: asked.append("libraries"))
     monkeypatch.setattr(
         onnxruntime,
         "get_available_providers",
@@ -188,8 +237,6 @@ def test_a_missing_gpu_is_never_replaced_by_the_cpu(
     )
     with pytest.raises(ModelError, match="BNLENET_DEVICE is cuda, but ONNX Runtime got no CUDA"):
         Classifier.load(artefact, "cuda")
-    assert asked[-1] == (
-        "CUDAExecutionProvider",
-        {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
-    )
+    cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    assert asked[-2:] == ["libraries", ("CUDAExecutionProvider", cuda)]
     assert Classifier.load(artefact, "auto").info.provider == "CPUExecutionProvider"

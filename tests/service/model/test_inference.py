@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from time import perf_counter
+from time import perf_counter, time
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,6 +153,38 @@ async def test_requests_that_wait_for_the_device_run_together_next(device: Devic
     assert [a[0, 0] for a in answers] == list(range(30))
 
 
+async def test_a_device_takes_256_images_at_once_by_default(device: Device) -> None:
+    infer = make_busy(ThreadedInference, device)
+    device.free.clear()
+    requests = [asyncio.ensure_future(infer(image(0))) for _ in range(300)]
+    await settle()
+    device.free.set()
+    await asyncio.gather(*requests)
+    assert device.batches == [1, 256, 43]
+
+
+@KINDS
+async def test_nothing_runs_if_all_waiting_requests_are_cancelled(
+    kind: type[Inference], device: Device
+) -> None:
+    errors: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    infer = make_busy(kind, device)
+    device.free.clear()
+    first = [asyncio.ensure_future(infer(image(0)))] if kind is ThreadedInference else []
+    if first:
+        await settle()
+    waiting = [asyncio.ensure_future(infer(image(i))) for i in range(3)]
+    await asyncio.sleep(0)
+    for one in waiting:
+        one.cancel()
+    device.free.set()
+    await asyncio.gather(*first, *waiting, return_exceptions=True)
+    await settle()
+    assert (device.batches, errors) == ([1] * len(first), [])
+    assert (await infer(image(4)))[0, 0] == 4
+
+
 async def test_requests_cancelled_while_waiting_do_not_run(device: Device) -> None:
     device.free.clear()
     infer = make_busy(ThreadedInference, device)
@@ -271,6 +303,24 @@ async def test_a_request_cancelled_while_it_runs_leaves_the_others_their_own_row
     assert np.array_equal(await infer(image(9)), np.full((1, 10), 9, np.float32))
 
 
+class FailingDevice(CancellingDevice):
+    def probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        answers = super().probabilities(pixels)
+        if len(pixels) > 1:
+            raise RuntimeError("the device failed")
+        return answers
+
+
+@KINDS
+async def test_a_failed_batch_fails_the_requests_that_were_not_cancelled(
+    kind: type[Inference],
+) -> None:
+    device = FailingDevice()
+    answers = await in_one_batch(make_busy(kind, device), device, [1, 2, 3, 4])
+    assert isinstance(answers.pop(1), asyncio.CancelledError)
+    assert [str(answer) for answer in answers] == ["the device failed"] * 3
+
+
 async def test_every_request_has_its_wait_for_the_model_counted(device: Device) -> None:
     """A wait is from the request's pixels to the start of its own run."""
     infer = make_busy(ThreadedInference, device)
@@ -293,9 +343,13 @@ async def test_a_wait_of_one_iteration_is_counted(device: Device) -> None:
     await asyncio.gather(*(infer(image(i)) for i in range(20)))
     assert sum(infer.runs.queue.counts) == 20
     assert infer.runs.queue.seconds > 0
-    alone = make_alone(device)
-    await alone(image(1))
+    alone, stages = make_alone(device), Stages()
+    before = time()
+    await alone(image(1, 3), stages)
     assert (sum(alone.runs.queue.counts), alone.runs.queue.seconds) == (1, 0)
+    assert (stages.wait, stages.images, alone.runs.images) == (0, 3, 3)
+    assert alone.runs.seconds == stages.run > 0
+    assert before <= alone.runs.last <= time()
 
 
 @KINDS

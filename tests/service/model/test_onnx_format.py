@@ -56,6 +56,7 @@ def test_numbers_of_every_length_are_read() -> None:
         (b"\x08", "damaged"),  # no number after the tag
         (b"\x08\x80", "damaged"),  # a number without an end
         (b"\x08" + b"\xff" * 11, "damaged"),
+        (b"\x08" + b"\x80" * 10 + b"\x01", "damaged"),  # a number of 11 bytes
         (b"\x12\x05abc", "damaged"),  # a text longer than the rest
         (b"\x12\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", "damaged"),
         (b"\x0d\x00\x00\x00\x00", "damaged"),  # four bytes: no field of the export has this type

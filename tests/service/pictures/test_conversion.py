@@ -1,5 +1,6 @@
 """Pictures of every kind are converted as the data set's authors did."""
 
+import io
 import json
 import struct
 import subprocess
@@ -73,6 +74,14 @@ def test_28_by_28_grayscale_is_used_unchanged(fashion_mnist: FashionMNIST, forma
 def test_without_preprocessing_other_pictures_are_refused(image: Image.Image) -> None:
     with pytest.raises(InvalidInput, match="send 28 x 28 in 8-bit grayscale"):
         read_picture(encode(image), "none")
+
+
+def test_a_28_by_28_picture_with_a_transparent_grey_is_not_used_unchanged() -> None:
+    """The grey is background, whatever its level."""
+    data = encode(GRAY.resize((28, 28)), transparency=255)
+    with pytest.raises(InvalidInput, match="send 28 x 28 in 8-bit grayscale"):
+        read_picture(data, "none")
+    assert read_picture(data).preprocessing == "dataset"
 
 
 def test_preprocessing_can_be_forced(fashion_mnist: FashionMNIST) -> None:
@@ -196,6 +205,19 @@ def test_pictures_on_black_like_the_data_set_are_not_negated(fashion_mnist: Fash
     assert np.abs(difference).mean() < 20
 
 
+@pytest.mark.parametrize(
+    ("background", "garment"),
+    [("black", "#707070"), ("#202020", "white")],
+    ids=["a grey garment on black", "a white garment on dark grey"],
+)
+def test_only_a_bright_garment_on_black_is_taken_for_a_negative(
+    background: str, garment: str
+) -> None:
+    """Of the first, the lighter pocket must become the darker part."""
+    picture = worn(plain(background), garment)
+    assert read_picture(encode(picture)).notes == ()
+
+
 # Forms of pictures
 
 VARIANTS = {
@@ -252,6 +274,15 @@ def test_only_an_animations_first_frame_is_used(format_: str) -> None:
     data = encode(GRAY, format_, save_all=True, append_images=[plain().convert("L")], lossless=True)
     decoded = read_picture(data)
     assert decoded.notes == (FIRST_FRAME,)
+    assert overlap(decoded) > 0.95
+
+
+def test_a_phones_picture_with_a_second_one_beside_it_is_no_animation() -> None:
+    """Phones add a depth map or a smaller copy to a JPEG; the format is then called MPO."""
+    data = encode(GRAY, "MPO", save_all=True, append_images=[GRAY.resize((20, 24))], quality=95)
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    decoded = read_picture(data)
+    assert decoded.notes == ()
     assert overlap(decoded) > 0.95
 
 

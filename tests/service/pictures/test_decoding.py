@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from service.errors import InvalidInput, PayloadTooLarge, ServiceError, UnsupportedMediaType
 from service.pictures.conversion import Pixels, Preprocessing, read_picture
@@ -234,6 +234,51 @@ def test_usual_pictures_are_taken_and_slow_ones_are_not(
     assert open_picture(larger, limited=False).size == (size[0], size[1] * 6 // 5)
 
 
+def test_a_png_of_16_bits_costs_more_than_one_of_8() -> None:
+    """A gray pixel costs 3 bytes and its own: 58 MB are 14.5 or 11.6 million pixels."""
+    deep, flat = (png(chunk(b"IDAT"), size=(4000, 3250), depth=depth) for depth in (16, 8))
+    with pytest.raises(PayloadTooLarge, match=r"11\.6 million in all"):
+        open_picture(deep)
+    assert open_picture(flat).size == (4000, 3250)
+
+
+def test_only_lossy_webp_is_limited_in_bytes() -> None:
+    """Of a lossless one, the pixels cost more than the bytes."""
+    lossless = encode(worn(plain()), "WEBP", lossless=True)
+    assert open_picture(lossless + bytes(5_000_000)).size == (200, 240)
+
+
+def test_a_picture_that_needs_more_memory_than_there_is_is_too_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is not damaged, and it is not the server's failure."""
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    data = encode(GRAY)
+    image = open_picture(data)
+    monkeypatch.setattr(Image.Image, "load", no_memory)
+    with pytest.raises(PayloadTooLarge, match="more memory than the server has"):
+        reduced(image, 160)
+
+
+def test_compressed_comments_are_unpacked_only_up_to_four_megabytes() -> None:
+    """A kilobyte of a PNG can hold a megabyte of spaces."""
+    comment = chunk(b"zTXt", b"a\0\0" + zlib.compress(b" " * 900_000))
+    data = encode(GRAY)
+    few, many = (data[:33] + comment * count + data[33:] for count in (4, 5))
+    assert open_picture(few).size == GRAY.size
+    with pytest.raises(InvalidInput, match="header is damaged"):
+        open_picture(many)
+
+
+def test_an_avif_is_decoded_by_one_thread() -> None:
+    """A worker has one core."""
+    configure_pillow()
+    assert AvifImagePlugin.DEFAULT_MAX_THREADS == 1
+
+
 def segment(marker: int, content: bytes) -> bytes:
     return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
 
@@ -397,13 +442,16 @@ def test_a_png_without_pixels_is_damaged(data: bytes, preprocessing: Preprocessi
         read_picture(data, preprocessing)
 
 
-def test_heic_is_read_if_its_package_is_installed_else_the_error_names_it() -> None:
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"mif1", b"msf1"])
+def test_heic_is_read_if_its_package_is_installed_else_the_error_names_it(brand: bytes) -> None:
     if find_spec("pillow_heif"):
         assert read_picture(encode(worn(plain()), "HEIF")).notes == ()
     else:
-        heic = struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic" + bytes(100)
+        heic = struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + b"mif1heic" + bytes(100)
         with pytest.raises(UnsupportedMediaType, match="pillow-heif"):
             read_picture(heic)
+        with pytest.raises(UnsupportedMediaType, match="known format"):
+            read_picture(heic.replace(b"ftyp", b"fxyp"))
 
 
 def test_a_png_that_does_not_begin_with_its_header_is_damaged() -> None:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -132,6 +133,24 @@ def test_text_lines_have_colours_only_in_a_terminal(
     assert "\x1b[32m" in coloured
     assert click.unstyle(coloured)[24:] == plain[24:] == without[24:]  # after the time
     assert "\x1b" not in plain + without + json_line
+
+
+@pytest.mark.parametrize(
+    ("level", "style"),
+    [
+        (logging.DEBUG, {"dim": True}),
+        (logging.INFO, {"fg": "green"}),
+        (logging.WARNING, {"fg": "yellow"}),
+        (logging.ERROR, {"fg": "red", "bold": True}),
+        (logging.CRITICAL, {}),
+    ],
+)
+def test_a_terminal_shows_how_serious_a_line_is(level: int, style: dict[str, Any]) -> None:
+    record = logging.LogRecord("a", level, "", 0, "said", None, None)
+    plain = logs.TextFormatter().format(record)
+    when, name = plain.split()[:2]
+    coloured = logs.TextFormatter(colour=True).format(record)
+    assert coloured == f"{click.style(when, dim=True)} {click.style(f'{name:7}', **style)} said"
 
 
 @pytest.mark.parametrize(

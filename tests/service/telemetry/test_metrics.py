@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -119,9 +120,13 @@ def test_the_model_and_its_provider_are_shown() -> None:
     assert samples(text, "bnlenet_model_info") == {("bn-lenet", "CPU", "abc", "1"): 1}
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="prometheus_client reads it from /proc"
+)
 def test_each_process_is_measured() -> None:
     one, two = text_of(Metrics(MODEL)), text_of(Metrics(MODEL), Metrics(MODEL))
-    for name in ("process_resident_memory_bytes", "process_open_fds", "process_cpu_seconds_total"):
+    names = ["resident_memory_bytes", "virtual_memory_bytes", "open_fds", "max_fds"]
+    for name in (*(f"process_{name}" for name in names), "process_cpu_seconds_total"):
         assert samples(two, name)[()] == pytest.approx(2 * samples(one, name)[()], rel=0.1)
     (started,) = samples(one, "process_start_time_seconds").values()
     assert samples(two, "process_start_time_seconds") == {(): started}
