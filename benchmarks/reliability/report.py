@@ -144,7 +144,8 @@ def machine() -> str:
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     libraries = " ".join(f"{name} {version(name)}" for name in ("onnxruntime", "uvicorn", "pillow"))
     processor = f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
-    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    kernel = platform.release().partition("-")[0]  # the rest names the machine's own build
+    system = f"{platform.system()} {kernel}, Python {platform.python_version()}"
     return f"{processor}, load {os.getloadavg()[0]:.1f}, {system}, {libraries}"
 
 
