@@ -123,7 +123,8 @@ import http.server, os, sys, time
 time.sleep(0.3)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        here = f"{os.getcwd()} {os.environ['GIVEN']} {os.environ['OMP_NUM_THREADS']}".encode()
+        here = f"{os.getcwd()} {os.environ['GIVEN']} {os.environ['OMP_NUM_THREADS']}"
+        here = f"{here} {os.environ['ORT_DISABLE_TELEMETRY']}".encode()
         self.send_response(200 if self.path == "/ready" else 404)
         self.send_header("Content-Length", str(len(here)))
         self.end_headers()
@@ -147,12 +148,36 @@ def test_a_server_runs_from_ready_to_the_end(tmp_path: Path) -> None:
         assert server.port == port
         assert server.seconds_to_ready > 0.3
         asked = httpx.get(f"http://127.0.0.1:{port}/ready")
-        assert asked.text.split() == [str(tmp_path), "this", "1"]
+        assert asked.text.split() == [str(tmp_path), "this", "1", "1"]
         server.pause()
         server.resume()
         os.killpg(server.session, 0)
     with pytest.raises(ProcessLookupError):
         os.killpg(server.session, 0)
+
+
+TIDY = """
+import signal, sys
+def end(*_):
+    open("tidied", "w").close()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+"""
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_paused_server_can_end_in_its_own_way(tmp_path: Path) -> None:
+    port = free_port()
+    with serving(
+        [sys.executable, "-c", TIDY + SLOW_START, str(port)],
+        cores=CORES,
+        port=port,
+        ready="/ready",
+        environment={"GIVEN": ""},
+        folder=tmp_path,
+    ) as server:
+        server.pause()
+    assert (tmp_path / "tidied").exists()
 
 
 @pytest.mark.usefixtures("programs")

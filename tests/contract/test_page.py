@@ -478,6 +478,29 @@ class TestDrawing:
             draw(page, *line)
         assert 0 < ink(page)[280, 280] < 128
 
+    def test_line_whose_ends_are_near_is_closed(self, page: Page) -> None:
+        """Up to 60 pixels apart; at 67 it stays open."""
+        draw(page, *SQUARE[:-1], (0.25, 0.33))
+        paper = ink(page)
+        assert 0 < paper[280, 280] < 128
+        assert paper[162, 140] == 0  # the line that closes it
+        page.get_by_role("button", name="Undo").click()
+        draw(page, *SQUARE[:-1], (0.25, 0.37))
+        assert ink(page)[280, 280] == 255
+
+    def test_small_gap_between_lines_counts_as_closed(self, page: Page) -> None:
+        for line in pairwise(SQUARE):
+            draw(page, *line if line[0] != (0.75, 0.25) else ((0.75, 0.29), line[1]))
+        paper = ink(page)
+        assert paper[151, 420] == 255  # the gap itself, outside the lines' round ends
+        assert 0 < paper[280, 280] < 128
+
+    def test_needs_the_main_button(self, page: Page) -> None:
+        page.locator("#paper").click(button="right")
+        page.locator("#paper").click(button="middle")
+        assert (ink(page) == 255).all()
+        expect(page.get_by_role("button", name="Undo")).to_be_disabled()
+
     def test_open_line_is_not_filled(self, page: Page) -> None:
         draw(page, *SQUARE[:-1])
         assert ink(page)[280, 280] == 255
@@ -512,6 +535,11 @@ class TestDrawing:
         undo.click()
         assert (ink(page) == first).all()
         assert np.array_equal(np.array(Image.open(io.BytesIO(sent(page))).convert("L")), first)
+        page.keyboard.press("Control+Shift+z")  # in other programs, the opposite
+        page.evaluate("document.getElementById('key-form').hidden = false")
+        page.get_by_label("API key").press("Control+z")  # undoes what is typed there
+        assert (ink(page) == first).all()
+        page.evaluate("document.getElementById('key-form').hidden = true")
         page.keyboard.press("Control+z")
         expect(page.get_by_text("Draw one here")).to_be_visible()
         expect(page.locator("#bars .first")).to_have_count(0)
@@ -662,6 +690,8 @@ class TestErrors:
             field.press("Enter")
             expect_answer(page, answer)
             expect(field).to_be_hidden()
+            page.get_by_role("button", name="Why?").click()
+            expect(page.locator("#heat")).to_be_visible()
             command = page.locator("#command").inner_text()
             assert '-H "Authorization: Bearer $BNLENET_API_KEY"' in command
             kept = page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]")
@@ -753,7 +783,8 @@ class TestAnswer:
         self.meet(page, {"error": html, "code": "x", "request_id": "1"}, 422)
         choose(page, trousers)
         expect(page.get_by_role("alert")).to_have_text(html)
-        answer["label"] = answer["predictions"][0]["label"] = html
+        for each in (answer, *answer["predictions"]):
+            each["label"] = html
         answer["notes"] = [html]
         answer["model"]["revision"] = html
         page.route(
@@ -768,8 +799,10 @@ class TestAnswer:
         expect(page.locator("#notes li")).to_have_text([html])
         expect(page.locator("#revision")).to_have_text(html)
         expect(page.locator("#spoken")).to_contain_text(html)
+        page.get_by_role("button", name="Why?").click()
+        expect(page.locator("#reason")).to_contain_text(html)
         assert page.locator("img").count() == images
-        assert page.locator("#output b, #notes b, footer b, #error b").count() == 0
+        assert page.locator("#output b, #notes b, #reason b, footer b, #error b").count() == 0
 
     def test_loses_its_notes_to_the_next(
         self, page: Page, trousers: bytes, answer: dict[str, Any]
@@ -835,6 +868,36 @@ class TestAnswer:
         page.get_by_role("button", name="Bag", exact=True).click()
         expect(page.locator("#label")).to_have_text("Bag")
         expect(page.locator("#heat")).to_be_hidden()  # the map was the coat's
+
+    def test_is_not_explained_if_the_service_does_not_answer(
+        self, page: Page, trousers: bytes, answer: dict[str, Any]
+    ) -> None:
+        why, reason = page.get_by_role("button", name="Why?"), page.locator("#reason")
+        choose(page, trousers)
+        expect_answer(page, answer)
+        page.route("**/infer", lambda route: route.abort(), times=1)
+        why.click()
+        expect(reason).to_have_text("The service did not answer; try again.")
+        expect(page.locator("#heat")).to_be_hidden()
+        expect(why).to_have_attribute("aria-pressed", "false")
+        why.click()
+        expect(page.locator("#heat")).to_be_visible()
+
+    def test_of_another_picture_is_not_explained(self, page: Page, trousers: bytes) -> None:
+        """The map of the first one arrives when the second one is shown."""
+        held: list[Route] = []
+        page.route("**/infer", lambda route: held.append(route), times=1)  # noqa: PLW0108 - Playwright takes no methods of lists
+        choose(page, trousers)
+        why = page.get_by_role("button", name="Why?")
+        expect(why).to_be_enabled()
+        why.click()
+        page.get_by_role("button", name="Bag", exact=True).click()
+        expect(page.locator("#label")).to_have_text("Bag")
+        with page.expect_response("**/infer"):
+            held[0].continue_()
+        page.wait_for_timeout(100)  # for what must not happen
+        expect(page.locator("#heat")).to_be_hidden()
+        expect(page.locator("#reason")).to_be_empty()
 
     def test_has_a_link_that_opens_it_inside(
         self, page: Page, trousers: bytes, answer: dict[str, Any]

@@ -381,14 +381,24 @@ def test_a_file_with_another_class_is_never_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", [(0, 0), (5, 9)])
+@pytest.mark.parametrize("sign", [1, -1])
 def test_a_file_that_fails_its_own_self_test_is_never_written(
-    fitted: BNLeNet, some: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: tuple[int, int],
+    sign: int,
+    fitted: BNLeNet,
+    some: Split,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """One probability of one image suffices."""
     right = export_module._run
 
     def off(proto: onnx.ModelProto, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         probabilities, *rest = right(proto, images)
-        return [probabilities + np.float32(2e-5 * (len(images) == 6)), *rest]
+        if len(images) == 6:
+            probabilities[place] += np.float32(sign * 2.5e-5)
+        return [probabilities, *rest]
 
     monkeypatch.setattr(export_module, "_run", off)
     with pytest.raises(

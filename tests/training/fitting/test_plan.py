@@ -36,6 +36,7 @@ def test_impossible_fits_are_refused(chapter: Recipe) -> None:
     check(chapter, 1100, 1098)
     with pytest.raises(FitError, match="9,000,000 steps are more than 5,000,000: lower --epochs"):
         check(replace(chapter, epochs=1_000_000), 1100)
+    check(replace(chapter, batch_size=110, epochs=500_000), 1100)  # exactly 5,000,000
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_the_chapter_recipe_has_the_chapters_settings() -> None:
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero() -> None:
     recipe = Recipe("x", "", warm_up=0.2)
     assert [recipe.rate(p) for p in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.5, 1, 0.5, 0])
-    assert recipe.rate(0) > 0
+    assert [recipe.rate(p) for p in (0, 0.001, 0.004)] == pytest.approx([0.01, 0.01, 0.02])
 
 
 def test_the_finish_is_a_share_of_the_epochs_at_the_end() -> None:
