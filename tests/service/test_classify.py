@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
@@ -175,6 +176,15 @@ class TestAnswers:
     ) -> None:
         monkeypatch.setenv("BNLENET_MODEL_NAME", "garments")
         assert lines(classify("--json", photos[0]))[0]["model"]["name"] == "garments"
+
+    def test_are_never_the_cpus_if_a_gpu_was_asked_for(
+        self, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("BNLENET_DEVICE", "cuda")
+        monkeypatch.setattr(onnxruntime, "get_available_providers", list)
+        result = classify(*photos)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "BNLENET_DEVICE is cuda, but ONNX Runtime got no CUDA device" in result.stderr
 
 
 class TestFoldersAndPatterns:

@@ -356,6 +356,34 @@ def test_a_closed_terminal_stops_the_service_but_not_under_nohup(
             assert process.wait(30) == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the workers share a listener")
+@pytest.mark.parametrize(
+    ("family", "host", "only"),
+    [(socket.AF_INET, "127.0.0.1", None), (socket.AF_INET6, "::", 0), (socket.AF_INET6, "::", 1)],
+)
+def test_every_worker_has_a_listener_at_the_same_address(
+    family: int, host: str, only: int | None
+) -> None:
+    with ExitStack() as stack:
+        try:
+            first = stack.enter_context(socket.socket(family))
+            if only is not None:
+                first.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+            first.bind((host, 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+        made = [stack.enter_context(one) for one in workers_module.listeners(first, 3)]
+        assert made[0] is first
+        assert [one.getsockname() for one in made] == [first.getsockname()] * 3
+        for one in made:
+            assert one.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+        for one in made[1:]:  # a port whose old connections are still closing can be bound
+            assert one.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+        if only is not None:
+            found = [one.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) for one in made]
+            assert found == [only] * 3
+
+
 STUB = """
 import os, signal, socket, sys, time
 from service.telemetry.tallies import Totals

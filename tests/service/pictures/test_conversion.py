@@ -367,6 +367,18 @@ def test_a_picture_without_a_garment_is_used_whole_with_a_note() -> None:
     assert decoded.notes == (NO_GARMENT,)
 
 
+@pytest.mark.parametrize("negative", [False, True])
+def test_without_a_garment_what_differs_from_the_border_is_bright(negative: bool) -> None:
+    """A strip seven pixels high is too narrow for a cut-out."""
+    strip = Image.new("L", (100, 7), 20 if negative else 230)
+    strip.paste(200 if negative else 40, (30, 1, 70, 6))
+    decoded = read_picture(encode(strip))
+    assert decoded.notes == (NO_GARMENT,)
+    row = decoded.pixels[decoded.pixels.any(axis=1)][0]
+    assert (row[10:18] == 255).all()
+    assert not row[[0, 1, 26, 27]].any()
+
+
 def noise(kind: str) -> Image.Image:
     random = np.random.default_rng(0)
     match kind:

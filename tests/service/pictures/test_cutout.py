@@ -106,6 +106,12 @@ def test_a_separate_part_near_the_garment_is_kept() -> None:
     assert found.mask[40:55, 22:34].all()
 
 
+def test_a_garment_that_covers_a_thirtieth_of_the_picture_is_found() -> None:
+    mask = np.zeros((160, 120), np.bool_)
+    mask[60:86, 50:75] = True
+    assert overlap(cut_out(laid(mask)), mask) > 0.9
+
+
 def test_both_shoes_of_a_pair_are_kept() -> None:
     mask = np.zeros((120, 160), np.bool_)
     mask[40:80, 20:70] = mask[40:80, 90:140] = True

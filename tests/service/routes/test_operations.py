@@ -1,6 +1,7 @@
 """Health describes the process, readiness describes traffic."""
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -56,6 +57,33 @@ async def test_requests_in_flight_are_shown(make_app: Callable[..., Gate]) -> No
     requests[0].leave()
     answer = await get(app, "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
+
+
+async def test_metrics_have_the_form_that_the_client_accepts(make_app: Callable[..., Gate]) -> None:
+    accept = {"Accept": "application/openmetrics-text;version=1.0.0"}
+    answer = await ask(make_app(), b"", method="GET", target="/metrics", headers=accept)
+    assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert answer.body.endswith(b"\n# EOF\n")
+
+
+async def test_every_stage_of_a_prediction_is_counted(make_app: Callable[..., Gate]) -> None:
+    app = make_app()
+    for _ in range(3):
+        await ask(app)
+    await ask(app, bytes(783))  # refused before the first stage ends
+    text = (await get(app, "/metrics")).body.decode()
+    for stage in ("decode", "queue", "inference", "encode"):
+        assert f"\nbnlenet_{stage}_duration_seconds_count 3.0\n" in text
+        (seconds,) = re.findall(rf"^bnlenet_{stage}_duration_seconds_sum (.*)$", text, re.MULTILINE)
+        assert float(seconds) > 0 or stage == "queue"  # a request that is alone does not wait
+    stats = json.loads((await get(app, "/v2/models/bn-lenet/stats")).body)["model_stats"][0]
+    counts = {stage: each["count"] for stage, each in stats["inference_stats"].items()}
+    assert counts == {
+        **dict.fromkeys(("success", "compute_input", "queue"), 3),
+        **dict.fromkeys(("compute_infer", "compute_output"), 3),
+        "fail": 1,
+        **dict.fromkeys(("cache_hit", "cache_miss"), 0),
+    }
 
 
 async def test_refusals_are_counted_by_their_code(make_app: Callable[..., Gate]) -> None:
