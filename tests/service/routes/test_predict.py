@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import math
-import time
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from service.app import create_app
 from service.http.gate import Gate
 from service.model.classifier import Classifier
 from service.pictures.conversion import ModelInput
+from service.routes import bodies as bodies_module
 from service.routes.predict import RING, example
 from service.routes.prediction import Prediction, Renderer
 from service.settings import Settings
@@ -260,13 +260,16 @@ def test_the_documented_example_is_a_ring_with_its_real_answer(classifier: Class
 
 @pytest.mark.parametrize("filling", [b"\r\n--bx", b"\r\n--b\r\n"])
 async def test_a_form_full_of_delimiters_is_refused_without_parsing(
-    app: Gate, filling: bytes
+    app: Gate, monkeypatch: pytest.MonkeyPatch, filling: bytes
 ) -> None:
     """Ten megabytes of delimiters would block the event loop for seconds."""
+
+    def parse(*_: object, **__: object) -> None:
+        raise AssertionError("the form is parsed")
+
+    monkeypatch.setattr(bodies_module, "create_form_parser", parse)
     head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
     body = head + filling * 1_000_000 + b"\r\n--b--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    begin = time.process_time()
     answer = await ask(app, body, headers=headers)
-    assert time.process_time() - begin < 0.2
     assert (answer.status, json.loads(answer.body)["code"]) == (422, "invalid_input")
