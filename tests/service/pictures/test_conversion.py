@@ -195,6 +195,28 @@ def test_full_transparency_and_full_opacity_are_not_cut_outs() -> None:
     assert read_picture(encode(opaque)).notes == (ONE_COLOUR,)
 
 
+def test_a_few_transparent_pixels_do_not_make_a_cut_out() -> None:
+    """As in the rounded corners of a screenshot."""
+    image = worn(plain())
+    alpha = Image.new("L", image.size, 255)
+    for corner in ((0, 0), (190, 0), (0, 230), (190, 230)):
+        alpha.paste(0, (*corner, corner[0] + 10, corner[1] + 10))
+    expected = read_picture(encode(image)).pixels
+    image.putalpha(alpha)
+    np.testing.assert_array_equal(read_picture(encode(image)).pixels, expected)
+
+
+def test_a_faint_shadow_is_not_part_of_a_cut_out() -> None:
+    image, shadowed = worn(plain()), stencil()
+    shadowed.paste(100, (2, 100, 30, 238))
+    alphas = (stencil(), shadowed)
+    without, with_shadow = (image.copy() for _ in alphas)
+    for picture, alpha in zip((without, with_shadow), alphas, strict=True):
+        picture.putalpha(alpha)
+    expected = read_picture(encode(without)).pixels
+    np.testing.assert_array_equal(read_picture(encode(with_shadow)).pixels, expected)
+
+
 def test_pictures_on_black_like_the_data_set_are_not_negated(fashion_mnist: FashionMNIST) -> None:
     image = Image.fromarray(fashion_mnist.test.images[0]).convert("RGB")
     framed = Image.new("RGB", (34, 40), "black")

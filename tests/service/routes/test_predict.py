@@ -252,10 +252,19 @@ async def test_pixels_are_never_converted(app: Gate) -> None:
         assert json.loads(answer.body)["preprocessing"] == "none"
 
 
-def test_the_documented_example_is_a_ring_with_its_real_answer(classifier: Classifier) -> None:
-    assert np.array(RING).shape == (28, 28)
+async def test_the_documented_example_is_a_ring_with_its_real_answer(
+    app: Gate, classifier: Classifier
+) -> None:
+    """Its radii are 3 and 10 pixels, about the middle."""
+    row, column = np.mgrid[:28, :28] - 13.5
+    radius = np.hypot(row, column)
+    assert np.array_equal(np.array(RING) == 255, (radius >= 3) & (radius <= 10))
     assert {pixel for row in RING for pixel in row} == {0, 255}
-    assert example(classifier)["predictions"][0]["class_id"] == example(classifier)["class_id"]
+    body = json.dumps({"pixels": RING}).encode()
+    headers = {"Content-Type": "application/json"}
+    answer = await ask(app, body, target="/predict?top_k=3", headers=headers)
+    assert example(classifier) == json.loads(answer.body)
+    assert len(example(classifier)["predictions"]) == 3
 
 
 @pytest.mark.parametrize("filling", [b"\r\n--bx", b"\r\n--b\r\n"])
