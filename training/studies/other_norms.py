@@ -31,6 +31,10 @@ SIZES = {128: 0.1, 2: 0.01, 1: 0.01}
 """The learning rate by batch size: noisy gradients need a lower one."""
 
 
+MARGIN = 0.01
+"""The loss of accuracy up to which another norm counts as equally good."""
+
+
 def layer_norm(channels: int, dims: int) -> nn.Module:  # noqa: ARG001 - a `Norm`
     """Make a layer norm over all channels and positions of an image."""
     return nn.GroupNorm(1, channels)
@@ -92,9 +96,12 @@ def report(lines: Sequence[Line]) -> Report:
     best = max(others, key=lambda norm: fmean(value(norm, 128)))
     small = max(others, key=lambda norm: fmean(value(norm, 1)))
     change = paired_difference(value(best, 128), value("batch", 128))
-    verdict = "Yes, here"
-    if change.excludes(0):
-        verdict = "They do better" if change.mean > 0 else "No"
+    if change.low > 0:
+        verdict = "They do better"
+    elif change.high < 0:
+        verdict = "No"
+    else:
+        verdict = "Yes, here" if change.low > -MARGIN else "These figures do not decide it"
     answer = (
         f"{verdict}: with batches of 128, the accuracy of the best other norm ({best}) is "
         f"{mean_interval(value(best, 128)):.3f}, {change:+.3f} compared with batch norm. With "
