@@ -78,8 +78,11 @@ def _http_url(_: click.Context, __: click.Parameter, url: str | None) -> str | N
     return url
 
 
+# click would refuse all photos when it cannot read one; `classify` reports each.
 @main.command()
-@click.argument("photos", metavar="PHOTO...", nargs=-1, required=True, type=click.Path())
+@click.argument(
+    "photos", metavar="PHOTO...", nargs=-1, required=True, type=click.Path(readable=False)
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each photo.")
 @click.option(
     "--top-k",

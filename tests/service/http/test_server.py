@@ -456,7 +456,9 @@ class TestMemory:
                 for key, events in ready.select(0.1):
                     flood(key.fileobj, events, key.data, sent)
         assert kilobytes("VmHWM") - before < 150_000
-        assert httpx.post(f"{address}/predict", content=bytes(784), headers=BYTES).is_success
+        assert httpx.post(
+            f"{address}/predict", content=bytes(784), headers=BYTES, timeout=60
+        ).is_success
 
 
 def flood(client: Any, events: int, left: list[bytes], sent: bytes) -> None:
