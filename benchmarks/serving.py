@@ -202,7 +202,7 @@ def run(rounds: int, seconds: int, peers: bool) -> dict[str, Any]:
         "machine": machine(cores, load_before),
         "rows": {
             row.name: {
-                c: {w: round(row.median(c, w), 4) for w in ("rate", "p50", "p99")}
+                str(c): {w: round(row.median(c, w), 4) for w in ("rate", "p50", "p99")}
                 for c in row.samples
             }
             for row in rows.values()
@@ -466,7 +466,8 @@ def markdown(document: Mapping[str, Any]) -> str:
                 if sample
                 else ["", "", ""]
             )
-        lines.append("| " + " | ".join([*cells, f"{figures['16']['rate'] / bound:.2f}"]) + " |")
+        share = "" if name == BATCHES else f"{figures['16']['rate'] / bound:.2f}"  # of one image
+        lines.append("| " + " | ".join([*cells, share]) + " |")
     lines += ["", "| | measured | goal |", "|---|---|---|"]
     lines += ["| " + " | ".join(cells) + " |" for cells in goal_rows(document["findings"])]
     machine = ", ".join(f"{name} {value}" for name, value in document["machine"].items())

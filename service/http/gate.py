@@ -1,7 +1,7 @@
 """Dispatches every request: to the handler of its hot path, or to FastAPI.
 
 The busiest routes, the hot paths, stand in a table here, because FastAPI's routing takes longer
-than the model: the same handlers answered 12,766 requests a second from the table, and 5,580
+than the model: the same handlers answered 11,881 requests a second from the table, and 5,235
 through FastAPI (784 bytes, 16 connections, one core; `python -m benchmarks.serving` measures both).
 
 Every request gets a request id, the API key check, the same errors, metrics and a log line. Those
