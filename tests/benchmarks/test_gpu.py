@@ -27,6 +27,7 @@ def few(fashion_mnist: FashionMNIST, monkeypatch: pytest.MonkeyPatch) -> Fashion
     return few
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few")
 def test_every_part_runs_without_a_gpu_and_fills_the_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from benchmarks import photos
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fashion_mnist")
 def test_photographs_are_measured_in_every_scene() -> None:
     result = CliRunner().invoke(photos.main, ["20"])

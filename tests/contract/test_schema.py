@@ -20,8 +20,9 @@ CONFIG = schemathesis.Config.from_dict(
 )
 
 
+@pytest.mark.parametrize("examples", [10, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", GenerationMode)
-def test_every_operation_keeps_its_word(base_url: str, mode: GenerationMode) -> None:
+def test_every_operation_keeps_its_word(base_url: str, mode: GenerationMode, examples: int) -> None:
     document = schemathesis.openapi.from_url(f"{base_url}/openapi.json", config=CONFIG)
     asked: set[str] = set()
     nothing_to_get_wrong: set[str] = set()
@@ -29,7 +30,7 @@ def test_every_operation_keeps_its_word(base_url: str, mode: GenerationMode) -> 
         operation: Any = found.ok()  # type: ignore[union-attr] # an error fails the test
 
         @given(operation.as_strategy(generation_mode=mode))
-        @settings(max_examples=25, deadline=None, suppress_health_check=SLOW)
+        @settings(max_examples=examples, deadline=None, suppress_health_check=SLOW)
         def check(case: Any) -> None:
             asked.add(case.operation.label)
             case.call_and_validate(excluded_checks=EXCLUDED, timeout=10)
