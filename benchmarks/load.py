@@ -207,6 +207,36 @@ class Sample:
     p99: float
 
 
+def run_wrk(
+    script: str, port: int, requests: Requests, connections: int, seconds: int, cores: Cores
+) -> dict[str, float]:
+    """Run `wrk` with a Lua script; return the figures that the script prints.
+
+    Raises:
+        BenchmarkError: `wrk` failed.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
+        file.write(script)
+        file.flush()
+        headers = [part for item in requests.headers.items() for part in ("-H", ": ".join(item))]
+        done = subprocess.run(
+            pinned(
+                cores.load,
+                *("wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}"),
+                *("--latency", "--timeout=10s", f"--script={file.name}", *headers),
+                f"http://127.0.0.1:{port}{requests.path}",
+                *("--", requests.folder.name, str(len(requests.bodies))),
+            ),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode != 0:
+        raise BenchmarkError(f"wrk failed: {done.stderr or done.stdout}")
+    outcome: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return outcome
+
+
 def measure(
     server: Server, requests: Requests, connections: int, seconds: int, cores: Cores
 ) -> Sample:
@@ -222,27 +252,9 @@ def measure(
     Raises:
         BenchmarkError: `wrk` failed, an answer was an error, or no answer came.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        script.write(SCRIPT)
-        script.flush()
-        headers = [part for item in requests.headers.items() for part in ("-H", ": ".join(item))]
-        run = subprocess.run(
-            pinned(
-                cores.load,
-                *("wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}"),
-                *("--latency", "--timeout=10s", f"--script={script.name}", *headers),
-                f"http://127.0.0.1:{server.port}{requests.path}",
-                *("--", requests.folder.name, str(len(requests.bodies))),
-            ),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if run.returncode != 0:
-        raise BenchmarkError(f"wrk failed: {run.stderr or run.stdout}")
-    outcome = json.loads(run.stdout.splitlines()[-1])
+    outcome = run_wrk(SCRIPT, server.port, requests, connections, seconds, cores)
     if outcome["failed"] or not outcome["requests"]:
-        raise BenchmarkError(f"{requests.path}: requests failed: {run.stdout}")
+        raise BenchmarkError(f"{requests.path}: requests failed: {outcome}")
     return Sample(
         rate=outcome["requests"] / outcome["microseconds"] * 1e6,
         p50=outcome["p50"] / 1000,

@@ -119,13 +119,17 @@ def a_worker_is_stopped() -> list[Row]:
 def the_service_is_stopped() -> list[Row]:
     """Send SIGTERM under load, while clients open a connection for every request."""
     request = good()["784 bytes"].replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1)
+    return _stopped_by(signal.SIGTERM, request)
+
+
+def _stopped_by(number: signal.Signals, request: bytes) -> list[Row]:
     with serving(drain_seconds=1) as service, Load(service.port, request) as load:
         load.wait_for(200)
-        service.process.send_signal(signal.SIGTERM)
+        service.process.send_signal(number)
         status = service.process.wait(30)
     return [
-        Row.at_most("SIGTERM under load: failed requests", len(load.failed()), 0),
-        Row.at_most("SIGTERM under load: exit status", status, 0),
+        Row.at_most(f"{number.name} under load: failed requests", len(load.failed()), 0),
+        Row.at_most(f"{number.name} under load: exit status", status, 0),
     ]
 
 
@@ -202,14 +206,7 @@ def _start_again(what: str, path: Path, starts: bool) -> Row:
 
 def the_service_gets_sighup() -> list[Row]:
     """Send SIGHUP under load: the service drains and exits, so that it can be started again."""
-    with serving(drain_seconds=0.5) as service, Load(service.port, good()["784 bytes"]) as load:
-        load.wait_for(100)
-        service.process.send_signal(signal.SIGHUP)
-        status = service.process.wait(30)
-    return [
-        Row.at_most("SIGHUP under load: failed requests", len(load.failed()), 0),
-        Row.at_most("SIGHUP under load: exit status", status, 0),
-    ]
+    return _stopped_by(signal.SIGHUP, good()["784 bytes"])
 
 
 # Disks

@@ -6,16 +6,13 @@ too slow for this.
 """
 
 import asyncio
-import json
 import math
 import re
-import subprocess
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 
-from benchmarks.load import SCRIPT, BenchmarkError, Cores, Requests, pinned
+from benchmarks.load import SCRIPT, BenchmarkError, Cores, Requests, run_wrk
 from benchmarks.reliability.report import Options, Row
 from benchmarks.reliability.service import Service, apart, serving
 from benchmarks.reliability.soak import log_row
@@ -204,26 +201,8 @@ def _wrk(
 ) -> tuple[float, int]:
     """Return the answers a second, of any status, and the number of failed connections."""
     script = SCRIPT.replace("errors.timeout,", "errors.timeout - errors.status,")
-    with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
-        file.write(script)
-        file.flush()
-        headers = [part for item in requests.headers.items() for part in ("-H", ": ".join(item))]
-        done = subprocess.run(
-            pinned(
-                cores.load,
-                *("wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}"),
-                *("--latency", "--timeout=10s", f"--script={file.name}", *headers),
-                f"http://127.0.0.1:{service.port}{requests.path}",
-                *("--", requests.folder.name, str(len(requests.bodies))),
-            ),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode != 0:
-        raise BenchmarkError(f"wrk failed: {done.stderr or done.stdout}")
-    outcome = json.loads(done.stdout.splitlines()[-1])
-    return outcome["requests"] / outcome["microseconds"] * 1e6, outcome["failed"]
+    outcome = run_wrk(script, service.port, requests, connections, seconds, cores)
+    return outcome["requests"] / outcome["microseconds"] * 1e6, int(outcome["failed"])
 
 
 def statuses(service: Service) -> Counter[str]:

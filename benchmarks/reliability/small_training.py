@@ -6,6 +6,7 @@
 
 import hashlib
 import sys
+from unittest.mock import patch
 
 import numpy as np
 
@@ -27,5 +28,5 @@ def small() -> FashionMNIST:
 
 
 if __name__ == "__main__":
-    setattr(command_line, "load", lambda *_: small())  # noqa: B010 - mypy knows that it is another's
-    sys.exit(command_line.main(prog_name="python -m training"))
+    with patch.object(command_line, "load", lambda *_: small()):
+        sys.exit(command_line.main(prog_name="python -m training"))

@@ -77,7 +77,7 @@ def test_without_preprocessing_other_pictures_are_refused(image: Image.Image) ->
 
 
 def test_a_28_by_28_picture_with_a_transparent_grey_is_not_used_unchanged() -> None:
-    """The grey is background, whatever its level."""
+    """A uniform grey is background at any level."""
     data = encode(GRAY.resize((28, 28)), transparency=255)
     with pytest.raises(InvalidInput, match="send 28 x 28 in 8-bit grayscale"):
         read_picture(data, "none")
