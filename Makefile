@@ -13,7 +13,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Our files are UTF-8 in any locale.
 export PYTHONUTF8 := 1
@@ -76,13 +76,13 @@ train: $(RUN)/results.json  ## fit, export and evaluate RECIPE (best) in the run
 data: $(SERVICE)  ## download the data set into the user's cache, and check its SHA-256
 	$(BIN)/python -c 'from training.dataset import load; load()'
 
+test: checks  ## run every check, except the slow tests and the coverage
+	$(PYTEST)
+
 # Without the data set many tests are skipped, so the floor of the coverage does not apply.
 COVER := --cov $(if $(FASHION_MNIST_DIR)$(wildcard $(HOME)/.cache/bn-lenet/fashion-mnist/*),,--cov-fail-under=0)
 
-test: checks  ## run every check, except the slow tests
-	$(PYTEST) $(COVER)
-
-test-all: checks  ## run every check, and the slow tests too; Hypothesis tries new examples
+test-all: checks  ## also run the slow tests and check the coverage; Hypothesis tries new examples
 	$(PYTEST) $(COVER) -m "" --hypothesis-profile search
 
 checks: $(DEV)

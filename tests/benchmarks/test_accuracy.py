@@ -24,8 +24,6 @@ from training.evaluation.intervals import Interval
 from training.evaluation.measures import onnx_classifier
 from training.fitting.run import RunError
 
-pytestmark = pytest.mark.xdist_group("accuracy")  # one worker measures the committed model
-
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?")
 PAGE, CARD = accuracy.PAGE.read_text(), accuracy.CARD.read_text()
 EXPLAINED = accuracy.BATCH_NORM.read_text()
