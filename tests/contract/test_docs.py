@@ -155,3 +155,18 @@ def test_can_be_read_in_both_schemes_on_any_screen(docs: Page) -> None:
         assert target is not None
         assert re.fullmatch(r"#\w+", target)
         assert docs.locator(target).count() == 1
+
+
+def test_list_of_routes_opens_on_a_phone(docs: Page) -> None:
+    link = docs.get_by_role("link", name="Prometheus metrics")
+    expect(link).to_be_visible()
+    docs.set_viewport_size({"width": 375, "height": 667})
+    docs.reload()
+    expect(docs.locator("#routes section").first).to_be_in_viewport()
+    expect(link).to_be_hidden()
+    docs.get_by_text("Routes", exact=True).click()
+    link.click()
+    expect(docs.locator("#prometheus")).to_be_in_viewport()
+    for group in docs.locator("#contents ul").all():
+        names = group.locator("a").all_inner_texts()
+        assert len(set(names)) == len(names) > 0

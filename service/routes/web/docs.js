@@ -149,10 +149,15 @@ async function load() {
     for (const [tag, routes] of groups) {
       const heading = `${tag[0].toUpperCase()}${tag.slice(1)}`;
       $("routes").append(element("h2", { textContent: heading }), ...routes.map((route) => section(...route)));
-      $("contents").append(element("p", { className: "name", textContent: heading }), element("ul", {},
+      $("list").append(element("p", { className: "name", textContent: heading }), element("ul", {},
         ...routes.map(([method, path, { operationId, summary }]) => element("li", {},
-          element("a", { href: `#${operationId}`, textContent: summary, title: `${method.toUpperCase()} ${path}` })))));
+          element("a", {
+            href: `#${operationId}`,
+            textContent: path.includes("{model_version}") ? `${summary} (version)` : summary,
+            title: `${method.toUpperCase()} ${path}`,
+          })))));
     }
+    $("list").open = matchMedia("(width >= 60rem)").matches;
     document.getElementById(location.hash.slice(1))?.scrollIntoView();
   } catch {
     $("error").textContent = "The service cannot be reached.";
