@@ -146,6 +146,20 @@ def test_drawing_is_followed_live(inside: Page, client: httpx.Client) -> None:
     assert pixels.any(axis=1).all() or pixels.any(axis=0).all()  # 28 pixels on the longer edge
 
 
+def test_drawing_stays_in_view_on_a_phone(inside: Page) -> None:
+    """So that the stages can be watched while one draws."""
+    inside.set_viewport_size({"width": 375, "height": 667})
+    inside.locator("#norm2").evaluate("(figure) => figure.scrollIntoView({ block: 'end' })")
+    before = answers(inside, "fixed")
+    draw(inside, (0.2, 0.2), (0.8, 0.8))
+    assert answers(inside, "fixed") != before
+    paper, maps = (inside.locator(name).bounding_box() for name in ("#paper", "#norm2 .maps"))
+    assert paper is not None
+    assert maps is not None
+    assert paper["y"] >= 0
+    assert paper["y"] + paper["height"] < maps["y"] < 667 - maps["height"]
+
+
 def test_other_pictures_change_the_answer_of_batch_statistics_alone(
     inside: Page, images: NDArray[np.uint8]
 ) -> None:

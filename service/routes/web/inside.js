@@ -92,7 +92,11 @@ function build() {
       const caption = element("figcaption"), numbers = element("p", { className: "numbers" });
       const figure = element("figure", { id: name }, caption, maps, spread, numbers);
       const whiskers = kind(name) === "norm" && element("canvas", { className: "whiskers", width: 360, height: 90, role: "img" });
-      if (whiskers) figure.append(whiskers);
+      if (whiskers) {
+        figure.append(whiskers, element("p", { className: "numbers" }, "Channels: ",
+          element("span", { className: "mean", textContent: "fixed" }), ", ",
+          element("span", { className: "own", textContent: "batch" })));
+      }
       figures[name] = { figure, caption, maps, spread, numbers, whiskers };
       row.append(figure);
     }
@@ -109,7 +113,7 @@ const triple = (hex) => (hex.length === 4 ? [1, 2, 3].map((i) => 17 * parseInt(h
 
 function paintStage(name, stage, ground) {
   const { figure, caption, maps, spread, numbers, whiskers } = figures[name];
-  caption.textContent = mode() === "folded" && /conv|linear/.test(name) ? "The norm is folded in here" : CAPTIONS[kind(name)];
+  caption.textContent = mode() === "folded" && /conv|linear/.test(name) ? "Norm folded in" : CAPTIONS[kind(name)];
   figure.classList.toggle("gone", !stage);
   if (!stage) {
     caption.textContent = "The norm is gone";
