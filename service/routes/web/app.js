@@ -95,19 +95,24 @@ function show({ answer, picture, milliseconds }) {
   current = answer;
   pause = 1000;
   const notes = answer.notes ?? [];
-  const unsure = notes.some((note) => note.startsWith("Not sure"));
-  $("label").textContent = unsure ? `Not sure: perhaps ${answer.label}` : answer.label;
+  const pixels = answer.pixels.flat();
+  const blank = pixels.every((gray) => gray === pixels[0]); // an erased drawing, a white sheet
+  const unsure = blank || notes.some((note) => note.startsWith("Not sure"));
+  const name = document.createElement("span");
+  name.textContent = answer.label;
+  if (blank) name.textContent = "No garment";
+  $("label").replaceChildren(unsure && !blank ? "Not sure: perhaps " : "", name);
   $("output").classList.toggle("unsure", unsure);
   answer.predictions.forEach(({ label, probability }, rank) => fillBar(rank, label, probability));
   $("bars").children[0].className = "first";
   const seen = new ImageData(28, 28);
-  answer.pixels.flat().forEach((gray, i) => seen.data.set([gray, gray, gray, 255], 4 * i));
+  pixels.forEach((gray, i) => seen.data.set([gray, gray, gray, 255], 4 * i));
   $("seen").getContext("2d").putImageData(seen, 0, 0);
   $("seen").parentElement.classList.add("full");
   $("preprocessing").textContent = (picture.scaled ? "Scaled down in your browser. " : "")
     + (answer.preprocessing === "none"
-      ? "Used unchanged: 28\u00a0×\u00a028 grey pixels."
-      : "Converted as the data set was made: 28\u00a0×\u00a028 grey pixels, light on dark.");
+      ? "What the model saw: your 28\u00a0×\u00a028 grey pixels, unchanged."
+      : "What the model saw: 28\u00a0×\u00a028 grey pixels, converted like the data set.");
   $("notes").replaceChildren(...notes.map((note) => {
     const item = document.createElement("li");
     item.textContent = note;
@@ -115,11 +120,11 @@ function show({ answer, picture, milliseconds }) {
   }));
   $("latency").textContent = `${milliseconds.toFixed(milliseconds < 10 ? 1 : 0)} ms`;
   $("why").disabled = false;
-  const bytes = btoa(String.fromCharCode(...answer.pixels.flat()));
+  const bytes = btoa(String.fromCharCode(...pixels));
   for (const link of document.querySelectorAll("a.inside")) link.href = `inside#${bytes}`;
   if (answer.model.revision !== $("revision").textContent) showModel();
   showCommand(picture);
-  speak(`${$("label").textContent}, ${percent(answer.confidence)}`);
+  speak(blank ? name.textContent : `${$("label").textContent}, ${percent(answer.confidence)}`);
 }
 
 function fillBar(rank, label, probability) {
@@ -243,6 +248,7 @@ function begin(shows, next) {
   pause = 1000;
   closeCamera();
   stage.dataset.shows = shows;
+  if (shows !== "drawing") paper.clear();
   $("clear").disabled = shows === "nothing";
   $("undo").disabled = shows !== "drawing";
 }
@@ -378,14 +384,20 @@ function drawn() {
 
 function clear() {
   begin("nothing", null);
-  paper.clear();
   refuse(200, "");
   clearAnswer("Show me a garment");
 }
 
 const paper = makePaper($("paper"), drawn);
 bindTools($("tools"), $("undo"), paper, drawn);
-$("clear").addEventListener("click", () => { clear(); $("file").focus(); });
+$("tools").addEventListener("click", ({ target }) => {
+  const asks = target.name === "tool" && !["drawing", "nothing"].includes(stage.dataset.shows);
+  if (asks) clear(); // who takes a pen wants to draw
+});
+$("clear").addEventListener("click", () => {
+  clear();
+  document.querySelector("[name=tool]:checked").focus(); // it is near, so that nothing scrolls
+});
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   key = $("key").value.trim();

@@ -30,14 +30,14 @@ export async function explain(answer, headers, canvas) {
   const losses = covered.map((row) => odds(whole) - odds(row));
   draw(canvas, losses);
   const worst = losses.indexOf(Math.max(...losses));
-  if (losses[worst] < MIN_LOSS) return "No single part matters: the answer stays the same without any one of them.";
+  if (losses[worst] < MIN_LOSS) return "No single part matters: without any one of them, the answer stays.";
   frame(canvas, PLACES[worst]);
   const row = covered[worst];
   const then = row.indexOf(Math.max(...row));
   const label = answer.predictions.find((prediction) => prediction.class_id === then)?.label ?? "another";
   const stays = then === answer.class_id ? `still ${label}` : label;
-  return "Orange parts support the answer; blue parts speak against it. Without the framed part:"
-    + ` ${stays}, ${(100 * row[then]).toFixed(1)} %.`;
+  return "Orange speaks for it, blue against it.\n"
+    + `Without the framed part: ${stays}, ${(100 * row[then]).toFixed(1)} %.`;
 }
 
 async function probabilities(model, images, headers) {
