@@ -36,7 +36,7 @@ STEPS = 300
 SWEEPS = {
     "equal epochs": "batch size, equal epochs",
     "equal steps": "batch size, equal steps",
-    "ghost": f"group of the statistics, batches of {GHOST_BATCH}",
+    "ghost": f"group size, batches of {GHOST_BATCH}",
 }
 
 
@@ -167,6 +167,7 @@ def draw(lines: Sequence[Line], figure: Figure) -> None:
             sizes, [v.mean for v in values], [v.half_width for v in values], marker="o", capsize=3
         )
         axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes[::2], [str(size) for size in sizes[::2]])
         axes.set(xlabel=name)
         axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel="held-out accuracy")
