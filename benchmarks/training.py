@@ -36,6 +36,7 @@ from training.dataset import DatasetError, FashionMNIST, Split, load
 from training.fitting.fit import diverged, fit
 from training.fitting.graphs import fastest_step
 from training.fitting.images import on_device
+from training.fitting.precision import full_precision
 from training.fitting.recipes import RECIPES, Recipe
 from training.fitting.run import Epoch
 from training.fitting.scoring import evaluate
@@ -91,6 +92,8 @@ class Plain:
     def __init__(self, data: FashionMNIST, batch_size: int, device: str) -> None:
         images, self.labels = on_device(data.train, device)
         self.images = images.float() / 255
+        # torch's own generator cannot be used any more if a capture has failed before.
+        self.generator = torch.Generator(images.device).manual_seed(0)
         self.test = on_device(data.test, device)
         self.batch_size = batch_size
         self.model, self.optimizer = chapter_model(device)
@@ -98,7 +101,8 @@ class Plain:
     def train(self) -> None:
         """Take an epoch's steps."""
         self.model.train()
-        order = torch.randperm(len(self.labels), device=self.labels.device)
+        device = self.labels.device
+        order = torch.randperm(len(self.labels), generator=self.generator, device=device)
         for rows in torch.split(order, self.batch_size):
             loss = F.cross_entropy(self.model(self.images[rows]), self.labels[rows])
             self.optimizer.zero_grad()
@@ -262,6 +266,7 @@ def main(rounds: int, threads: int, quick: bool, as_json: bool) -> None:
     print(json.dumps(document))
 
 
+@full_precision()
 def measure_loops(
     data: FashionMNIST,
     device: str,
@@ -271,7 +276,7 @@ def measure_loops(
     progress: Progress,
     names: Collection[str] = LOOPS,
 ) -> list[Row]:
-    """Measure all loops in turn; the first round is a warm-up and is not used.
+    """Measure all loops in turn, without TF32; the first round is a warm-up and is not used.
 
     Args:
         data: the data set.

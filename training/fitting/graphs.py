@@ -1,6 +1,7 @@
 """The training step as CUDA graphs, used only if a replay gives the result of the eager step."""
 
 import logging
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -56,14 +57,14 @@ class Captured:  # pragma: no cover - needs a GPU
             now.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             if self.fitting.augmentation != NO_AUGMENTATION:  # otherwise nothing is drawn
-                graph.register_generator_state(self.fitting.generator)
+                with warnings.catch_warnings():  # torch after 2.13 registers it by itself
+                    warnings.simplefilter("ignore")
+                    graph.register_generator_state(self.fitting.generator)
             try:
                 with torch.cuda.graph(graph, pool=self.pool):
                     self.fitting.step(static)
-            finally:
-                torch.cuda.set_stream(
-                    now
-                )  # after a failed capture, its own stream is still current
+            finally:  # after a failed capture, its own stream is still current
+                torch.cuda.set_stream(now)
         return static, graph
 
 
@@ -115,10 +116,17 @@ def fastest_step(fitting: Fitting, capture: Callable[[Fitting], Step] = Captured
         if worst <= TOLERANCE:
             return captured
         reason = f"a replayed step differs from an eager one by {worst:.0%}"
-    except RuntimeError as error:  # torch raises this for every CUDA error
-        reason = f"a step could not be captured ({str(error).splitlines()[0]})"
+    except Exception as error:  # a mistake of ours is raised again by the first eager step
+        reason = f"a step could not be captured ({_cause(error)})"
     finally:
         fitting.augmentation = now
     log.warning("Training without CUDA graphs, more slowly: %s.", reason)
     fitting.generator = torch.Generator(fitting.labels.device)  # the old one may be in a graph
     return fitting.step
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of the first error; torch raises a second one when the capture ends."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]
