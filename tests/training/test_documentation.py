@@ -44,6 +44,9 @@ def test_every_row_of_figures_is_quoted_from_a_generated_page() -> None:
     quoted = [row for row in rows(PAGE) if not row.startswith("| `norm")]  # these: below
     assert len(quoted) > 8
     assert [row for row in quoted if row not in generated] == []
+    text = "".join(page.read_text() for page in pages)
+    intervals = re.findall(r"\d\.\d+ ± \d\.\d+", PAGE)
+    assert [interval for interval in intervals if interval not in text] == []
 
 
 def test_the_spread_of_batch_statistics_is_as_the_page_says(fashion_mnist: FashionMNIST) -> None:

@@ -27,7 +27,18 @@ from training.studies.fits import (
     steps_per_epoch,
     train,
 )
-from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
+from training.studies.study import (
+    HELD_OUT,
+    RECOMPUTED,
+    SEEDS,
+    Line,
+    Report,
+    Scale,
+    Study,
+    Task,
+    arms,
+    by_seed,
+)
 
 SIZES = (2, 8, 32, 64, 128, 512, 2048, 4096)
 GROUPS = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -154,7 +165,15 @@ def report(lines: Sequence[Line]) -> Report:
         "The interval in the answer is Bonferroni's, for the choice of one group size among "
         f"{len(sizes['ghost']) - 1}."
     )
-    return Report(answer, f"{tables}\n\n{choice}")
+    return Report(
+        answer,
+        f"{tables}\n\n{choice}",
+        "Mean held-out accuracy with its interval, by batch size (left, middle) and by the number "
+        "of images that share their statistics (right), on logarithmic axes.",
+        f"{lines[0]['images']:,} training images, SGD with a learning rate of 0.1, "
+        f"{len(value('ghost', whole))} seeds. Equal epochs: {lines[0]['epochs']}. Equal steps: "
+        f"{max(line.get('steps', 0) for line in lines)}. {RECOMPUTED} {HELD_OUT} {SEEDS}",
+    )
 
 
 def draw(lines: Sequence[Line], figure: Figure) -> None:

@@ -25,7 +25,19 @@ from training.studies.fits import (
     steps_per_epoch,
     train,
 )
-from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
+from training.studies.study import (
+    HELD_OUT,
+    RECOMPUTED,
+    SEEDS,
+    TOO_SHORT,
+    Line,
+    Report,
+    Scale,
+    Study,
+    Task,
+    arms,
+    by_seed,
+)
 
 SIZES = {128: 0.1, 2: 0.01, 1: 0.01}
 """The learning rate by batch size: noisy gradients need a lower one."""
@@ -94,7 +106,8 @@ def report(lines: Sequence[Line]) -> Report:
 
     others = ("layer", "group", "instance")
     best = max(others, key=lambda norm: fmean(value(norm, 128)))
-    small = max(others, key=lambda norm: fmean(value(norm, 1)))
+    pair, single = (max(others, key=lambda norm: fmean(value(norm, size))) for size in (2, 1))
+    ahead = paired_difference(value(pair, 2), value("batch", 2))
     change = paired_difference(value(best, 128), value("batch", 128))
     if change.low > 0:
         verdict = "They do better"
@@ -105,9 +118,9 @@ def report(lines: Sequence[Line]) -> Report:
     answer = (
         f"{verdict}: with batches of 128, the accuracy of the best other norm ({best}) is "
         f"{mean_interval(value(best, 128)):.3f}, {change:+.3f} compared with batch norm. With "
-        f"batches of 2, batch norm gives {mean_interval(value('batch', 2)):.3f}. With a batch of "
-        f"1, batch norm cannot train, and {small} norm gives "
-        f"{mean_interval(value(small, 1)):.3f}."
+        f"batches of 2, {pair} norm has {mean_interval(value(pair, 2)):.3f}, {ahead:+.3f} compared "
+        f"with batch norm. With a batch of 1, batch norm cannot train, and {single} norm has "
+        f"{mean_interval(value(single, 1)):.3f}."
     )
     rows = [
         [
@@ -123,8 +136,26 @@ def report(lines: Sequence[Line]) -> Report:
     heading = ["norm", *(f"batch of {size}" for size in SIZES), "test, batch of 128"]
     return Report(
         answer,
-        "Held-out accuracy. Plain SGD with a learning rate of 0.1; fits with batches of 1 and 2 "
-        f"have one epoch and a learning rate of 0.01.\n\n{table(heading, rows)}",
+        f"""Held-out accuracy:
+
+{table(heading, rows)}
+
+All of them subtract a mean and divide by a standard deviation. They differ in the values that these
+are computed over:
+
+- Batch norm: one channel, all images of the batch.
+- Layer norm: all channels of one image ([Ba et al., 2016](https://arxiv.org/abs/1607.06450)).
+- Group norm: a group of channels of one image; here 2 groups after a convolution, 4 after a linear
+  layer ([Wu and He, 2018](https://arxiv.org/abs/1803.08494)).
+- Instance norm: one channel of one image; here only after convolutions, because a linear layer has
+  one value there ([Ulyanov et al., 2016](https://arxiv.org/abs/1607.08022)).
+
+{TOO_SHORT}""",
+        "A point for each seed.",
+        f"{lines[0]['images']:,} training images, plain SGD: {lines[0]['epochs']} epochs with "
+        f"batches of 128 and a learning rate of {SIZES[128]:g}, one epoch with smaller batches and "
+        f"a learning rate of {SIZES[1]:g}; {len(value('batch', 128))} seeds. {RECOMPUTED} "
+        f"{HELD_OUT} {SEEDS}",
     )
 
 

@@ -17,7 +17,7 @@ from training.dataset import FashionMNIST
 from training.evaluation.card import table
 from training.evaluation.intervals import mean_interval, paired_difference
 from training.studies.fits import Norm, batch_norm, fitted, lenet, samples, scores
-from training.studies.study import Line, Report, Scale, Study, Task, arms, by_seed
+from training.studies.study import TOO_SHORT, Line, Report, Scale, Study, Task, arms, by_seed
 
 
 class MeanOnly(BatchNorm):
@@ -96,9 +96,17 @@ def report(lines: Sequence[Line]) -> Report:
         by_seed(lines, "held_out", norm="mean only"),
         by_seed(lines, "held_out", norm="variance only"),
     )
+    needed = [
+        part for part, change in (("division", mean), ("subtraction", variance)) if change.high < 0
+    ]
     verdict = "The figures do not show which part matters most"
-    if apart.excludes(0) and min(mean.high, variance.high) < 0:
+    if apart.excludes(0) and needed:
         verdict = f"The {'division' if apart.mean < 0 else 'subtraction'} matters most"
+    elif needed:
+        verdict = (
+            f"The {' and the '.join(needed)} {'are' if needed[1:] else 'is'} needed, but the "
+            "figures do not show which part matters most"
+        )
     affine = loss["both fixed"]
     failed = {
         norm: f"{sum(value < FAILED for value in by_seed(lines, 'held_out', norm=norm))} of "
@@ -120,8 +128,18 @@ def report(lines: Sequence[Line]) -> Report:
         ]
         for name in NORMS
     ]
+    heading = ["arm", "held-out accuracy", "paired difference from full", "test"]
     return Report(
-        answer, table(["arm", "held-out accuracy", "paired difference from full", "test"], rows)
+        answer,
+        f"""{table(heading, rows)}
+
+- Full: subtract the batch's mean, divide by its standard deviation, multiply by gamma, add beta.
+- Mean only: without the division. Variance only: without the subtraction.
+- Gamma fixed: it stays 1. Beta fixed: it stays 0. Both fixed: both stay so.
+- None: no batch norm.
+
+{TOO_SHORT}""",
+        "A point for each seed. Points of failed fits lie at 0.1, on top of each other.",
     )
 
 

@@ -16,14 +16,21 @@ from training.atomic import write_whole
 from training.dataset import FashionMNIST, load
 from training.evaluation.pictures import save_figure
 from training.studies.records import Records, conditions, in_words
-from training.studies.study import Line, Report, Scale, Study, Task
+from training.studies.study import HELD_OUT, RECOMPUTED, SEEDS, Line, Report, Scale, Study, Task
 
 CONNECT_SECONDS = 10.0
 OVERVIEW = """# Studies
 
-The chapter's questions, answered by experiment. `python -m training study NAME` runs a study,
-`--list` shows the names, `--all` runs all studies (about two hours on two cores), `--cluster
-ADDRESS` sends the fits to a Dask scheduler. The command writes this page.
+The questions of
+[the chapter on batch normalisation](https://d2l.ai/chapter_convolutional-modern/batch-norm.html),
+answered by experiment. [batch-norm.md](../batch-norm.md) explains the layer.
+
+Accuracy is the share of right answers, 0 to 1; with ten classes, guessing gives 0.1. ± is a 95 %
+t-interval over fits with different seeds. "Held out" are training images that no fit sees.
+
+`python -m training study NAME` runs a study, `--list` shows the names, `--all` runs all studies
+(about two hours on two cores), `--cluster ADDRESS` sends the fits to a Dask scheduler. The command
+writes this page.
 """
 
 
@@ -121,11 +128,17 @@ def page(study: Study, report: Report, records: Records, scale: Scale) -> str:
     """Return a study's page in Markdown; the answer comes first."""
     options = "" if scale == Scale() else f" --seeds {scale.seeds}"
     task = study.tasks(scale)[0]
+    method = report.method or (
+        f"{task['images']:,} training images, {task['epochs']} epochs of SGD with batches of 128 "
+        f"and a learning rate of 0.1, {scale.seeds} seeds. {RECOMPUTED} {HELD_OUT} {SEEDS}"
+    )
     return f"""# {study.title}
 
 **{report.answer}**
 
 ![{study.title}]({study.name}.png)
+
+{report.caption}
 
 From the chapter: {study.source}.
 
@@ -133,10 +146,7 @@ From the chapter: {study.source}.
 
 ## How it was measured
 
-{task["images"]:,} training images, {task["epochs"]} epochs and {scale.seeds} seeds. Arms with the
-same seed start from the same weights and see the same images in the same order. Intervals are 95 %
-t-intervals over the seeds. Accuracy is on 10,000 held-out training images; "test" is accuracy on
-the test set, and no choice was made by it. Where the text above says otherwise, the text is right.
+{method}
 
 {in_words(records.conditions)}.
 
@@ -168,6 +178,7 @@ def overview(studies: Iterable[Study], folder: Path) -> str:
             answer = file.read_text(encoding="utf-8").split("**")[1]
             parts.append(
                 f"## [{study.title}]({study.name}.md)\n\n{answer}\n\n"
+                f"From the chapter: {study.source}.\n\n"
                 f"![{study.title}]({study.name}.png)\n"
             )
         else:

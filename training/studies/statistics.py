@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training.batch_norm import set_statistics
 from training.dataset import FashionMNIST
 from training.evaluation.card import table
-from training.evaluation.intervals import mean_interval
+from training.evaluation.intervals import Interval, mean_interval, paired_difference
 from training.model import initialise, norm_layers
 from training.studies.fits import (
     Sample,
@@ -30,7 +30,7 @@ from training.studies.fits import (
     steps_per_epoch,
     train,
 )
-from training.studies.study import Line, Report, Scale, Study, Task, arms
+from training.studies.study import SEEDS, Line, Report, Scale, Study, Task, arms
 
 MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.99)
 """Shares of the old value in the new moving average; the chapter's is 0.9."""
@@ -143,13 +143,27 @@ def report(lines: Sequence[Line]) -> Report:
     means = {k: mean_interval([fmean(line[k][-LAST:]) for line in lines]) for k in KINDS}
     seeds = {k: stdev([line[k][-1] for line in lines]) for k in KINDS}
     chapter, low, high = ratio(lines, CHAPTER)
-    gain = mean_interval([fmean(x["all"][-LAST:]) - fmean(x[CHAPTER][-LAST:]) for x in lines])
-    best = max((k for k in KINDS if k.startswith("momentum")), key=lambda k: means[k].mean)
+
+    def over_chapter(kind: str) -> Interval:
+        return paired_difference(
+            [fmean(line[kind][-LAST:]) for line in lines],
+            [fmean(line[CHAPTER][-LAST:]) for line in lines],
+        )
+
+    gain = over_chapter("all")
+    verdict = "Neither is measurably better"
+    if gain.excludes(0):
+        kind = "Statistics of the whole training set" if gain.mean > 0 else "Moving averages"
+        verdict = f"{kind} are better"
+    others = [kind for kind in KINDS if kind.startswith("momentum") and kind != CHAPTER]
+    best = max(others, key=lambda kind: means[kind].mean)
+    better = over_chapter(best)
+    helps = "helps" if better.low > 0 else "does not measurably help"
     answer = (
-        f"With statistics of the whole training set instead of moving averages (momentum 0.9), "
-        f"held-out accuracy changes by {gain:+.4f}. Between epochs, the accuracy with moving "
-        f"averages varies {chapter:.1f} times as much (95 % interval {low:.1f} to {high:.1f}). The "
-        f"best momentum here is {best.removeprefix('momentum ')}."
+        f"{verdict} (held-out accuracy, whole set minus moving averages with momentum 0.9: "
+        f"{gain:+.4f}). Between epochs, the accuracy with moving averages varies {chapter:.1f} "
+        f"times as much (95 % interval {low:.1f} to {high:.1f}). "
+        f"Another momentum {helps} (the best, {best.removeprefix('momentum ')}: {better:+.4f})."
     )
     rows = []
     for kind, name in KINDS.items():
@@ -169,7 +183,7 @@ def report(lines: Sequence[Line]) -> Report:
         )
     heading = [
         "statistics",
-        "mean",
+        "held-out accuracy",
         "between epochs",
         "ratio to all images",
         "between seeds",
@@ -181,12 +195,22 @@ def report(lines: Sequence[Line]) -> Report:
 
 {table(heading, rows)}
 
-The chapter's recipe: batch 128, SGD with a learning rate of 0.1. "Between epochs" is the standard
-deviation about a straight line through each fit's accuracies, and the next column is its ratio to
-that of all training images. "Between seeds" is the standard deviation after the last epoch. {FEW:,}
-images are as many as moving averages with momentum 0.9 effectively use, but all of them are seen
-with the final weights. If this row is as good as that of all images, moving averages do not lack
-images; they are out of date.""",
+- Held-out accuracy: the mean over these epochs and the seeds.
+- Between epochs: the standard deviation of a fit's accuracies about a straight line through them;
+  the mean over the seeds. Ratio: how many times the spread of all training images it is, the
+  geometric mean over the seeds, with its 95 % interval.
+- Between seeds: the standard deviation after the last epoch. Lowest: of any seed in these epochs.
+- {FEW:,} images: as many as moving averages with momentum 0.9 effectively use, but seen with the
+  final weights. If this row is as good as that of all images, moving averages do not lack images;
+  they are out of date.""",
+        "A panel for each kind of statistics, a line for each seed. The first three panels are "
+        "moving averages with this share of the old value (momentum); the last has the statistics "
+        "of all training images. The weights are the same in all panels.",
+        f"The chapter's recipe: {lines[0]['images']:,} training images, {lines[0]['epochs']} "
+        "epochs of SGD with batches of 128 and a learning rate of 0.1, "
+        f"{len(lines)} seeds. Moving averages do not influence training, so each fit is judged "
+        'with every kind of statistics. "Held out" are the last 10,000 training images, which no '
+        f"fit sees. {SEEDS}",
     )
 
 

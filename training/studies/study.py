@@ -39,18 +39,41 @@ class Scale:
 
 QUICK = Scale(images=512, epochs=1, seeds=2, quick=True)
 
+# Sentences of several pages; a study with a method of its own takes those that hold for it.
+RECOMPUTED = (
+    "Before a network is judged, its batch norms get the statistics of its training images."
+)
+HELD_OUT = (
+    '"Held out" are the last 10,000 training images, which no fit sees; "test" is the accuracy on '
+    "the test set, and no choice was made by it."
+)
+SEEDS = (
+    "A seed decides the first weights and the order of the images. Fits with the same seed share "
+    "both, and a paired difference compares them seed by seed. ± is a 95 % t-interval over the "
+    "seeds."
+)
+TOO_SHORT = (
+    "Without batch norm, fits of this length stay at chance (0.1); "
+    "[longer ones](covariate-shift.md) learn. So the figures show how fast a network learns, not "
+    "how good it becomes."
+)
+
 
 @dataclass(frozen=True)
 class Report:
     """The result of a study.
 
     Attributes:
-        answer: the answer in a few sentences, with its figures.
+        answer: the answer, with its figures; the first sentence answers the question.
         body: Markdown: the tables, with explanations.
+        caption: what the figure shows, and what one point or line of it is.
+        method: how it was measured; by default these are the fits of `fits.fitted`.
     """
 
     answer: str
     body: str
+    caption: str
+    method: str = ""
 
 
 @dataclass(frozen=True)
