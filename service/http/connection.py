@@ -15,6 +15,7 @@ The way of a request: `data_received`, `_advance`, `_parse`, the `on_...` method
 """
 
 import asyncio
+import logging
 import re
 import socket
 from collections import deque
@@ -70,6 +71,7 @@ EMPTY = memoryview(b"")
 HOST = re.compile(rb" *([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)? *")
 SERVER_STATE = {"connections", "default_headers", "total_requests"}
 
+logger = logging.getLogger("service")
 format_field = b"%b: %b\r\n".__mod__
 is_host = lru_cache(64)(HOST.fullmatch)  # most clients send the same host
 
@@ -195,7 +197,8 @@ class Connection(asyncio.Protocol):
         if self._closing or not (self._queue or self._unparsed):
             return False  # asyncio closes the connection
         self._half_closed = True
-        self._loop.call_later(PROBE_SECONDS, self._probe)
+        if self._parser.get_http_version() == "1.1":  # HTTP/1.0 has no interim answers
+            self._loop.call_later(PROBE_SECONDS, self._probe)
         return True
 
     def pause_writing(self) -> None:
@@ -270,16 +273,20 @@ class Connection(asyncio.Protocol):
                 self._upgrade_offered = True
                 return
             _check_head(version, headers)
+            body_bytes = int(headers.get(b"content-length", 0))
             method, (path, query) = parser.get_method().decode("ascii"), _split_target(self._url)
         except ServiceError as error:
             self._refuse_last(error)
+            return
+        except ValueError:  # Python converts at most 4300 digits, and httptools takes any zeros
+            self._refuse_last(_invalid_http())
             return
         exchange = Exchange(method, path, query, headers, self._admission.budget)
         exchange.keep_alive = version == "1.1" and parser.should_keep_alive()
         self._gate.dispatch(exchange)
         self._queue.append(exchange)
         self._incoming = exchange
-        self._body_bytes_left = int(headers.get(b"content-length", 0))
+        self._body_bytes_left = body_bytes
         self._expects_continue = (
             b"expect" in headers
             and headers[b"expect"].lower() == b"100-continue"
@@ -360,7 +367,7 @@ class Connection(asyncio.Protocol):
             if "HTTP version" in str(exc) or "PRI" in str(exc):
                 self._refuse_last(UnsupportedVersion("Send the request as HTTP/1.1."))
             else:
-                self._refuse_last(BadRequest("The request is not valid HTTP.", code="invalid_http"))
+                self._refuse_last(_invalid_http())
         if self._unfinished_bytes > MAX_HEAD_BYTES:
             self._refuse_last(_head_too_large())
 
@@ -388,10 +395,11 @@ class Connection(asyncio.Protocol):
         exchange = self._incoming
         if exchange is None:
             self._queue.append(self._gate.refuse_head(error, self._headers))
-        elif exchange.answer is None and self._queue and self._queue[-1] is exchange:
-            exchange.answer = self._gate.refuse(error, exchange)
+        elif self._queue and self._queue[-1] is exchange:
             exchange.keep_alive = False
-            exchange.release()
+            if exchange.answer is None:
+                exchange.answer = self._gate.refuse(error, exchange)
+                exchange.release()
         elif not self._queue:
             self._close()  # the request was answered before its body was complete
 
@@ -512,8 +520,12 @@ class Connection(asyncio.Protocol):
             if not self._writable:
                 self._transport.abort()
                 return
-            while len(self._queue) > self._answering:
+            dropped = len(self._queue) - self._answering
+            for _ in range(dropped):
                 self._queue.pop().release()
+            if dropped:
+                fields = {"client": self._client, "count": dropped}
+                logger.info("queued requests are dropped", extra={"fields": fields})
             self._incoming = None
             self._refuse_last(error)
             self._admission.budget.give_back(self._held_bytes)
@@ -550,7 +562,8 @@ class Connection(asyncio.Protocol):
         if self._transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self._transport.abort()
             return
-        self._transport.write(CONTINUE)
+        if self._writable:  # else unread answers probe for us, and `_check_idle` watches them
+            self._transport.write(CONTINUE)
         self._loop.call_later(PROBE_SECONDS, self._probe)
 
 
@@ -585,12 +598,16 @@ def _split_target(url: bytes) -> tuple[str, bytes]:
         try:
             parsed = parse_url(url)
         except HttpParserError:
-            raise BadRequest("The request is not valid HTTP.", code="invalid_http") from None
+            raise _invalid_http() from None
         path, query = parsed.path or b"/", parsed.query or b""
     else:
         path, _, query = url.partition(b"?")
     text = path.decode("latin-1")
     return unquote(text) if "%" in text else text, query
+
+
+def _invalid_http() -> BadRequest:
+    return BadRequest("The request is not valid HTTP.", code="invalid_http")
 
 
 def _head_too_large() -> HeadersTooLarge:

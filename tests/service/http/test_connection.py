@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from uvicorn.server import ServerState
 
+from service.errors import SlowRequest
 from service.http import connection as connection_module
 from service.http.connection import (
     FIELD_OVERHEAD_BYTES,
@@ -179,6 +180,23 @@ class TestMemory:
         assert budget.bytes_left == 5000
         transport.close()
 
+    async def test_dropped_requests_are_logged_in_one_line(
+        self, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """They have no lines in the access log; the answer 503 stands for all of them."""
+        caplog.set_level(logging.INFO, "service")
+        app = make_app()
+        app.admission.budget.bytes_left = 5000
+        done = never_ready(app)
+        connection, transport = connect(app)
+        connection.data_received(POST + GET * 3)
+        done.set()
+        await until(lambda: transport.ended)
+        lines = [(r.message, vars(r)["fields"]) for r in caplog.records if r.name == "service"]
+        fields = {"client": "192.0.2.1", "count": 3}
+        assert lines == [("queued requests are dropped", fields)]
+        transport.close()
+
     async def test_a_client_that_does_not_read_is_disconnected_when_the_budget_is_full(
         self, make_app: MakeApp
     ) -> None:
@@ -267,6 +285,8 @@ class TestHead:
             (HEAD + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n", 501),
             (HEAD + b"Transfer-Encoding: Chunked \r\n\r\n" + CHUNKS, 200),
             (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n", 400),
+            (HEAD + b"Content-Length: 000784\r\n\r\n" + bytes(784), 200),
+            (HEAD + b"Content-Length: " + b"0" * 5000 + b"784\r\n\r\n", 400),
         ],
     )
     async def test_the_head_is_checked_as_the_standard_says(
@@ -315,6 +335,21 @@ class TestHead:
         assert statuses(transport) == [431]
         assert b"access-control-allow-origin: https://shop.example\r\n" in transport.sent[0]
         transport.close()
+
+
+async def test_a_refused_request_that_never_ends_is_the_last(make_app: MakeApp) -> None:
+    """The rest of the connection is not parsed: a next request would wait for ever."""
+    app = make_app()
+    done = never_ready(app)
+    connection, transport = connect(app)
+    refused = HEAD.replace(b"octet", b"odd") + b"Content-Length: 9\r\n\r\n"
+    connection.data_received(POST + refused + b"1")
+    connection.evict(SlowRequest("Too slow."))
+    done.set()
+    await until(lambda: transport.ended)
+    assert statuses(transport) == [200, 415]
+    assert b"\r\nconnection: close\r\n" in transport.sent[1]
+    transport.close()
 
 
 class TestContinue:
@@ -459,6 +494,33 @@ class TestHalfClosed:
                     rb"(HTTP/1.1 100 Continue\r\n\r\n)+HTTP/1.1 200 OK\r\n.*", answer, re.DOTALL
                 )
                 client.close()
+
+    async def test_http_1_0_has_no_interim_answers(
+        self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(connection_module, "PROBE_SECONDS", 0.01)
+        app = make_app()
+        done = never_ready(app)
+        connection, transport = connect(app)
+        connection.data_received(POST.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        assert connection.eof_received()
+        await asyncio.sleep(0.05)
+        done.set()
+        await until(lambda: transport.closed)
+        assert statuses(transport) == [200]
+
+    async def test_a_client_that_does_not_read_is_disconnected(
+        self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Probes that wait with the unread answers do not look like progress."""
+        monkeypatch.setattr(connection_module, "PROBE_SECONDS", 0.01)
+        connection, transport = connect(make_app(request_timeout_seconds=0.1))
+        transport.unread = 5000
+        connection.pause_writing()
+        connection.data_received(GET)
+        assert connection.eof_received()
+        await until(lambda: transport.closed)
+        assert transport.sent == []
 
 
 class serving:  # noqa: N801 - used like a function
