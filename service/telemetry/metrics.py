@@ -128,7 +128,10 @@ class Metrics:
         """
         registry = CollectorRegistry()
         registry.register(_Families(totals, self._model))
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # it asks for a version that is not a number
+            encode, content_type = choose_encoder("")
         return encode(registry), content_type
 
 

@@ -66,6 +66,17 @@ async def test_metrics_have_the_form_that_the_client_accepts(make_app: Callable[
     assert answer.body.endswith(b"\n# EOF\n")
 
 
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+async def test_metrics_of_an_unknown_version_are_plain_text(
+    make_app: Callable[..., Gate], kind: str
+) -> None:
+    """Prometheus's own library raises an error at such a version."""
+    accept = {"Accept": f"{kind};version=latest"}
+    answer = await ask(make_app(), b"", method="GET", target="/metrics", headers=accept)
+    assert answer.status == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
 async def test_every_stage_of_a_prediction_is_counted(make_app: Callable[..., Gate]) -> None:
     app = make_app()
     for _ in range(3):
