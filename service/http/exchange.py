@@ -22,6 +22,9 @@ Headers = list[tuple[bytes, bytes]]
 
 DECOMPRESSED_CHUNK_BYTES = 2**18  # takes less than a millisecond to decompress
 COMPRESSED_CHUNK_BYTES = 2**14  # small, because zlib copies the input that it does not use
+# A longer body is decompressed in a thread. Blocks may be empty: so many bytes of them take some
+# 4 ms, and 10 MB of them over a second, without a byte of output.
+MAX_INLINE_BYTES = 2**15
 MAX_GZIP_MEMBERS = 1000  # even an empty member takes some microseconds
 MAX_DISCARDED_BYTES = 65_536  # to read and drop these costs less than a new connection
 UNMATCHED = "unmatched"  # the route in metrics and logs when no route has the path
@@ -215,9 +218,10 @@ class Exchange:
         limit = self.body_limit
         chunk = min(limit + 1, DECOMPRESSED_CHUNK_BYTES)
         pieces = _decompressed(body, name == b"deflate", chunk)
-        plain = _join(pieces, chunk)
+        inline = len(body) <= MAX_INLINE_BYTES
+        plain = _join(pieces, chunk) if inline else b""
         self._hold(len(plain))
-        if DECOMPRESSED_CHUNK_BYTES <= len(plain) <= limit:
+        if not inline or DECOMPRESSED_CHUNK_BYTES <= len(plain) <= limit:
             # There may be much more: continue in a thread, so that the event loop stays free. One
             # body at a time; the budget first holds the most that it may need.
             async with self._budget.decompressing:

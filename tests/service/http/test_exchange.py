@@ -18,7 +18,12 @@ from service.errors import (
     UnsupportedMediaType,
 )
 from service.http.budget import BodyBudget
-from service.http.exchange import DECOMPRESSED_CHUNK_BYTES, MAX_GZIP_MEMBERS, Exchange
+from service.http.exchange import (
+    DECOMPRESSED_CHUNK_BYTES,
+    MAX_GZIP_MEMBERS,
+    MAX_INLINE_BYTES,
+    Exchange,
+)
 
 LIMIT = 1000
 
@@ -196,6 +201,30 @@ def test_only_a_long_body_is_decompressed_in_a_thread(
     for limit in {len(plain) - 1, min(len(plain), DECOMPRESSED_CHUNK_BYTES) - 1, LIMIT}:
         with pytest.raises(PayloadTooLarge):
             read([packed], headers, budget=budget, limit=limit)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_long_body_that_unpacks_to_little_leaves_the_event_loop_free(
+    more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten megabytes of empty blocks took over a second."""
+    threads: list[Any] = []
+    to_thread = asyncio.to_thread
+
+    async def counted(*call: Any) -> Any:
+        threads.append(call)
+        return await to_thread(*call)
+
+    monkeypatch.setattr(asyncio, "to_thread", counted)
+    size = MAX_INLINE_BYTES + more
+    plain = b"last"[: size % 5]
+    empty, end = b"\x00\x00\x00\xff\xff", b"\x01%c\x00%c\xff" % (len(plain), 255 - len(plain))
+    packed = empty * (size // 5 - 1) + end + plain  # blocks as in RFC 1951, section 3.2.4
+    assert len(packed) == size
+    headers = {b"content-length": b"%d" % len(packed), b"content-encoding": b"deflate"}
+    budget = make_budget(1_000_000)
+    assert read([packed], headers, budget=budget, limit=2 * MAX_INLINE_BYTES) == plain
+    assert len(threads) == more
 
 
 def test_a_bomb_is_decompressed_no_further_than_the_limit() -> None:
