@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -144,6 +145,8 @@ def _settings() -> "Settings":
 
 
 def _serve(supervisor: int | None = None, inherited: tuple[int, ...] = ()) -> None:
+    if os.getpid() == 1:  # in a container; the kernel drops its signals that have no handler
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     settings = _settings()
 
     try:

@@ -279,4 +279,5 @@ class Supervisor:
         for listener in self._listeners:  # an open copy would keep the port open
             listener.close()
         for worker in self._workers:
-            worker.send_signal(number)
+            # Python and click answer SIGINT before the server does, with a message and status 1.
+            worker.send_signal(number if worker.ready else signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -68,6 +69,19 @@ def test_options_of_serve_are_not_ignored_before_another_command() -> None:
     done = service("--port", "9000", "classify", "a.png")
     assert done.returncode == 2
     assert "Write --host, --port and --workers after `serve`." in done.stderr
+
+
+@pytest.mark.parametrize(("pid", "status"), [(1, 143), (2, -signal.SIGTERM)])
+def test_a_container_can_be_stopped_while_it_starts(pid: int, status: int) -> None:
+    """The kernel drops a signal to process 1 of a container that has no handler for it."""
+    program = f"""
+import os, signal, service.__main__ as main
+os.getpid = lambda: {pid}
+main._settings = lambda: signal.raise_signal(signal.SIGTERM)
+main.main(["serve"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == status
 
 
 class TestStart:
