@@ -547,6 +547,16 @@ class TestDrawing:
         assert 8 <= widths[0] <= 20
         assert widths[1] > 2 * widths[0]
 
+    def test_uses_the_pen_that_is_marked_after_a_way_back(self, page: Page) -> None:
+        page.get_by_label("Broad pen").check()
+        page.get_by_role("link", name="Documentation").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Documentation")
+        page.go_back()
+        expect(page.locator("#revision")).to_have_text(re.compile("^[0-9a-f]{12}$"))
+        draw(page, (0.2, 0.5), (0.8, 0.5))
+        broad = page.get_by_label("Broad pen").is_checked()  # browsers differ
+        assert ((ink(page)[:, 280] < 128).sum() > 30) == broad
+
     def test_is_undone_stroke_by_stroke(self, page: Page) -> None:
         undo = page.get_by_role("button", name="Undo")
         expect(undo).to_be_disabled()
@@ -662,7 +672,8 @@ class TestErrors:
         expect_answer(page, answer)
 
     @pytest.mark.parametrize(
-        ("status", "body"), [(200, "{}"), (200, "null"), (413, "<html>"), (502, '{"oops": 1}')]
+        ("status", "body"),
+        [(200, "{}"), (200, "null"), (413, "<html>"), (502, '{"error": {"id": 1}}')],
     )
     def test_are_sentences_when_another_server_answers(
         self, page: Page, trousers: bytes, answer: dict[str, Any], status: int, body: str
@@ -675,6 +686,21 @@ class TestErrors:
         expect(page.get_by_role("alert")).to_contain_text(f"is not the service: {status}")
         choose(page, trousers)
         expect_answer(page, answer)
+
+    def test_of_the_service_itself_have_an_id_to_report(
+        self, page: Page, client: httpx.Client, trousers: bytes
+    ) -> None:
+        statuses = client.get("/openapi.json").json()["paths"]["/predict"]["post"]["responses"]
+        examples = statuses["500"]["content"]["application/json"]["examples"]
+        error = examples["internal_error"]["value"]
+        page.route(
+            "**/predict?echo=pixels", lambda route: route.fulfill(status=500, json=error), times=1
+        )
+        page.route("**/readyz", lambda route: route.abort())  # so that it is not tried again
+        choose(page, trousers)
+        expect(page.get_by_role("alert")).to_contain_text(
+            f"report the request id {error['request_id']}."
+        )
 
     def test_speak_of_the_file_in_megabytes(self, page: Page, tmp_path: Path) -> None:
         path = tmp_path / "large.png"

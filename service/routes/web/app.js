@@ -43,7 +43,7 @@ async function ask() {
     if (signal.aborted) continue;
     shown = signal;
     if (reply.status === 200) show(reply);
-    else refuse(reply.status, reply.answer.error);
+    else refuse(reply.status, reply.answer.error, reply.answer.request_id);
   }
   asking = false;
   $("output").ariaBusy = "false";
@@ -63,7 +63,7 @@ async function post(picture, signal) {
     const request = { method: "POST", headers, body: picture.blob, signal };
     response = await fetch("predict?echo=pixels", request);
     const answer = await response.json();
-    const complete = response.ok ? answer.predictions && answer.pixels : answer.error;
+    const complete = response.ok ? answer.predictions && answer.pixels : typeof answer.error === "string";
     if (!complete) throw new TypeError("not this service's answer");
     return { status: response.status, answer, picture, milliseconds: performance.now() - begin };
   } catch { // a proxy may have answered
@@ -86,8 +86,8 @@ function waitForService() {
 
 const percent = (p) => `${(100 * p).toFixed(1)} %`;
 const megabytes = (_, number) => `${+(number.replaceAll(",", "") / 2 ** 20).toFixed(1)} MB`;
-const forPeople = (sentence) => sentence // people know the body as their file
-  .replace("The body", "The file").replace(/(\d+(?:,\d{3}){2,}|\d{7,}) bytes/g, megabytes);
+const forPeople = (sentence, id) => sentence // people know the body as their file, and see no header fields
+  .replace("The body", "The file").replace("the request id", `the request id ${id}`).replace(/(\d+(?:,\d{3}){2,}|\d{7,}) bytes/g, megabytes);
 
 function show({ answer, picture, milliseconds }) {
   refuse(200, "");
@@ -134,9 +134,9 @@ function fillBar(rank, label, probability) {
   number.textContent = percent(probability);
 }
 
-function refuse(status, sentence) {
+function refuse(status, sentence, id) {
   const aboutKey = key ? "The service does not accept this key." : "The service needs an API key.";
-  $("error").textContent = status === 401 ? aboutKey : forPeople(sentence);
+  $("error").textContent = status === 401 ? aboutKey : forPeople(sentence, id);
   $("key-form").hidden = status !== 401;
   if (status === 401) $("key").focus();
   if (status !== 200) clearAnswer("No answer");

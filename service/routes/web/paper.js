@@ -111,7 +111,7 @@ export function makePaper(canvas, changed) {
     if (event.button || !event.isPrimary) return; // ignore a second finger
     canvas.setPointerCapture(event.pointerId);
     before = enclosed();
-    stroke = { tool: TOOLS[paper.tool], points: [], cells: [] };
+    stroke = { tool: TOOLS[paper.tool()], points: [], cells: [] };
     strokes.push(stroke);
     move(event);
     changed();
@@ -126,7 +126,7 @@ export function makePaper(canvas, changed) {
 
   const paper = {
     canvas,
-    tool: "fine",
+    tool: () => "fine",
     get empty() { return strokes.length === 0; },
     undo() {
       if (stroke) return;
@@ -145,7 +145,7 @@ export function makePaper(canvas, changed) {
 
 /** Connects the tools: radio buttons named `tool`, and a button that undoes the last stroke. */
 export function bindTools(form, undo, paper, changed) {
-  form.addEventListener("change", (event) => { paper.tool = event.target.value; });
+  paper.tool = () => form.elements.tool.value; // browsers may restore it without an event
   const undoStroke = () => {
     if (paper.empty) return;
     paper.undo();
