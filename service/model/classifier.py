@@ -1,7 +1,9 @@
 """The loaded model: pixels in, probabilities out. This module knows arrays only."""
 
+import os
+import re
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -28,7 +30,8 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 OUTPUTS = [OUTPUT[0]]
 MAX_BATCH = 32  # on a CPU a larger batch is no faster, and ONNX Runtime never frees its memory
 BATCHES_CHECKED = (*range(2, 17), 31, 32)
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # the only batch sizes that run on a GPU
+USE_AUTO = "set BNLENET_DEVICE to auto"
+BUCKETS = (1, 4, 16, 64, 256)  # the only batch sizes that run on a GPU
 
 
 class Classifier:
@@ -37,14 +40,21 @@ class Classifier:
     Args:
         session: an ONNX Runtime session of a checked model file.
         info: the model's description.
+        open_another: opens one more such session, for a GPU.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, info: ModelInfo) -> None:
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        info: ModelInfo,
+        open_another: Callable[[], onnxruntime.InferenceSession],
+    ) -> None:
         self.info = info
         self._session_run: Run = session.run
         self._max_batch = MAX_BATCH
         if info.provider != CPU:
-            self._session_run, self._max_batch = _in_buckets(session.run), BUCKETS[-1]
+            sessions = [session, *(open_another() for _ in BUCKETS[1:])]
+            self._session_run, self._max_batch = _in_buckets(sessions), BUCKETS[-1]
         elif not self._rows_are_independent():
             self._max_batch = 1
 
@@ -112,17 +122,19 @@ class Classifier:
             metadata=artefact.metadata,
         )
         try:
-            classifier = cls(session, info)
+            classifier = cls(session, info, lambda: _open_session(artefact, device))
             error = _self_test_error(classifier, artefact.self_test)
         except Exception as exc:  # as in `_open_session`
+            remedy = REMEDY if info.provider == CPU else f"{_short(exc)}; {USE_AUTO}"
             raise ModelError(
-                f"The model file {artefact.path} cannot be run on {info.provider}: {REMEDY}."
+                f"The model file {artefact.path} cannot be run on {info.provider}: {remedy}."
             ) from exc
         tolerance = artefact.self_test.tolerance
         if not error <= tolerance:  # also when it is NaN
+            remedy = "export it again" if info.provider == CPU else USE_AUTO
             raise ModelError(
                 f"The model file {artefact.path} fails its self-test on {info.provider}: off by"
-                f" {error:.1e} where {tolerance:.0e} is allowed; export it again."
+                f" {error:.1e} where {tolerance:.0e} is allowed; {remedy}."
             )
         return classifier
 
@@ -133,10 +145,11 @@ def _self_test_error(classifier: Classifier, test: SelfTest) -> float:
     return float(np.abs(classifier.probabilities(pixels) - np.array(test.probabilities)).max())
 
 
-def _in_buckets(run: Run) -> Run:
+def _in_buckets(sessions: Sequence[onnxruntime.InferenceSession]) -> Run:
     """Return a function that pads batches to one of the `BUCKETS`; first run each size once.
 
-    CUDA searches for algorithms at every new shape, and never frees the memory for a shape. IO
+    Each size has its own session: on CUDA, ONNX Runtime plans a convolution again whenever the
+    shape differs from the last run's (https://github.com/microsoft/onnxruntime/issues/23006). IO
     binding and CUDA graphs are not used: their gain on a GPU has not been measured.
     """
 
@@ -145,12 +158,13 @@ def _in_buckets(run: Run) -> Run:
     ) -> list[NDArray[np.float32]]:
         pixels = feed["pixels"]
         count = len(pixels)
-        padded = np.zeros((BUCKETS[bisect_left(BUCKETS, count)], *pixels.shape[1:]), np.uint8)
+        bucket = bisect_left(BUCKETS, count)
+        padded = np.zeros((BUCKETS[bucket], *pixels.shape[1:]), np.uint8)
         padded[:count] = pixels
-        return [output[:count] for output in run(outputs, {"pixels": padded})]
+        return [output[:count] for output in sessions[bucket].run(outputs, {"pixels": padded})]
 
     for size in BUCKETS:
-        run(OUTPUTS, {"pixels": np.zeros((size, 1, 28, 28), np.uint8)})
+        run_padded(OUTPUTS, {"pixels": np.zeros((size, 1, 28, 28), np.uint8)})
     return run_padded
 
 
@@ -173,17 +187,30 @@ def _open_session(artefact: Artefact, device: Device) -> onnxruntime.InferenceSe
 def _open_on_cuda(data: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     """Open a session on the GPU, or fail; ONNX Runtime alone would silently use the CPU."""
     cause: Exception | None = None
+    # Where cuDNN has no plan without TF32, ONNX Runtime takes one with it in spite of `use_tf32`.
+    # NVIDIA's libraries obey this variable. Only a GPU can show it.
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    onnxruntime.preload_dlls()  # first: it also registers CUDA where that is a plug-in
     if CUDA in onnxruntime.get_available_providers():  # else ONNX Runtime prints a warning
-        onnxruntime.preload_dlls()
         cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
         providers = [(CUDA, cuda), CPU]
         try:
-            session = onnxruntime.InferenceSession(data, options, providers=providers)
+            # With the fallback, the first error in a run would move the session to the CPU.
+            session = onnxruntime.InferenceSession(
+                data, options, providers=providers, enable_fallback=0
+            )
             if session.get_providers()[0] == CUDA:
                 return session
         except Exception as exc:  # as above; the file is good: a CPU session has opened it
             cause = exc
+    reason = f" ({_short(cause)})" if cause else ""
     raise ModelError(
-        "BNLENET_DEVICE is cuda, but ONNX Runtime got no CUDA device: install the `gpu` extra and"
-        " a driver, or set BNLENET_DEVICE to auto."
+        f"BNLENET_DEVICE is cuda, but ONNX Runtime got no CUDA device{reason}:"
+        f" install the `gpu` extra and a driver, or {USE_AUTO}."
     ) from cause
+
+
+def _short(error: Exception) -> str:
+    """Return what failed: an error of ONNX Runtime may be pages long, and begin with C++ types."""
+    failure = re.search(r"CU[A-Z_]+ failure [^;\n]*[^;\s]", str(error))
+    return failure[0] if failure else str(error).partition("\n")[0][:200]

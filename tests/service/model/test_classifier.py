@@ -75,12 +75,14 @@ def test_a_gpu_gets_few_batch_sizes_and_each_is_run_at_the_start(
     images: NDArray[np.uint8],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On the CPU: the session here only claims to have CUDA."""
+    """On the CPU: the sessions here only claim to have CUDA."""
     sizes: list[int] = []
+    sessions: dict[int, set[int]] = {}
     run = onnxruntime.InferenceSession.run
 
     def recorded(session: Any, names: Any, feed: Any) -> Any:
         sizes.append(len(feed["pixels"]))
+        sessions.setdefault(sizes[-1], set()).add(id(session))
         return run(session, names, feed)
 
     many = np.concatenate([images, images[::-1], images[:100]])
@@ -90,14 +92,16 @@ def test_a_gpu_gets_few_batch_sizes_and_each_is_run_at_the_start(
         onnxruntime.InferenceSession, "get_providers", lambda _: ["CUDAExecutionProvider"]
     )
     bucketed = Classifier.load(artefact)
-    assert tuple(sizes[: len(BUCKETS)]) == BUCKETS == tuple(2**i for i in range(9))
+    assert tuple(sizes[: len(BUCKETS)]) == BUCKETS == tuple(4**i for i in range(5))
 
     for count in (*range(1, 257), 257, 300, 512, 612):
         sizes.clear()
         assert np.array_equal(bucketed.probabilities(many[:count]), expected[:count]), count
         assert set(sizes) <= set(BUCKETS)
         assert len(sizes) == -(-count // 256)
-        assert sizes[-1] < 2 * ((count - 1) % 256 + 1)  # padded to the next size only
+        assert sizes[-1] < 4 * ((count - 1) % 256 + 1)  # padded to the next size only
+    assert all(len(of_one_size) == 1 for of_one_size in sessions.values())
+    assert len(set.union(*sessions.values())) == len(BUCKETS)  # none runs two sizes
 
 
 def test_its_description_is_the_files(classifier: Classifier) -> None:
@@ -177,11 +181,35 @@ def test_a_model_that_the_runtime_cannot_open_is_refused(artefact: Path, tmp_pat
 def test_a_model_that_the_runtime_cannot_run_is_refused(
     artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a GPU the file is good, so the message says why, and what to do."""
+
     def failing(*_: Any) -> Any:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("out of memory\nand a page more")
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", failing)
-    refuse(onnx.load(artefact), tmp_path / "model.onnx", "cannot be run on CPUExecutionProvider")
+    model, path = onnx.load(artefact), tmp_path / "model.onnx"
+    refuse(model, path, "cannot be run on CPUExecutionProvider: put a file written by")
+    monkeypatch.setattr(
+        onnxruntime.InferenceSession, "get_providers", lambda _: ["CUDAExecutionProvider"]
+    )
+    remedy = "out of memory; set BNLENET_DEVICE to auto."
+    refuse(model, path, f"cannot be run on CUDAExecutionProvider: {remedy}")
+
+
+def test_a_gpu_that_computes_wrongly_is_refused(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is good, so to export it again would not help."""
+    run = onnxruntime.InferenceSession.run
+    monkeypatch.setattr(
+        onnxruntime.InferenceSession, "run", lambda *call: [run(*call)[0] + np.float32(1e-4)]
+    )
+    monkeypatch.setattr(
+        onnxruntime.InferenceSession, "get_providers", lambda _: ["CUDAExecutionProvider"]
+    )
+    remedy = "where 1e-05 is allowed; set BNLENET_DEVICE to auto"
+    with pytest.raises(ModelError, match=f"self-test on CUDAExecutionProvider: off by .* {remedy}"):
+        Classifier.load(artefact)
 
 
 def test_the_name_can_be_replaced(artefact: Path, classifier: Classifier) -> None:
@@ -221,11 +249,12 @@ def test_a_missing_gpu_is_never_replaced_by_the_cpu(
     """If CUDA fails, ONNX Runtime raises or silently opens a session on the CPU."""
     asked: list[Any] = []
     session = onnxruntime.InferenceSession
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
 
-    def on_the_cpu(data: bytes, options: Any, providers: list[Any]) -> Any:
-        asked.append(providers[0])
+    def on_the_cpu(data: bytes, options: Any, providers: list[Any], **others: Any) -> Any:
+        asked.append((*providers[0], others) if len(providers) == 2 else providers)
         if raises and len(providers) == 2:
-            raise RuntimeError("CUDA failure 35")
+            raise RuntimeError("cuda_call.cc:154 [with T = int] CUDA failure 35: too old ; GPU=0\n")
         return session(data, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
@@ -235,8 +264,11 @@ def test_a_missing_gpu_is_never_replaced_by_the_cpu(
         "get_available_providers",
         lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
     )
-    with pytest.raises(ModelError, match="BNLENET_DEVICE is cuda, but ONNX Runtime got no CUDA"):
+    reason = r" \(CUDA failure 35: too old\)" if raises else ""
+    with pytest.raises(ModelError, match=f"ONNX Runtime got no CUDA device{reason}: install the"):
         Classifier.load(artefact, "cuda")
     cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-    assert asked[-2:] == ["libraries", ("CUDAExecutionProvider", cuda)]
+    # Without the fallback, a session also stays on the GPU when a run fails there later.
+    assert asked[-2:] == ["libraries", ("CUDAExecutionProvider", cuda, {"enable_fallback": 0})]
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
     assert Classifier.load(artefact, "auto").info.provider == "CPUExecutionProvider"
