@@ -4,17 +4,18 @@
     python -m benchmarks.gpu --device cpu --quick     the same parts on the CPU, in seconds
 
 `make gpu` installs the packages and writes the table into docs/performance.md. A part that fails is
-reported in one line; the other parts still run. Prints the table; the last line of the output is
-JSON. Serving needs `wrk` and two cores.
+reported in one line; the other parts still run, and so does the same part on the other device.
+Prints the table; the last line of the output is JSON. Serving needs `wrk` and two cores.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -26,12 +27,11 @@ from rich.progress import Progress
 from benchmarks.load import BenchmarkError, Cores, Requests, Server, free_port, measure, serving
 from benchmarks.page import with_section
 from benchmarks.training import CHAPTER, OURS, PLAIN, first, machine, measure_loops
-from service.model.artefact import ModelError, check_artefact, read_file
+from service.model.artefact import check_artefact, read_file
 from service.model.classifier import Classifier, Device
 from service.settings import Settings
 from training.dataset import DatasetError, FashionMNIST, load
 from training.fitting.fit import fit
-from training.fitting.plan import FitError
 
 ROOT = Path(__file__).parents[1]
 TESTS = "tests/training/fitting/test_graphs.py"
@@ -93,7 +93,10 @@ Figures = dict[str, dict[str, str]]
 def main(device: Device, quick: bool, write: Path | None) -> None:
     """Run the GPU's tests, and measure training, serving and agreement on it."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException("torch finds no CUDA device here: try --device cpu --quick.")
+        raise click.ClickException(
+            "torch finds no CUDA device here: install its CUDA build (make gpu RUNTIME=gpu), or "
+            "try --device cpu --quick."
+        )
     try:
         data = load()
     except DatasetError as exc:
@@ -106,19 +109,19 @@ def main(device: Device, quick: bool, write: Path | None) -> None:
     figures: Figures = {}
     failed = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        parts: dict[str, Callable[[], Figures]] = {
-            "tests": lambda: run_tests(device),
-            "fits": lambda: time_fits(data, devices, quick),
-            "training": lambda: time_steps(data, devices, quick, progress),
-            "serving": lambda: time_serving(data, devices, quick),
-            "agreement": lambda: compare(data, device),
-        }
+        parts: dict[str, Callable[[], Figures]] = {"tests": partial(run_tests, device)}
+        for each in devices:
+            parts[f"fits on {each}"] = partial(time_fits, data, each, quick)
+            parts[f"training on {each}"] = partial(time_steps, data, each, quick, progress)
+            parts[f"serving on {each}"] = partial(time_serving, data, each, quick)
+        parts["agreement"] = partial(compare, data, device)
         for name, part in parts.items():
             task = progress.add_task(name, total=None)
             try:
-                figures |= part()
-            except (BenchmarkError, ModelError, FitError, RuntimeError, OSError) as exc:
-                failed.append(f"{name}: {str(exc).splitlines()[0]}")  # the other parts still run
+                for row, found in part().items():
+                    figures.setdefault(row, {}).update(found)
+            except Exception as exc:  # the other parts still run
+                failed.append(f"{name}: {_one_line(exc)}")
             progress.remove_task(task)
     conditions = machine(load_before)
     text = table(figures, device, conditions)
@@ -129,6 +132,14 @@ def main(device: Device, quick: bool, write: Path | None) -> None:
     click.echo(json.dumps({"benchmark": "gpu", "machine": conditions, "rows": figures}))
     if failed:
         raise click.ClickException("\n".join(failed))
+
+
+def _one_line(error: Exception) -> str:
+    """Return the first line of an error; if a server did not start, also the last of its output."""
+    first_line, *others = str(error).splitlines() or [type(error).__name__]
+    return " ".join(
+        [first_line, *others[-1:]] if isinstance(error, BenchmarkError) else [first_line]
+    )
 
 
 def run_tests(device: str) -> Figures:
@@ -147,36 +158,32 @@ def run_tests(device: str) -> Figures:
     return {PASSED: {device: last.split(" in ")[0]}}
 
 
-def time_fits(data: FashionMNIST, devices: Sequence[str], quick: bool) -> Figures:
-    """Fit the chapter's recipe twice on each device; return wall-clock times, with evaluation.
+def time_fits(data: FashionMNIST, device: str, quick: bool) -> Figures:
+    """Fit the chapter's recipe twice; return wall-clock times, with evaluation.
 
     The first fit of a process also starts CUDA and its libraries.
     """
     recipe = replace(CHAPTER, epochs=1) if quick else CHAPTER
-    figures: Figures = {FIT: {}, SETUP: {}, FIRST_SETUP: {}}
-    for device in devices:
-        start, again = (fit(data, recipe, device=device).seconds for _ in range(2))
-        figures[FIT][device] = f"{again['fit']:.2f}"
-        figures[SETUP][device] = f"{again['setup']:.2f}"
-        figures[FIRST_SETUP][device] = f"{start['setup']:.2f}"
-    return figures
+    start, again = (fit(data, recipe, device=device).seconds for _ in range(2))
+    return {
+        FIT: {device: f"{again['fit']:.2f}"},
+        SETUP: {device: f"{again['setup']:.2f}"},
+        FIRST_SETUP: {device: f"{start['setup']:.2f}"},
+    }
 
 
-def time_steps(
-    data: FashionMNIST, devices: Sequence[str], quick: bool, progress: Progress
-) -> Figures:
+def time_steps(data: FashionMNIST, device: str, quick: bool, progress: Progress) -> Figures:
     """Return images a second of our loop and the plain eager loop, without evaluation."""
-    figures: Figures = {}
-    for device in devices:
-        share = 4 if device == "cpu" and not quick else 1
-        rounds, loops = 1 if quick else 5, (OURS, PLAIN)
-        for row in measure_loops(data, device, BATCH_SIZES, rounds, share, progress, loops):
-            figure = f"{row.training_rate:,.0f}"
-            figures.setdefault(trained(row.name, row.batch_size), {})[device] = figure
-    return figures
+    share = 4 if device == "cpu" and not quick else 1
+    rows = measure_loops(
+        data, device, BATCH_SIZES, 1 if quick else 5, share, progress, (OURS, PLAIN)
+    )
+    return {
+        trained(row.name, row.batch_size): {device: f"{row.training_rate:,.0f}"} for row in rows
+    }
 
 
-def time_serving(data: FashionMNIST, devices: Sequence[Device], quick: bool) -> Figures:
+def time_serving(data: FashionMNIST, device: Device, quick: bool) -> Figures:
     """Return how many 784-byte requests a second the service answers, and their latency.
 
     Raises:
@@ -185,14 +192,12 @@ def time_serving(data: FashionMNIST, devices: Sequence[Device], quick: bool) -> 
     cores = Cores.choose()
     bodies = [image.tobytes() for image in data.test.images[:1000]]
     requests = Requests("/predict", {"Content-Type": "application/octet-stream"}, bodies)
-    figures: Figures = {served(connections): {} for connections in CONNECTIONS}
-    with requests.folder:
-        for device in devices:
-            with serve(device, cores) as server:
-                for connections in CONNECTIONS:
-                    sample = measure(server, requests, connections, 1 if quick else 3, cores)
-                    figure = f"{sample.rate:,.0f}, p50 {sample.p50:.2f} ms"
-                    figures[served(connections)][device] = figure
+    figures: Figures = {}
+    with requests.folder, serve(device, cores) as server:
+        for connections in CONNECTIONS:
+            sample = measure(server, requests, connections, 1 if quick else 3, cores)
+            figure = f"{sample.rate:,.0f}, p50 {sample.p50:.2f} ms"
+            figures[served(connections)] = {device: figure}
     return figures
 
 

@@ -14,6 +14,7 @@ from statistics import stdev
 from typing import Any
 
 import click
+import torch
 from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -57,6 +58,11 @@ class Commands(click.Group):
             ClusterError,
         ) as error:
             raise click.ClickException(str(error)) from error
+        except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise click.ClickException(
+                f"the GPU failed ({reason}): free it, or use --device cpu."
+            ) from error
         except BrokenPipeError:
             raise  # click exits silently when the reader of a pipe has closed it
         except OSError as error:  # a full disk, or a folder without write permission

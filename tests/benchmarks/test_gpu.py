@@ -49,7 +49,7 @@ def test_every_part_runs_without_a_gpu_and_fills_the_page(tmp_path: Path) -> Non
         assert rows.keys() == gpu.GOALS.keys()
         assert gpu.MISSING not in text
     else:
-        assert "serving: wrk is needed" in result.stderr
+        assert "serving on cpu: wrk is needed" in result.stderr
 
 
 @pytest.mark.usefixtures("few")
@@ -57,14 +57,19 @@ def test_a_part_that_fails_is_reported_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object) -> gpu.Figures:
-        raise BenchmarkError("the device fell off the bus\nand more")
+        raise RuntimeError("the device fell off the bus\nand more")
 
-    for name in ("time_fits", "time_steps", "time_serving", "compare"):
+    def unserved(*_: object) -> gpu.Figures:
+        raise BenchmarkError("python -m service did not start:\na warning\nError: no device")
+
+    for name in ("time_fits", "time_steps", "compare"):
         monkeypatch.setattr(gpu, name, broken)
+    monkeypatch.setattr(gpu, "time_serving", unserved)
     monkeypatch.setattr(gpu, "run_tests", lambda _: {gpu.PASSED: {"cpu": "6 passed"}})
     result = CliRunner().invoke(gpu.main, ["--device", "cpu", "--quick"])
     assert result.exit_code == 1
-    assert "fits: the device fell off the bus\n" in result.stderr
+    assert "fits on cpu: the device fell off the bus\n" in result.stderr
+    assert "serving on cpu: python -m service did not start: Error: no device\n" in result.stderr
     assert "agreement: the device fell off the bus\n" in result.stderr
     assert f"| {gpu.PASSED} | 6 passed |" in result.stdout
     assert f"| {gpu.SELF_TEST} | not measured |" in result.stdout

@@ -335,6 +335,20 @@ def test_cuda_without_a_gpu_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("kind", [torch.AcceleratorError, torch.OutOfMemoryError])
+def test_a_gpu_that_fails_is_an_error(
+    kind: type[RuntimeError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the middle of a fit; the epochs so far are saved."""
+
+    def lost(*_: object, **__: object) -> None:
+        raise kind("CUDA error: unspecified launch failure.\nMore lines of no use.")
+
+    monkeypatch.setattr(command_line, "fit_run", lost)
+    message = "the GPU failed (CUDA error: unspecified launch failure): free it, or use --device"
+    assert message in fail(*FIT, "--out", tmp_path / "a")
+
+
 def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert "already exists" in fail(*FIT, "--out", tmp_path)
