@@ -3,7 +3,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
   $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$p && break; done)
 # ONNX Runtime's build: `gpu` if there is an NVIDIA driver, else `cpu`. Set RUNTIME to choose.
 RUNTIME ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
-OTHER_RUNTIME := $(if $(filter gpu,$(RUNTIME)),onnxruntime,onnxruntime-gpu)
+# For pip, torch without CUDA has the version that a GPU needs, so it goes too.
+OTHER_RUNTIME := $(if $(filter gpu,$(RUNTIME)),onnxruntime torch,onnxruntime-gpu)
 # The index of torch's builds without CUDA; empty means the ordinary index.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 RECIPE ?= best

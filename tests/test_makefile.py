@@ -112,10 +112,10 @@ class TestInstalling:
             assert installed(venv, "cpu", "", kind) == []
 
     def test_the_other_runtime_is_removed_first(self, venv: Path) -> None:
-        """The two packages overwrite each other's files."""
+        """The two packages overwrite each other's files, and pip would keep torch without CUDA."""
         installed(venv, "cpu", "", "dev")
         asked = make(f"{venv}/.service-gpu", f"VENV={venv}", "RUNTIME=gpu")
-        uninstall = "-m pip uninstall --quiet --yes --disable-pip-version-check onnxruntime"
+        uninstall = "-m pip uninstall --quiet --yes --disable-pip-version-check onnxruntime torch"
         assert asked == [uninstall, f"{PIP} .[gpu]"]
         assert not list(venv.glob(".*-cpu"))
 
