@@ -2,6 +2,8 @@
 
 import doctest
 import re
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
 from PIL import Image
+from torch import nn
 
-from training.dataset import FashionMNIST
+from training import export
+from training.batch_norm import affine
+from training.dataset import FashionMNIST, Split
 from training.evaluation import pictures
 from training.fitting.run import Run
+from training.folding import fold_batch_norm
 from training.model import BNLeNet, initialise, norm_layers
 from training.studies import prediction_batch
 from training.studies.fits import samples
@@ -88,15 +94,18 @@ def test_its_pictures_are_small() -> None:
     assert [picture for picture in pictures if picture.stat().st_size > 80_000] == []
 
 
-def test_the_picture_of_gamma_and_beta_is_of_the_committed_model(tmp_path: Path) -> None:
+def test_the_pictures_of_the_model_are_of_the_committed_model(
+    tmp_path: Path, fashion_mnist: FashionMNIST
+) -> None:
     """Compared with a tolerance: another version of matplotlib may draw letters differently."""
-    pictures.draw_norms(RUN.model(), tmp_path / "again.png")
-    again, committed = (
-        np.asarray(Image.open(path).convert("L"), float)
-        for path in (tmp_path / "again.png", DOCS / "norms.png")
-    )
-    assert again.shape == committed.shape
-    assert (np.abs(again - committed) > 64).mean() < 0.002
+    pictures.draw_norms(RUN.model(), tmp_path / "norms.png")
+    pictures.draw_unit(RUN.model(), fashion_mnist.test.images, tmp_path / "unit.png")
+    for name in ("norms.png", "unit.png"):
+        again, committed = (
+            np.asarray(Image.open(folder / name).convert("L"), float) for folder in (tmp_path, DOCS)
+        )
+        assert again.shape == committed.shape
+        assert (np.abs(again - committed) > 64).mean() < 0.002, name
 
 
 def test_the_study_of_batches_is_of_the_committed_model(fashion_mnist: FashionMNIST) -> None:
@@ -114,6 +123,52 @@ def test_the_study_of_batches_is_of_the_committed_model(fashion_mnist: FashionMN
         batches = prediction_batch.draw_batches(sample.labels, size, among, seed=0)
         right = prediction_batch.answers(model, sample.pixels, batches) == sample.labels
         assert right.double().mean().item() == pytest.approx(recorded, abs=1e-3)
+
+
+def test_the_unit_has_the_beta_and_gamma_of_the_page() -> None:
+    gamma, beta = (values[0].item() for values in affine(RUN.model().norm3))
+    assert (
+        f"the unit's $\\beta$, {beta:.2f}, and the deviation nearly its $\\gamma$, {gamma:.2f}"
+        in PAGE
+    )
+
+
+def mistakes() -> dict[str, Callable[[], object]]:
+    """Return a call for each planted mistake, by the layer or mode that is wrong."""
+    conv, norm = nn.Conv2d(1, 6, 5), nn.BatchNorm2d(6)
+    named = OrderedDict(conv1=conv, sigmoid=nn.Sigmoid(), norm1=norm)
+    inside: OrderedDict[str, nn.Module] = OrderedDict(block=nn.Sequential(conv, norm))
+    untracked = nn.BatchNorm2d(6, track_running_stats=False)
+    plain = nn.BatchNorm2d(6, affine=False)
+
+    def changed() -> object:
+        model = RUN.model().eval()
+        folded = fold_batch_norm(model)
+        with torch.no_grad():
+            folded.get_parameter("conv2.weight")[0].mul_(1.01)
+        images = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+        test = Split(images, np.zeros(20, np.uint8))
+        return export.verify(folded, export.reference_logits(model, images), test)
+
+    return {
+        "training mode": lambda: fold_batch_norm(nn.Sequential(conv, norm).train()),
+        "activation between": lambda: fold_batch_norm(nn.Sequential(named).eval()),
+        "inside a module": lambda: fold_batch_norm(nn.Sequential(inside).eval()),
+        "no statistics": lambda: fold_batch_norm(nn.Sequential(conv, untracked).eval()),
+        "no gamma": lambda: fold_batch_norm(nn.Sequential(conv, plain).eval()),
+        "left in the graph": lambda: export.build_model(nn.Sequential(conv, norm).eval(), {}),
+        "weight changed": changed,
+    }
+
+
+@pytest.mark.parametrize("mistake", mistakes())
+def test_each_planted_mistake_gives_the_error_on_the_page(mistake: str) -> None:
+    table = PAGE.split("## What goes wrong in practice")[1].split("\n## ")[0]
+    quoted = [sentence.removesuffix("…)") for sentence in re.findall(r'"([^"]+)" \|', table)]
+    assert len(quoted) == len(mistakes())
+    with pytest.raises((ValueError, export.ExportError)) as raised:
+        mistakes()[mistake]()
+    assert [str(raised.value).startswith(sentence) for sentence in quoted].count(True) == 1
 
 
 def test_the_bias_before_a_batch_norm_gets_no_gradient() -> None:

@@ -122,7 +122,8 @@ def draw_unit(model: BNLeNet, images: NDArray[np.uint8], out: Path) -> None:
         "after it, in prediction\n(fixed statistics)": layer(before),
     }
     figure = Figure(figsize=(9, 2.6), layout="constrained")
-    for axes, (title, found) in zip(figure.subplots(1, 3), values.items(), strict=True):
+    panels = figure.subplots(1, 3)
+    for axes, (title, found) in zip(panels, values.items(), strict=True):
         unit = found[:, 0].numpy()
         axes.hist(unit, bins=40, density=True)
         axes.set(
@@ -131,7 +132,7 @@ def draw_unit(model: BNLeNet, images: NDArray[np.uint8], out: Path) -> None:
         )
         axes.title.set_fontsize(9)
         axes.xaxis.label.set_fontsize(8)
-        axes.set_yticks([])
+    panels[0].set(ylabel="density")
     save_figure(figure, out)
 
 
