@@ -515,6 +515,13 @@ class TestHalfClosed:
         """Probes that wait with the unread answers do not look like progress."""
         monkeypatch.setattr(connection_module, "PROBE_SECONDS", 0.01)
         connection, transport = connect(make_app(request_timeout_seconds=0.1))
+        write = transport.write
+
+        def keep(data: bytes) -> None:
+            transport.unread += len(data)
+            write(data)
+
+        monkeypatch.setattr(transport, "write", keep)
         transport.unread = 5000
         connection.pause_writing()
         connection.data_received(GET)
