@@ -108,7 +108,7 @@ class Settings(BaseSettings):
     @field_validator("cors_origins")
     @classmethod
     def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
-        origins = tuple(origin.strip().rstrip("/") for origin in origins)
+        origins = tuple(origin.strip().rstrip("/").lower() for origin in origins)  # as browsers do
         for origin in origins:
             scheme, separator, host = origin.partition("://")
             if origin != "*" and not (separator and scheme in ("http", "https") and host):

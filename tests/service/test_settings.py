@@ -23,7 +23,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "request_timeout_seconds": ("0.5", 0.5),
     "drain_seconds": ("0", 0.0),
     "cors_origins": (
-        "https://a.example, http://b.example:8080/",
+        "https://a.example, HTTP://B.example:8080/",
         ("https://a.example", "http://b.example:8080"),
     ),
     "log_level": ("Warning", "warning"),
