@@ -2,8 +2,10 @@
 
 import os
 import re
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Literal, Self
 
@@ -190,7 +192,8 @@ def _open_on_cuda(data: bytes, options: onnxruntime.SessionOptions) -> onnxrunti
     # Where cuDNN has no plan without TF32, ONNX Runtime takes one with it in spite of `use_tf32`.
     # NVIDIA's libraries obey this variable. Only a GPU can show it.
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
-    onnxruntime.preload_dlls()  # first: it also registers CUDA where that is a plug-in
+    with redirect_stdout(sys.stderr):  # it prints what it cannot load
+        onnxruntime.preload_dlls()  # first: it also registers CUDA where that is a plug-in
     if CUDA in onnxruntime.get_available_providers():  # else ONNX Runtime prints a warning
         cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
         providers = [(CUDA, cuda), CPU]

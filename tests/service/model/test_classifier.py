@@ -244,7 +244,10 @@ def test_given_bytes_are_not_read_again(artefact: Path, classifier: Classifier) 
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_a_missing_gpu_is_never_replaced_by_the_cpu(
-    artefact: Path, monkeypatch: pytest.MonkeyPatch, raises: bool
+    artefact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raises: bool,
 ) -> None:
     """If CUDA fails, ONNX Runtime raises or silently opens a session on the CPU."""
     asked: list[Any] = []
@@ -258,7 +261,12 @@ def test_a_missing_gpu_is_never_replaced_by_the_cpu(
         return session(data, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: asked.append("libraries"))
+
+    def preload() -> None:
+        asked.append("libraries")
+        print("Failed to load libcublas.so.13")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
     monkeypatch.setattr(
         onnxruntime,
         "get_available_providers",
@@ -271,4 +279,5 @@ def test_a_missing_gpu_is_never_replaced_by_the_cpu(
     # Without the fallback, a session also stays on the GPU when a run fails there later.
     assert asked[-2:] == ["libraries", ("CUDAExecutionProvider", cuda, {"enable_fallback": 0})]
     assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert capsys.readouterr() == ("", "Failed to load libcublas.so.13\n")  # stdout is for answers
     assert Classifier.load(artefact, "auto").info.provider == "CPUExecutionProvider"
