@@ -161,15 +161,16 @@ def report(lines: Sequence[Line]) -> Report:
         )
         for sweep, name in SWEEPS.items()
     )
-    choice = (
-        "The interval in the answer is Bonferroni's, for the choice of one group size among "
-        f"{len(sizes['ghost']) - 1}."
-    )
+    notes = f"""- Equal epochs: smaller batches make more steps. Equal steps: they see fewer images.
+- Group size: the batches have {GHOST_BATCH} images, but mean and variance are of groups of this
+  size ([ghost batch norm](https://arxiv.org/abs/1705.08741)). Only the statistics' noise changes.
+- The interval in the answer is Bonferroni's: wider, because the best of
+  {len(sizes["ghost"]) - 1} group sizes is chosen on the same fits."""
     return Report(
         answer,
-        f"{tables}\n\n{choice}",
+        f"{tables}\n\n{notes}",
         "Mean held-out accuracy with its interval, by batch size (left, middle) and by the number "
-        "of images that share their statistics (right), on logarithmic axes.",
+        "of images that share their statistics (right). Sizes are on a logarithmic scale.",
         f"{lines[0]['images']:,} training images, SGD with a learning rate of 0.1, "
         f"{len(value('ghost', whole))} seeds. Equal epochs: {lines[0]['epochs']}. Equal steps: "
         f"{max(line.get('steps', 0) for line in lines)}. {RECOMPUTED} {HELD_OUT} {SEEDS}",
