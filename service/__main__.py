@@ -162,20 +162,22 @@ def _serve(supervisor: int | None = None, inherited: tuple[int, ...] = ()) -> No
         if supervisor is not None:
             line, listener, *others = (socket.socket(fileno=number) for number in inherited)
             channel = Channel(line)
-            data = channel.receive_model()
+            files = channel.receive_models()
         else:
             for warning in settings.unknown_variables():
                 logging.getLogger("service").warning(warning)
-            channel, data, others = None, None, []
+            channel, files, others = None, None, []
             listener = server.bind(settings)
             if settings.workers > 1:
-                _, data = read_file(settings.model_path)
-                sys.exit(supervise(settings.workers, listener, data, server.page(listener)))
+                files = [read_file(path)[1] for path in settings.model_paths]
+                sys.exit(supervise(settings.workers, listener, files, server.page(listener)))
         from service.app import create_app  # noqa: PLC0415 - brings FastAPI; a supervisor needs none
-        from service.model.classifier import Classifier  # noqa: PLC0415 - brings ONNX Runtime; likewise
+        from service.model.classifier import load_classifiers  # noqa: PLC0415 - brings ONNX Runtime; likewise
 
-        model = Classifier.load(settings.model_path, settings.device, settings.model_name, data)
-        app = create_app(settings, model, channel)
+        classifiers = load_classifiers(
+            settings.model_paths, settings.device, settings.model_name, files
+        )
+        app = create_app(settings, *classifiers, channel)
         server.run(app, settings, listener, supervisor, channel, others)
     except (ModelError, server.StartError, SupervisorError) as exc:
         _fail(str(exc), START_FAILED)

@@ -18,7 +18,7 @@ from service.http.channel import Channel
 from service.http.exchange import error_answer
 from service.http.gate import Gate, HotPath
 from service.model.classifier import CPU, Classifier
-from service.model.inference import Inference, ThreadedInference
+from service.model.inference import Inference, Models, Served, ThreadedInference
 from service.pictures.decoding import configure_pillow
 from service.routes import open_inference, operations, page, predict
 from service.routes.bodies import body_limit
@@ -32,12 +32,18 @@ OPEN_PATHS = frozenset(
 )
 
 
-def create_app(settings: Settings, classifier: Classifier, channel: Channel | None = None) -> Gate:
+def create_app(
+    settings: Settings,
+    classifier: Classifier,
+    of_pictures: Classifier | None = None,
+    channel: Channel | None = None,
+) -> Gate:
     """Build the application; all routes and hot paths are registered here.
 
     Args:
         settings: limits, API key, origins.
         classifier: the loaded model.
+        of_pictures: the loaded model for converted pictures; None means the same.
         channel: connects a worker to its supervisor; None in a single process.
 
     Returns:
@@ -68,11 +74,19 @@ def create_app(settings: Settings, classifier: Classifier, channel: Channel | No
         settings.max_body_bytes,
         metrics.in_flight,
     )
-    infer = (Inference if model.provider == CPU else ThreadedInference)(
-        classifier, metrics.inference, admission
-    )
-    handle_predict = predict.predict_handler(model, infer, metrics)
-    handle_infer = open_inference.infer_handler(model, infer, metrics)
+
+    def served(loaded: Classifier) -> Served:
+        kind = Inference if loaded.info.provider == CPU else ThreadedInference
+        return Served(loaded.info, kind(loaded, metrics.inference, admission))
+
+    of_pixels = served(classifier)
+    other = of_pictures or classifier
+    models: Models = {
+        "none": of_pixels,
+        "dataset": of_pixels if other is classifier else served(other),
+    }
+    handle_predict = predict.predict_handler(models, metrics)
+    handle_infer = open_inference.infer_handler(models, metrics)
     handle_index = open_inference.index_handler(model)
     infer_paths = open_inference.infer_paths(model)
     hot_paths = {
@@ -96,7 +110,7 @@ def create_app(settings: Settings, classifier: Classifier, channel: Channel | No
         responses=documented(400, 401, 404, 408, 411, 413, 415, 500, 503, 504),
     )
     framework.include_router(
-        operations.operations_router(model, metrics, collect, admission),
+        operations.operations_router(models, metrics, collect, admission),
         responses=documented(500, 503),
     )
     framework.include_router(page.page_router(model))

@@ -63,17 +63,20 @@ def local(settings: Settings, preprocessing: Preprocessing, top_k: int) -> Class
     """Return a function that classifies pictures in this process.
 
     Raises:
-        ModelError: the model cannot be loaded.
+        ModelError: a model cannot be loaded.
     """
-    from service.model.classifier import Classifier  # noqa: PLC0415 - `remote` needs no ONNX Runtime
+    from service.model.classifier import load_classifiers  # noqa: PLC0415 - `remote` needs no ONNX Runtime
 
-    classifier = Classifier.load(settings.model_path, settings.device, settings.model_name)
+    of_pixels, of_pictures = load_classifiers(
+        settings.model_paths, settings.device, settings.model_name
+    )
 
     def classify(data: bytes) -> Prediction:
         try:
             image = read_picture(data, preprocessing, limited=False)
         except ServiceError as exc:
             raise FileError(exc.message, exc.code) from exc
+        classifier = of_pixels if image.preprocessing == "none" else of_pictures
         probabilities = classifier.probabilities(image.images)
         return Prediction.of(classifier.info, probabilities, image, top_k)
 

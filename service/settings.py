@@ -12,6 +12,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from service.model.artefact import NAME_FORM, is_path_segment
 
 PREFIX = "BNLENET_"
+MODELS = Path(__file__).parent.parent / "models"
+MODEL, PICTURE_MODEL = MODELS / "bn_lenet.onnx", MODELS / "bn_lenet_photos.onnx"
 
 
 class SettingsError(Exception):
@@ -24,8 +26,13 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, env_ignore_empty=True)
 
     model_path: Path = Field(
-        default=Path(__file__).parent.parent / "models" / "bn_lenet.onnx",
+        default=MODEL,
         description="The model file to serve, or a folder with one `.onnx` file.",
+    )
+    picture_model_path: Path | None = Field(
+        default=None,
+        description="The model file for pictures that the service converts. If it is not set:"
+        " the committed one, or that of `BNLENET_MODEL_PATH` if that is set.",
     )
     model_name: str | None = Field(
         default=None,
@@ -121,6 +128,14 @@ class Settings(BaseSettings):
     @classmethod
     def _lower_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
+
+    @property
+    def model_paths(self) -> list[Path]:
+        """The model files: for pixels, then for converted pictures, unless they are the same."""
+        of_pictures = self.picture_model_path
+        if of_pictures is None and self.model_path == MODEL:
+            of_pictures = PICTURE_MODEL
+        return list(dict.fromkeys([self.model_path, of_pictures or self.model_path]))
 
     @classmethod
     def from_environment(cls) -> Self:

@@ -1,6 +1,7 @@
 """The messages between the supervisor and a worker, and the worker's end of their socket pair.
 
-The supervisor first sends the model file: its length, then its bytes. After that both send lines.
+The supervisor first sends the model files: their number, then each one's length and bytes. After
+that both send lines.
 
 - worker: `NUMBER TOTALS`. The number is `REPORT` in a routine report, which also shows that the
   worker is alive; the supervisor's number in an answer; or `ASK` in a request for the sum of all
@@ -13,7 +14,7 @@ import contextlib
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from service.errors import NotReady
 from service.telemetry.tallies import Totals
@@ -29,9 +30,9 @@ class SupervisorError(Exception):
     """A worker cannot run without its supervisor; the message says what to do."""
 
 
-def model_message(data: bytes) -> bytes:
-    """Return the supervisor's first message: the model file's length, then its bytes."""
-    return LENGTH.pack(len(data)) + data
+def models_message(files: Sequence[bytes]) -> bytes:
+    """Return the supervisor's first message: the number of files, then their lengths and bytes."""
+    return LENGTH.pack(len(files)) + b"".join(LENGTH.pack(len(data)) + data for data in files)
 
 
 class Channel:
@@ -45,21 +46,26 @@ class Channel:
         self._socket = end
         self._answers: deque[asyncio.Future[Totals]] = deque()
 
-    def receive_model(self) -> bytes:
-        """Wait for the model file, and return its bytes. Call this once, before all else.
+    def receive_models(self) -> list[bytes]:
+        """Wait for the model files, and return their bytes. Call this once, before all else.
 
         Raises:
             SupervisorError: the supervisor has ended.
         """
         self._socket.setblocking(True)
         with self._socket.makefile("rb") as stream:
-            head = stream.read(LENGTH.size)
-            if len(head) == LENGTH.size:
-                (length,) = LENGTH.unpack(head)
+
+            def number() -> int:
+                (value,) = LENGTH.unpack(exactly(LENGTH.size))
+                return int(value)
+
+            def exactly(length: int) -> bytes:
                 data = stream.read(length)
-                if len(data) == length:
-                    return data
-        raise SupervisorError("The supervisor has ended: start the service again.")
+                if len(data) < length:
+                    raise SupervisorError("The supervisor has ended: start the service again.")
+                return data
+
+            return [exactly(number()) for _ in range(number())]
 
     def report(self, totals: Callable[[], Totals]) -> None:
         """Set the function that returns this worker's totals; call this before `open`."""

@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from service import __version__
-from service.http.channel import ASK, MAX_LINE_BYTES, model_message
+from service.http.channel import ASK, MAX_LINE_BYTES, models_message
 from service.telemetry.tallies import Totals
 
 START_FAILED = 1  # a worker's exit status when it cannot start, for instance without a model
@@ -31,16 +31,16 @@ COMMAND = (sys.executable, "-P", "-m", "service", "worker")
 logger = logging.getLogger("service")
 
 
-def supervise(workers: int, listener: socket.socket, model: bytes, page: str) -> int:
+def supervise(workers: int, listener: socket.socket, models: Sequence[bytes], page: str) -> int:
     """Run workers until a signal stops them, and return the exit status.
 
     Args:
         workers: how many.
         listener: a bound socket.
-        model: the model file's bytes, the same for all workers.
+        models: the model files' bytes, the same for all workers.
         page: the page's URL, for the log.
     """
-    return asyncio.run(Supervisor(listeners(listener, workers), model, page).run())
+    return asyncio.run(Supervisor(listeners(listener, workers), models, page).run())
 
 
 def listeners(first: socket.socket, count: int) -> list[socket.socket]:
@@ -115,7 +115,7 @@ class Supervisor:
 
     Args:
         listeners: a bound socket for each worker, or the same for all.
-        model: the model file's bytes.
+        models: the model files' bytes.
         page: the page's URL, which is logged when the first worker is ready.
         command: starts a worker. Its further arguments are the supervisor's process id and the
             file descriptors of the worker's channel, its listener and the other listeners.
@@ -124,12 +124,12 @@ class Supervisor:
     def __init__(
         self,
         listeners: Sequence[socket.socket],
-        model: bytes,
+        models: Sequence[bytes],
         page: str,
         command: Sequence[str] = COMMAND,
     ) -> None:
         self._listeners = listeners
-        self._model = model_message(model)
+        self._models = models_message(models)
         self._page: str | None = page
         self._path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
         self._command = command
@@ -189,7 +189,7 @@ class Supervisor:
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_LINE_BYTES)
         worker = Worker(process, writer)
         self._workers.add(worker)
-        writer.write(self._model)
+        writer.write(self._models)
         if self._stopping.is_set():  # the signal came while the process was starting
             worker.send_signal(signal.SIGTERM)
         listening = asyncio.create_task(self._listen(worker, reader))

@@ -141,6 +141,36 @@ class Classifier:
         return classifier
 
 
+def load_classifiers(
+    paths: Sequence[Path],
+    device: Device = "auto",
+    name: str | None = None,
+    files: Sequence[bytes] | None = None,
+) -> tuple[Classifier, Classifier]:
+    """Load the classifier of pixels, and that of converted pictures.
+
+    Args:
+        paths: one model file for both, or one for each.
+        device: as in `Classifier.load`.
+        name: of both; the first file's own if it is None.
+        files: the files' bytes, if they have been read already.
+
+    Raises:
+        ModelError: as `Classifier.load` does, or the two models have different classes.
+    """
+    first, *others = [None] * len(paths) if files is None else files
+    classifier = Classifier.load(paths[0], device, name, first)
+    if not others:
+        return classifier, classifier
+    of_pictures = Classifier.load(paths[1], device, classifier.info.name, others[0])
+    if of_pictures.info.classes != classifier.info.classes:
+        raise ModelError(
+            f"The models {paths[0]} and {paths[1]} have different classes: set"
+            " BNLENET_PICTURE_MODEL_PATH to a model with the same ones."
+        )
+    return classifier, of_pictures
+
+
 def _self_test_error(classifier: Classifier, test: SelfTest) -> float:
     """Return the largest difference of a probability from the expected one."""
     pixels = np.frombuffer(test.pixels, np.uint8).reshape(-1, *INPUT[2])

@@ -2,13 +2,15 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.model.artefact import ModelInfo
 from service.model.classifier import Classifier
 from service.telemetry.tallies import Runs, Stages
 
@@ -138,6 +140,17 @@ class Inference:
         for _, future, *_ in batch:
             if not future.done():
                 future.set_exception(error)
+
+
+class Served(NamedTuple):
+    """A served model, and what runs it."""
+
+    model: ModelInfo
+    infer: Inference
+
+
+# By what was done to a picture: one model may serve pixels as sent, another converted pictures.
+Models = Mapping[Literal["none", "dataset"], Served]
 
 
 class ThreadedInference(Inference):

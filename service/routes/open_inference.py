@@ -19,7 +19,7 @@ from service.http.admission import Admission
 from service.http.exchange import Answer, Exchange, Handler
 from service.model.artefact import IMAGE_SIZE, INPUT, OUTPUT, ModelInfo
 from service.model.classifier import Classifier
-from service.model.inference import Inference
+from service.model.inference import Models
 from service.routes.open_inference_schemas import (
     EXAMPLE,
     INDEX_REQUEST,
@@ -52,7 +52,7 @@ HAS_ZERO_WEIGHT = re.compile(rb"q=0(\.0*)?").fullmatch
 BINARY_TYPE = (b"content-type", b"application/octet-stream")
 
 
-def infer_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handler:
+def infer_handler(models: Models, metrics: Metrics) -> Handler:
     """Return the handler of the infer routes, which the gate and FastAPI both call."""
     observe_decode, answered = metrics.decode.observe, metrics.answered
 
@@ -64,6 +64,7 @@ def infer_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handl
         stages = Stages()
         stages.decode = perf_counter() - begin
         observe_decode(stages.decode)
+        model, infer = models[request.preprocessing]
         probabilities = await infer(request.pixels, stages)
         begin = perf_counter()
         body, json_length = encode(model, request, probabilities)

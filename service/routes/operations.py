@@ -1,14 +1,15 @@
 """Health, readiness and metrics, for those who run the service."""
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from service.errors import NotReady
 from service.http.admission import Admission
 from service.model.artefact import ModelInfo
+from service.model.inference import Models
 from service.telemetry.metrics import Collect, Metrics
 
 
@@ -27,34 +28,43 @@ class ReadyModel(BaseModel):
     provider: str
     test_accuracy: str
 
-
-class Ready(BaseModel):
-    """The service can take traffic."""
-
-    status: Literal["ready"] = "ready"
-    model: ReadyModel
-
-
-def operations_router(
-    model: ModelInfo, metrics: Metrics, collect: Collect, admission: Admission
-) -> APIRouter:
-    """Return the routes.
-
-    Args:
-        model: the loaded model; it has passed its self-test.
-        metrics: this process's metrics.
-        collect: returns the totals of all workers.
-        admission: knows whether the server drains, and how many requests are in flight.
-    """
-    router = APIRouter(tags=["operations"])
-    ready = Ready(
-        model=ReadyModel(
+    @classmethod
+    def of(cls, model: ModelInfo) -> Self:
+        """Describe a loaded model."""
+        return cls(
             name=model.name,
             version=model.version,
             revision=model.revision,
             provider=model.provider,
             test_accuracy=model.metadata.get("test_accuracy", "unknown"),
         )
+
+
+class Ready(BaseModel):
+    """The service can take traffic."""
+
+    status: Literal["ready"] = "ready"
+    model: ReadyModel
+    picture_model: Annotated[
+        ReadyModel, Field(description="The model for converted pictures; it may be the same.")
+    ]
+
+
+def operations_router(
+    models: Models, metrics: Metrics, collect: Collect, admission: Admission
+) -> APIRouter:
+    """Return the routes.
+
+    Args:
+        models: the loaded models; they have passed their self-tests.
+        metrics: this process's metrics.
+        collect: returns the totals of all workers.
+        admission: knows whether the server drains, and how many requests are in flight.
+    """
+    router = APIRouter(tags=["operations"])
+    ready = Ready(
+        model=ReadyModel.of(models["none"].model),
+        picture_model=ReadyModel.of(models["dataset"].model),
     )
 
     @router.get("/livez", summary="Is the process alive?")
@@ -63,7 +73,7 @@ def operations_router(
 
     @router.get("/readyz", summary="Can the service take requests?")
     async def readyz() -> Ready:
-        """Return ready, or 503 while the server stops. The model has passed its self-test."""
+        """Return ready, or 503 while the server stops. The models have passed their self-tests."""
         if admission.draining:
             raise NotReady("The server is stopping; send requests to another instance.")
         return ready

@@ -8,9 +8,8 @@ from fastapi import APIRouter, Request, Response
 
 from service.errors import InvalidInput
 from service.http.exchange import Answer, Exchange, Handler
-from service.model.artefact import ModelInfo
 from service.model.classifier import Classifier
-from service.model.inference import Inference
+from service.model.inference import Models
 from service.pictures.conversion import ModelInput, Preprocessing
 from service.pictures.thread import PictureThread
 from service.routes.bodies import SIDE, SIZE, read_body
@@ -26,10 +25,10 @@ RING = [
 ]  # the example image in the documentation: a ring
 
 
-def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Handler:
+def predict_handler(models: Models, metrics: Metrics) -> Handler:
     """Return the handler of `POST /predict`, which the gate and FastAPI both call."""
     observe_decode, answered = metrics.decode.observe, metrics.answered
-    render = Renderer(model)
+    ways = {name: (served.infer, Renderer(served.model)) for name, served in models.items()}
     pictures = PictureThread()
 
     async def predict(exchange: Exchange) -> Answer:
@@ -43,6 +42,7 @@ def predict_handler(model: ModelInfo, infer: Inference, metrics: Metrics) -> Han
         stages = Stages()
         stages.decode = perf_counter() - begin
         observe_decode(stages.decode)
+        infer, render = ways[image.preprocessing]
         probabilities = await infer(image.images, stages)
         begin = perf_counter()
         answer = Answer(render(probabilities, image, top_k, echo))

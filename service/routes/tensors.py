@@ -6,7 +6,7 @@ both mean the same. A request that the model could only answer wrongly is refuse
 
 from array import array
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import orjson
@@ -47,12 +47,14 @@ class InferenceRequest(NamedTuple):
         id: the request's id, for the answer; None for none.
         binary: answer with binary data after the JSON.
         classification: the number of classes to list for each image; 0: answer the probabilities.
+        preprocessing: "dataset" for pixels of a converted picture, as `POST /predict` names it.
     """
 
     pixels: NDArray[np.uint8]
     id: str | None = None
     binary: bool = False
     classification: int = 0
+    preprocessing: Literal["none", "dataset"] = "none"
 
 
 def decode(body: bytes, json_length: bytes | None = None) -> InferenceRequest:
@@ -85,6 +87,9 @@ def decode(body: bytes, json_length: bytes | None = None) -> InferenceRequest:
     document = _parsed(text)
     parameters = _optional(document, "parameters", dict) or {}
     binary = _optional(parameters, "binary_data_output", bool) or False
+    preprocessing = _optional(parameters, "preprocessing", str) or "none"
+    if preprocessing not in ("none", "dataset"):
+        raise _invalid("The parameter `preprocessing` must be none or dataset.")
     classification = 0
     outputs = _optional(document, "outputs", list)
     if outputs:
@@ -96,7 +101,9 @@ def decode(body: bytes, json_length: bytes | None = None) -> InferenceRequest:
             raise _invalid("The parameter `classification` must be a number of classes, or 0.")
     inputs = _optional(document, "inputs", list) or []
     pixels = _pixels(inputs, _only_tensor(inputs, "input", INPUT[0]), text, tail)
-    return InferenceRequest(pixels, _optional(document, "id", str), binary, classification)
+    id_ = _optional(document, "id", str)
+    converted: Literal["none", "dataset"] = "dataset" if preprocessing == "dataset" else "none"
+    return InferenceRequest(pixels, id_, binary, classification, converted)
 
 
 def encode(

@@ -10,8 +10,10 @@ from pydantic import SecretStr, ValidationError
 import service
 from service.settings import PREFIX, Settings, SettingsError
 
+MODELS = Path(service.__file__).parent.parent / "models"
 GOOD: dict[str, tuple[str, Any]] = {
     "model_path": ("/somewhere/model.onnx", Path("/somewhere/model.onnx")),
+    "picture_model_path": ("/somewhere/photos.onnx", Path("/somewhere/photos.onnx")),
     "model_name": ("garments-2.v1", "garments-2.v1"),
     "device": ("CUDA", "cuda"),
     "host": ("0.0.0.0", "0.0.0.0"),  # noqa: S104 - nothing listens in this test
@@ -31,7 +33,8 @@ GOOD: dict[str, tuple[str, Any]] = {
 }
 
 DEFAULTS: dict[str, Any] = {
-    "model_path": Path(service.__file__).parent.parent / "models/bn_lenet.onnx",
+    "model_path": MODELS / "bn_lenet.onnx",
+    "picture_model_path": None,
     "model_name": None,
     "device": "auto",
     "host": "127.0.0.1",
@@ -128,6 +131,24 @@ def test_the_extreme_values_are_accepted(
 def test_the_defaults_are_those_of_the_documentation() -> None:
     assert dict(Settings()) == DEFAULTS
     assert DEFAULTS["model_path"].is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "files"),
+    [
+        ({}, [MODELS / "bn_lenet.onnx", MODELS / "bn_lenet_photos.onnx"]),
+        ({"model_path": "/a"}, [Path("/a")]),
+        ({"model_path": "/a", "picture_model_path": "/b"}, [Path("/a"), Path("/b")]),
+        ({"model_path": "/a", "picture_model_path": "/a"}, [Path("/a")]),
+        ({"picture_model_path": "/b"}, [MODELS / "bn_lenet.onnx", Path("/b")]),
+        ({"picture_model_path": MODELS / "bn_lenet.onnx"}, [MODELS / "bn_lenet.onnx"]),
+    ],
+)
+def test_the_committed_models_belong_together_and_another_one_serves_both(
+    given: dict[str, Any], files: list[Path]
+) -> None:
+    assert Settings(**given).model_paths == files
+    assert all(path.is_file() for path in files if path.parent == MODELS)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ function show({ answer, picture, milliseconds }) {
   $("why").disabled = false;
   const bytes = btoa(String.fromCharCode(...pixels));
   for (const link of document.querySelectorAll("a.inside")) link.href = `inside#${bytes}`;
-  if (answer.model.revision !== $("revision").textContent) showModel();
+  if (!revisions.includes(answer.model.revision)) showModel();
   showCommand(picture);
   speak(blank ? name.textContent : `${$("label").textContent}, ${percent(answer.confidence)}`);
 }
@@ -170,9 +170,12 @@ function speak(text) { // once for several strokes
   speaking = setTimeout(() => { $("spoken").textContent = text; }, 500);
 }
 
+let revisions = []; // of the models for pixels and for pictures
 async function showModel() {
-  const { model } = await fetch("readyz").then((response) => response.json()).catch(() => ({}));
+  const ready = await fetch("readyz").then((response) => response.json()).catch(() => ({}));
+  const { model } = ready;
   if (!model) return;
+  revisions = [model.revision, ready.picture_model?.revision];
   $("model").textContent = `${model.name} ${model.version}`;
   $("revision").textContent = model.revision;
   $("accuracy").textContent = Number(model.test_accuracy) ? percent(model.test_accuracy) : "unknown";

@@ -22,7 +22,7 @@ export async function explain(answer, headers, canvas) {
     const x = (i % SIDE) - left, y = Math.floor(i / SIDE) - top;
     return x >= 0 && x < PATCH && y >= 0 && y < PATCH ? 0 : value;
   }))];
-  const [whole, ...covered] = await probabilities(answer.model.name, images, headers);
+  const [whole, ...covered] = await probabilities(answer, images, headers);
   const odds = (row) => { // log-odds of the answer's class against all others
     const others = row.reduce((sum, p, i) => (i === answer.class_id ? sum : sum + p), 0);
     return Math.log(row[answer.class_id] + 1e-12) - Math.log(others + 1e-12);
@@ -40,7 +40,7 @@ export async function explain(answer, headers, canvas) {
     + `Without the framed part: ${stays}, ${(100 * row[then]).toFixed(1)} %.`;
 }
 
-async function probabilities(model, images, headers) {
+async function probabilities({ model, preprocessing }, images, headers) {
   const data = Uint8Array.from(images.flat());
   const head = JSON.stringify({
     inputs: [{
@@ -50,8 +50,9 @@ async function probabilities(model, images, headers) {
       parameters: { binary_data_size: data.length },
     }],
     outputs: [{ name: "probabilities", parameters: { binary_data: true } }],
+    parameters: { preprocessing },
   });
-  const response = await fetch(`v2/models/${model}/infer`, {
+  const response = await fetch(`v2/models/${model.name}/infer`, {
     method: "POST",
     headers: { ...headers, "Content-Type": "application/octet-stream", "Inference-Header-Content-Length": head.length },
     body: new Blob([head, data]),

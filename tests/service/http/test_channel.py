@@ -10,7 +10,7 @@ import pytest
 
 from service.errors import NotReady
 from service.http import channel as channel_module
-from service.http.channel import Channel, SupervisorError, model_message
+from service.http.channel import Channel, SupervisorError, models_message
 from service.telemetry.tallies import Totals
 
 pytestmark = pytest.mark.anyio
@@ -47,25 +47,30 @@ async def message_but_reports(reader: asyncio.StreamReader) -> tuple[int, Totals
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**20])
-def test_the_model_arrives_complete(size: int) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_models_arrive_complete(size: int, count: int) -> None:
     ours, theirs = socket.socketpair()
-    model = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    models = [
+        b"%d" % i + bytes(range(256)) * (size // 256) + b"x" * (size % 256) for i in range(count)
+    ]
     with ours, theirs:
-        sender = threading.Thread(target=ours.sendall, args=[model_message(model) + b"7\n"])
+        sender = threading.Thread(target=ours.sendall, args=[models_message(models) + b"7\n"])
         sender.start()
         channel = Channel(theirs)
-        assert channel.receive_model() == model
+        assert channel.receive_models() == models
         sender.join()
 
 
-@pytest.mark.parametrize("sent", [b"", b"\0\0", model_message(b"model")[:-1]])
+@pytest.mark.parametrize(
+    "sent", [b"", b"\0\0", models_message([b"model"])[:-1], models_message([b"a", b"b"])[:-9]]
+)
 def test_a_supervisor_that_ends_before_the_model_is_complete_is_one_sentence(sent: bytes) -> None:
     ours, theirs = socket.socketpair()
     with theirs:
         ours.sendall(sent)
         ours.close()
         with pytest.raises(SupervisorError, match="start the service again"):
-            Channel(theirs).receive_model()
+            Channel(theirs).receive_models()
 
 
 async def test_a_worker_reports_regularly(ends: Ends) -> None:

@@ -413,7 +413,7 @@ class Stub:
 
         async def run() -> int:
             command = [sys.executable, "-c", STUB + program]
-            self.supervisor = Supervisor([listener] * workers, b"model", "http://here/", command)
+            self.supervisor = Supervisor([listener] * workers, [b"model"], "http://here/", command)
             return await asyncio.wait_for(self.supervisor.run(), 60)
 
         with socket.socket() as listener:
@@ -662,7 +662,7 @@ def end(number, _):
 for name in ("SIGTERM", "SIGINT", "SIGHUP"):
     signal.signal(getattr(signal, name), end)
 stream = channel.makefile("rb")
-stream.read({len(channel_module.model_message(b"model"))})
+stream.read({len(channel_module.models_message([b"model"]))})
 channel.sendall(b"-1 " + Totals().to_json() + b"\\n")
 stream.readline()  # the answer: the supervisor knows that this worker is ready
 os.kill(os.getppid(), signal.{sent})

@@ -69,7 +69,7 @@ def test_json_pixels_are_read_with_any_nesting(datatype: str, layout: str, pixel
         read = decode(dump(request(pixels, datatype=datatype, data=data)))
         assert np.array_equal(read.pixels, pixels)
         assert read.pixels.dtype == np.uint8
-        assert read[1:] == (None, False, 0)
+        assert read[1:4] == (None, False, 0)
 
 
 @pytest.mark.parametrize("kind", ["<u1", "<f4"])
@@ -84,7 +84,7 @@ def test_binary_pixels_arrive(kind: str, pixels: Pixels) -> None:
 def test_a_raw_body_is_one_image_and_answered_in_binary() -> None:
     read = decode(IMAGE.tobytes(), b"0")
     assert np.array_equal(read.pixels, IMAGE)
-    assert read[1:] == (None, True, 0)
+    assert read[1:4] == (None, True, 0)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,27 @@ def test_a_raw_body_is_one_image_and_answered_in_binary() -> None:
 def test_known_parameters_are_used_and_others_ignored(
     extra: Json, wanted: tuple[str | None, bool, int]
 ) -> None:
-    assert decode(dump({**request(parameters={"content_type": "np"}), **extra}))[1:] == wanted
+    assert decode(dump({**request(parameters={"content_type": "np"}), **extra}))[1:4] == wanted
+
+
+@pytest.mark.parametrize(
+    ("parameters", "wanted"),
+    [
+        (None, "none"),
+        ({"preprocessing": "none"}, "none"),
+        ({"preprocessing": "dataset"}, "dataset"),
+    ],
+)
+def test_a_parameter_says_that_the_pixels_are_of_a_converted_picture(
+    parameters: Json | None, wanted: str
+) -> None:
+    assert decode(dump({**request(), "parameters": parameters})).preprocessing == wanted
+
+
+@pytest.mark.parametrize("value", ["auto", "Dataset", 1])
+def test_another_preprocessing_is_refused(value: Any) -> None:
+    with pytest.raises(BadRequest, match="`preprocessing` must be"):
+        decode(dump({**request(), "parameters": {"preprocessing": value}}))
 
 
 def test_the_largest_batch_is_taken_and_one_more_is_not() -> None:
