@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from benchmarks import photo_folder
-from service.model.classifier import Classifier
+from service.model.classifier import Classifier, load_classifiers
 from service.pictures.conversion import read_picture
 from service.pictures.decoding import configure_pillow
 from service.settings import Settings
@@ -153,14 +153,18 @@ def in_scene(pixels: Pixels, scene: str, random: Random) -> tuple[Image.Image, N
 
 
 def measure(
-    images: Pixels, labels: Pixels, classifier: Classifier, ground: str, format_: str
+    images: Pixels,
+    labels: Pixels,
+    classifiers: tuple[Classifier, Classifier],
+    ground: str,
+    format_: str,
 ) -> Row:
     """Lay out, convert and classify all images.
 
     Args:
         images: uint8 [n, 28, 28].
         labels: uint8 [n].
-        classifier: the model.
+        classifiers: of the images themselves, and of converted pictures.
         ground: one of GROUNDS or SCENES.
         format_: one of FORMATS; JPEG at quality 85.
     """
@@ -178,7 +182,10 @@ def measure(
         begin = perf_counter()
         converted[index] = read_picture(file.getvalue()).pixels
         seconds.append(perf_counter() - begin)
-    accuracy, native = (_accuracy(classifier, some, labels) for some in (converted, images))
+    native, accuracy = (
+        _accuracy(classifier, some, labels)
+        for classifier, some in zip(classifiers, (images, converted), strict=True)
+    )
     milliseconds = 1000 * float(np.median(seconds))
     return Row(ground, format_, accuracy, 100 * (native - accuracy), milliseconds)
 
@@ -216,11 +223,11 @@ def main(
     Scenes use the first 1,000 images at most. The last line repeats the table as JSON.
     """
     configure_pillow()
+    classifiers = load_classifiers(Settings().model_paths)
     if folder is not None:
-        photo_folder.measure(folder, half, sheet, Classifier.load(Settings().model_path))
+        photo_folder.measure(folder, half, sheet, classifiers[1])
         return
     test = load().test
-    classifier = Classifier.load(Settings().model_path)
     layouts = [(count, ground, format_) for ground, format_ in product(GROUNDS, FORMATS)]
     if scenes:
         layouts += [(min(count, SCENE_IMAGES), scene, "JPEG") for scene in SCENES]
@@ -228,7 +235,7 @@ def main(
     click.echo("|---|---|---|---|---|---|")
     rows = []
     for n, ground, format_ in layouts:
-        row = measure(test.images[:n], test.labels[:n], classifier, ground, format_)
+        row = measure(test.images[:n], test.labels[:n], classifiers, ground, format_)
         cells = f"{row.accuracy:.4f} | {row.loss:.2f} | {row.milliseconds:.1f}"
         click.echo(f"| {ground} | {format_} | {n:,} | {cells} |")
         rows.append(asdict(row))

@@ -484,9 +484,16 @@ def test_only_converted_pictures_add_their_mirror_image() -> None:
     np.testing.assert_array_equal(ModelInput(pixels, "dataset").images, both)
 
 
-@pytest.mark.parametrize("count", [250, pytest.param(1000, marks=pytest.mark.slow)])
-def test_enlarged_test_images_keep_their_accuracy(fashion_mnist: FashionMNIST, count: int) -> None:
-    """On white and on black, as PNG and as JPEG, they lose at most 1.5 points."""
+@pytest.mark.parametrize(
+    ("count", "most"), [(250, 2.5), pytest.param(4000, 1.5, marks=pytest.mark.slow)]
+)
+def test_enlarged_test_images_keep_their_accuracy(
+    fashion_mnist: FashionMNIST, count: int, most: float
+) -> None:
+    """On white and on black, as PNG and as JPEG, they lose at most 1.5 points.
+
+    The loss of 250 images is uncertain by a point.
+    """
     del fashion_mnist  # needed only to skip the test without the data set
     command = [sys.executable, "-m", "benchmarks.photos", str(count), "--no-scenes"]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -497,4 +504,4 @@ def test_enlarged_test_images_keep_their_accuracy(fashion_mnist: FashionMNIST, c
         ("black", "PNG"),
         ("black", "JPEG"),
     ]
-    assert max(row["loss"] for row in rows) <= 1.5
+    assert max(row["loss"] for row in rows) <= most
