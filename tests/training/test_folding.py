@@ -165,6 +165,15 @@ def test_a_layer_used_twice_stays_twice() -> None:
     torch.testing.assert_close(fold_batch_norm(model)(x), model(x), rtol=0, atol=1e-12)
 
 
+def test_a_block_without_batch_norm_is_copied_whole() -> None:
+    block = nn.Sequential(nn.Linear(3, 3), nn.Sigmoid())
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), block).double().eval()
+    folded = fold_batch_norm(model)
+    assert [name for name, _ in folded.named_children()] == ["0", "2"]
+    x = torch.rand(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), model(x), rtol=0, atol=1e-12)
+
+
 def test_batch_norm_inside_another_module_is_refused() -> None:
     inner = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     with pytest.raises(ValueError, match="cannot fold a batch norm inside 0"):
