@@ -15,7 +15,7 @@ from torch import nn
 
 from training.dataset import FashionMNIST
 from training.evaluation.card import table
-from training.evaluation.intervals import mean_interval
+from training.evaluation.intervals import Interval, mean_interval, paired_difference
 from training.model import initialise
 from training.studies.fits import Sample, Samples, batch_norm, lenet, samples, train
 from training.studies.study import SEEDS, Line, Report, Scale, Study, Task, arms, by_seed
@@ -90,18 +90,17 @@ def report(lines: Sequence[Line]) -> Report:
     """Return the largest rates, and the median steps by rate."""
     limits = [line for line in lines if "halvings" in line]
     grid = [line for line in lines if "rate" in line]
-    largest = {
-        (norm, optimizer): mean_interval(
-            [
-                math.log10(value)
-                for value in by_seed(limits, "largest", norm=norm, optimizer=optimizer)
-            ]
-        )
+    logs = {
+        (norm, optimizer): [
+            math.log10(value)
+            for value in by_seed(limits, "largest", norm=norm, optimizer=optimizer)
+        ]
         for norm in NORMS
         for optimizer in OPTIMIZERS
     }
+    largest = {arm: mean_interval(values) for arm, values in logs.items()}
     ratio = {
-        optimizer: 10 ** (largest["with", optimizer].mean - largest["without", optimizer].mean)
+        optimizer: _times(paired_difference(logs["with", optimizer], logs["without", optimizer]))
         for optimizer in OPTIMIZERS
     }
     fewest = {
@@ -118,9 +117,9 @@ def report(lines: Sequence[Line]) -> Report:
         for norm, steps in fewest.items()
     )
     answer = (
-        f"With batch norm, the largest learning rate that reaches 70 % is {_times(ratio['sgd'])} "
-        f"times that without it for plain SGD, and {_times(ratio['adam'])} times for Adam. At the "
-        f"best rate of the grid, SGD reaches 70 % {quickest}."
+        f"With batch norm, the largest learning rate that reaches 70 % is {ratio['sgd']} "
+        f"that without it for plain SGD, and {ratio['adam']} for Adam. At the best rate of the "
+        f"grid, SGD reaches 70 % {quickest}."
     )
     rows = [
         [
@@ -161,9 +160,13 @@ A dash means that half of the fits or more did not reach 70 % within {cap:,} ste
     )
 
 
-def _times(ratio: float) -> str:
-    """Return a ratio with two digits or more, without an exponent."""
-    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
+def _times(log: Interval) -> str:
+    """Return a ratio and its interval, from those of its decimal logarithm."""
+    ratio, low, high = (
+        f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+        for value in (10**log.mean, 10**log.low, 10**log.high)
+    )
+    return f"{ratio} times (95 % interval {low} to {high})"
 
 
 def _median(lines: Sequence[Line], norm: str, optimizer: str, rate: float) -> float | None:

@@ -1,6 +1,7 @@
 """The studies' answers to planted measurements; and their small fits."""
 
 import math
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ from training.studies import (
     batch_size,
     covariate_shift,
     dropout,
+    learning_rate,
     order,
     other_norms,
     parts,
@@ -53,6 +55,23 @@ def test_effects_of_a_planted_factorial_are_found() -> None:
     assert places.effect(lines, [0, 1]).mean == pytest.approx(0.05 / 2)
     answer = places.report(lines).answer
     assert answer.startswith("No: one batch norm, after conv1, gives 57% of the gain of all four")
+
+
+@pytest.mark.parametrize(
+    ("spread", "interval"), [(1.0, "10 to 10"), (2.0, "1.8 to 56")], ids=["same", "different"]
+)
+def test_the_ratio_of_the_largest_rates_has_a_paired_interval(spread: float, interval: str) -> None:
+    """The ratios of three seeds are 10 / spread, 10 and 10 * spread; t is 4.303."""
+    common = {"cap": 2000, "images": 20000}
+    lines: list[Line] = []
+    for seed, norm, optimizer in product(range(3), ("with", "without"), ("sgd", "adam")):
+        arm = common | {"seed": seed, "norm": norm, "optimizer": optimizer}
+        largest = 0.1 * 3**seed * (10 * spread ** (seed - 1) if norm == "with" else 1)
+        lines += [arm | {"halvings": 7, "largest": largest}, arm | {"rate": 0.1, "steps": 40}]
+    low, high = (10 * spread ** (sign * 4.303 / 3**0.5) for sign in (-1, 1))
+    assert interval == f"{low:.2g} to {high:.0f}"
+    answer = learning_rate.report(lines).answer
+    assert f"is 10 times (95 % interval {interval}) that without it for plain SGD" in answer
 
 
 def test_a_single_place_with_a_small_gain_is_not_enough() -> None:
