@@ -2,9 +2,13 @@
 
 import os
 import signal
+from importlib.metadata import version
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+from PIL import Image
 
 from training.dataset import DatasetNotFoundError, FashionMNIST, load
 
@@ -24,6 +28,20 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)
+
+
+def assert_same_picture(drawn: Path, committed: Path, share: float) -> None:
+    """Compare PNGs by matplotlib: at most this share of the pixels may differ clearly.
+
+    Another version of matplotlib draws another picture; then the test is skipped.
+    """
+    pins = (Path(__file__).parents[1] / "constraints.txt").read_text().splitlines()
+    if f"matplotlib=={version('matplotlib')}" not in pins:
+        pytest.skip(f"{committed.name} was drawn by the matplotlib of constraints.txt")
+    with Image.open(drawn) as one, Image.open(committed) as other:
+        first, second = (np.asarray(image.convert("L"), float) for image in (one, other))
+    assert first.shape == second.shape
+    assert (np.abs(first - second) > 64).mean() < share, committed.name
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The commands that `make` runs, with stand-ins for the programs."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -24,7 +25,10 @@ PIP = "-m pip install --quiet --disable-pip-version-check --constraint constrain
 
 def make(*arguments: str, path: Path | None = None) -> list[str]:
     """Run make, and return the commands that its stand-ins got."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    settable = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    environment = {  # `make test-lowest` sets VENV for the make in which this test runs
+        k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in settable
+    }
     if path:
         environment["PATH"] = f"{path}:{environment['PATH']}"
     done = subprocess.run(

@@ -122,4 +122,5 @@ class Channel:
                     answer.set_result(Totals.from_json(line))
 
     def _send(self, number: int) -> None:
-        self._writer.write(b"%d %b\n" % (number, self._totals().to_json()))
+        if not self._writer.is_closing():  # the supervisor has ended
+            self._writer.write(b"%d %b\n" % (number, self._totals().to_json()))

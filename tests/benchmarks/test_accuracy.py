@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
 from scipy import stats
 
 from benchmarks import accuracy
 from benchmarks.accuracy import Committed
+from tests.conftest import assert_same_picture
 from training.dataset import FashionMNIST, Split
 from training.evaluation import pictures
 from training.evaluation.fits import Fits, Score
@@ -163,16 +163,10 @@ def test_an_added_fit_changes_count_mean_and_table(
 
 
 def test_the_picture_is_of_the_committed_model(fashion_mnist: FashionMNIST, tmp_path: Path) -> None:
-    """Compared with a tolerance: another version of matplotlib may draw letters differently."""
     test = fashion_mnist.test
     probabilities = onnx_classifier(accuracy.MODEL)(test.images)
     pictures.draw_confidence(probabilities, test.labels, tmp_path / "again.png")
-    again, drawn = (
-        np.asarray(Image.open(path).convert("L"), float)
-        for path in (tmp_path / "again.png", accuracy.PICTURE)
-    )
-    assert again.shape == drawn.shape
-    assert (np.abs(again - drawn) > 64).mean() < 0.005
+    assert_same_picture(tmp_path / "again.png", accuracy.PICTURE, share=0.005)
 
 
 def test_adding_needs_the_hardware() -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
-from PIL import Image
 from torch import nn
 
+from tests.conftest import assert_same_picture
 from training import export
 from training.batch_norm import affine
 from training.dataset import FashionMNIST, Split
@@ -97,15 +97,10 @@ def test_its_pictures_are_small() -> None:
 def test_the_pictures_of_the_model_are_of_the_committed_model(
     tmp_path: Path, fashion_mnist: FashionMNIST
 ) -> None:
-    """Compared with a tolerance: another version of matplotlib may draw letters differently."""
     pictures.draw_norms(RUN.model(), tmp_path / "norms.png")
     pictures.draw_unit(RUN.model(), fashion_mnist.test.images, tmp_path / "unit.png")
     for name in ("norms.png", "unit.png"):
-        again, committed = (
-            np.asarray(Image.open(folder / name).convert("L"), float) for folder in (tmp_path, DOCS)
-        )
-        assert again.shape == committed.shape
-        assert (np.abs(again - committed) > 64).mean() < 0.002, name
+        assert_same_picture(tmp_path / name, DOCS / name, share=0.002)
 
 
 def test_the_study_of_batches_is_of_the_committed_model(fashion_mnist: FashionMNIST) -> None:
