@@ -107,18 +107,23 @@ def enlarged(pixels: Pixels, random: Random) -> Image.Image:
     return picture
 
 
+def trimmed(
+    picture: Image.Image, left: float, top: float, right: float, bottom: float
+) -> Image.Image:
+    """Cut off these shares of the width and the height."""
+    width, height = picture.size
+    return picture.crop(
+        (int(left * width), int(top * height), int((1 - right) * width), int((1 - bottom) * height))
+    )
+
+
 def varied(photo: Image.Image, random: Random) -> Image.Image:
-    """Crop, scale, turn (by up to 12°) and mirror a photograph, and change its light."""
-    width, height = photo.size
-    left, top, right, bottom = random.uniform(0, 0.1, 4)
-    box = (left * width, top * height, (1 - right) * width, (1 - bottom) * height)
-    photo = photo.crop(tuple(map(int, box)))  # type: ignore[arg-type] # the box has four numbers
+    """Trim, scale, turn (by up to 12°) and mirror a photograph, and change its light."""
+    photo = trimmed(photo, *random.uniform(0, 0.1, 4))
     photo.thumbnail((int(random.uniform(160, 480)),) * 2, Image.Resampling.BOX)
     angle = random.uniform(-12, 12)
-    cut = 0.5 * min(np.sin(np.radians(abs(angle))), 0.13)  # the corners that the turn leaves empty
-    width, height = photo.size
-    box = (cut * width, cut * height, (1 - cut) * width, (1 - cut) * height)
-    photo = photo.rotate(angle, Image.Resampling.BILINEAR).crop(tuple(map(int, box)))  # type: ignore[arg-type] # as above
+    empty = 0.5 * min(np.sin(np.radians(abs(angle))), 0.13)  # the corners that the turn leaves
+    photo = trimmed(photo.rotate(angle, Image.Resampling.BILINEAR), empty, empty, empty, empty)
     if random.random() < 0.5:
         photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for change, limit in (
