@@ -445,12 +445,18 @@ def test_the_service_ends_when_no_worker_can_be_started_any_more(
 
 @pytest.mark.parametrize(("other", "starts"), [("report(); sys.exit(3)", 4), ("time.sleep(60)", 2)])
 def test_a_worker_that_cannot_be_replaced_does_not_end_the_others(
-    stub: Stub, monkeypatch: pytest.MonkeyPatch, other: str, starts: int
+    stub: Stub,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    other: str,
+    starts: int,
 ) -> None:
     """Whether it dies again and again, or never becomes ready."""
     monkeypatch.setattr(workers_module, "GIVE_UP_TICKS", 150)
     report_and_stop = f"for _ in range(400): report(); time.sleep(0.01)\n{STOP_SUPERVISOR}"
-    assert stub.supervise(f"if not first: {other}\n{report_and_stop}", workers=2) == 0
+    status = stub.supervise(f"if not first: {other}\n{report_and_stop}", workers=2)
+    assert status in (0, 1)  # 1 if the other one dies in the moment of the stop
+    assert "the service ends" not in caplog.text
     assert len(stub.starts()) >= starts
 
 
