@@ -122,5 +122,5 @@ class Channel:
                     answer.set_result(Totals.from_json(line))
 
     def _send(self, number: int) -> None:
-        if not self._writer.is_closing():  # the supervisor has ended
+        if not self._writer.is_closing():  # it closes when the supervisor ends
             self._writer.write(b"%d %b\n" % (number, self._totals().to_json()))

@@ -155,7 +155,7 @@ def test_noise_must_drift_more_than_no_batch_norm(drift: float, beginning: str, 
 def test_a_part_is_needed_if_accuracy_falls_without_it(
     effects: dict[str, float], beginning: str
 ) -> None:
-    """Without the subtraction, one fit of five fails, so the two cannot be told apart."""
+    """Without the subtraction, one fit of five fails: the figures do not separate the two."""
     lines: list[Line] = []
     for task in parts.tasks(Scale()):
         value = 0.8 + effects.get(task["norm"], 0.0) + 0.002 * math.sin(task["seed"])
