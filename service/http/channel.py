@@ -21,7 +21,7 @@ from service.telemetry.tallies import Totals
 
 REPORT, ASK = 0, -1
 REPORT_SECONDS = 0.2  # between two reports: what a killed worker counted since the last is lost
-ANSWER_SECONDS = 3.0  # longer than the supervisor itself waits for the workers
+ANSWER_SECONDS = 3.0  # longer than two of the supervisor's collections: one may be running
 MAX_LINE_BYTES = 2**20
 LENGTH = struct.Struct("!Q")
 
@@ -45,6 +45,8 @@ class Channel:
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
         self._answers: deque[asyncio.Future[Totals]] = deque()
+        self._asking = asyncio.Lock()
+        self._next: asyncio.Task[Totals] | None = None  # the question that is still to be sent
 
     def receive_models(self) -> list[bytes]:
         """Wait for the model files, and return their bytes. Call this once, before all else.
@@ -93,18 +95,28 @@ class Channel:
             await self._writer.wait_closed()
 
     async def totals(self) -> Totals:
-        """Return the sum of all workers' totals.
+        """Return the sum of all workers' totals, none of them older than this call.
+
+        One question at a time is open; all calls meanwhile share the next one. So many calls at
+        once take no more of the other workers' time than two.
 
         Raises:
             NotReady: the supervisor does not answer.
         """
-        answer: asyncio.Future[Totals] = asyncio.get_running_loop().create_future()
-        self._answers.append(answer)
-        self._send(ASK)
-        try:
-            return await asyncio.wait_for(answer, ANSWER_SECONDS)
-        except TimeoutError:
-            raise NotReady("The supervisor does not answer; try again later.") from None
+        if self._next is None:
+            self._next = asyncio.create_task(self._ask())
+        return await asyncio.shield(self._next)  # a client that leaves ends its own wait only
+
+    async def _ask(self) -> Totals:
+        async with self._asking:
+            self._next = None  # from here on, this worker's own counts are in the question
+            answer: asyncio.Future[Totals] = asyncio.get_running_loop().create_future()
+            self._answers.append(answer)
+            self._send(ASK)
+            try:
+                return await asyncio.wait_for(answer, ANSWER_SECONDS)
+            except TimeoutError:
+                raise NotReady("The supervisor does not answer; try again later.") from None
 
     async def _report_regularly(self) -> None:
         while True:

@@ -30,7 +30,8 @@ async def call(application: Application, exchange: Exchange) -> Answer:
         "scheme": "http",
         # HEAD is GET without content (RFC 9110, section 9.3.2): the connection leaves it out.
         "method": "GET" if exchange.method == "HEAD" else exchange.method,
-        "path": exchange.path,
+        # Starlette's patterns end in `$`, which also matches before a final line feed.
+        "path": exchange.path.replace("\n", "%0A"),
         "raw_path": exchange.path.encode(),
         "root_path": "",
         "query_string": exchange.query_string,

@@ -136,7 +136,7 @@ class Supervisor:
         self._workers: set[Worker] = set()
         self._ended = Totals()  # of workers that have ended
         self._numbers = count(1)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._asking: asyncio.Queue[Worker] = asyncio.Queue()  # workers that wait for the sum
         self._stopping = asyncio.Event()
         self._status = 0
 
@@ -147,9 +147,10 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGINT, self._stop, signal.SIGINT)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it is ignored
             loop.add_signal_handler(signal.SIGHUP, self._stop, signal.SIGTERM)
-        watch = asyncio.create_task(self._watch())
+        tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._send_sums())]
         await asyncio.gather(*map(self._keep_running, self._listeners))
-        watch.cancel()
+        for task in tasks:
+            task.cancel()
         return self._status
 
     async def _keep_running(self, listener: socket.socket) -> None:
@@ -227,9 +228,7 @@ class Supervisor:
                 worker.silent_ticks = 0
                 worker.resolve(int(number))
                 if int(number) == ASK:
-                    task = asyncio.create_task(self._send_sum(worker))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                    self._asking.put_nowait(worker)
 
     def _announce(self) -> None:
         """Log once that the service is ready."""
@@ -239,17 +238,25 @@ class Supervisor:
             logger.info("ready", extra={"fields": fields})
             self._page = None
 
-    async def _send_sum(self, worker: Worker) -> None:
-        """Ask all other workers for their totals, and send the sum to this one."""
-        number = next(self._numbers)
-        others = [other for other in self._workers if other.ready and other is not worker]
-        if answers := [other.ask(number) for other in others]:
-            await asyncio.wait(answers, timeout=COLLECT_SECONDS)
-        total = Totals()
-        total.add(self._ended)
-        for one in self._workers:
-            total.add(one.totals)
-        worker.writer.write(total.to_json() + b"\n")
+    async def _send_sums(self) -> None:
+        """Send the sum to the workers that ask for it: one collection at a time, for all of them.
+
+        The question of a worker has its own totals, so only the others are asked.
+        """
+        while True:
+            asking = [await self._asking.get()]
+            while not self._asking.empty():
+                asking.append(self._asking.get_nowait())
+            number = next(self._numbers)
+            others = [one for one in self._workers if one.ready and one not in asking]
+            if answers := [one.ask(number) for one in others]:
+                await asyncio.wait(answers, timeout=COLLECT_SECONDS)
+            total = Totals()
+            total.add(self._ended)
+            for one in self._workers:
+                total.add(one.totals)
+            for one in asking:
+                one.writer.write(total.to_json() + b"\n")
 
     async def _watch(self) -> None:
         """Kill workers that hang; stop the service if no worker is ready for too long."""

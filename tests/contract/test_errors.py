@@ -198,6 +198,23 @@ def test_an_unknown_path_is_404(client: httpx.Client, path: str) -> None:
     assert_error(client.get(path), 404, "not_found")
 
 
+@pytest.mark.parametrize("path", ["/", "/livez", "/metrics", "/v2/models/bn-lenet/ready"])
+@pytest.mark.parametrize("end", ["%0A", "%0D", "%00", "%09", "%20", "%2F", "%3F", "%0A%0A", ";x"])
+def test_a_path_with_more_characters_is_another_path(
+    client: httpx.Client, path: str, end: str
+) -> None:
+    """Starlette's patterns end in `$`, which also matches before a line feed."""
+    response = client.get(path + end)
+    assert response.status_code == 404, response.text
+    assert response.headers["content-type"] == "application/json"
+
+
+def test_no_route_takes_a_body_past_the_limits(client: httpx.Client) -> None:
+    """With a line feed, the path is that of no hot path, but FastAPI has the same route."""
+    response = client.post("/predict%0A", content=bytes(784), headers=BYTES)
+    assert_error(response, 404, "not_found")
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
 def test_another_method_is_405_and_names_the_right_one(client: httpx.Client, method: str) -> None:
     response = client.request(method, "/predict")

@@ -132,13 +132,43 @@ async def test_a_worker_answers_a_question(ends: Ends) -> None:
 
 async def test_a_worker_asks_for_the_sum_of_all(ends: Ends) -> None:
     channel, reader, writer = ends
-    asking = [asyncio.ensure_future(channel.totals()) for _ in range(2)]
-    assert [await message_but_reports(reader) for _ in range(2)] == [(-1, OWN)] * 2
+    asking = asyncio.ensure_future(channel.totals())
+    assert await message_but_reports(reader) == (-1, OWN)
     writer.write(SUM.to_json() + b"\n")
-    assert await asyncio.wait_for(asking[0], 10) == SUM
-    assert not asking[1].done()
+    assert await asyncio.wait_for(asking, 10) == SUM
+
+
+async def test_calls_at_once_share_a_question_that_is_asked_after_them(ends: Ends) -> None:
+    """An answer to a question before the call may lack what was counted since."""
+    channel, reader, writer = ends
+    first = asyncio.ensure_future(channel.totals())
+    assert await message_but_reports(reader) == (-1, OWN)
+    others = [asyncio.ensure_future(channel.totals()) for _ in range(100)]
+    others.pop().cancel()  # its client left
+    await asyncio.sleep(0)
+    channel.report(lambda: SUM)
     writer.write(OWN.to_json() + b"\n")
-    assert await asyncio.wait_for(asking[1], 10) == OWN
+    assert await asyncio.wait_for(first, 10) == OWN
+    assert await message_but_reports(reader) == (-1, SUM)
+    assert not any(one.done() for one in others)
+    writer.write(SUM.to_json() + b"\n7\n")
+    assert await asyncio.wait_for(asyncio.gather(*others), 10) == [SUM] * 99
+    assert await message_but_reports(reader) == (7, SUM)  # there was no further question
+
+
+async def test_questions_do_not_pile_up_for_a_supervisor_that_hangs(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel, reader, writer = ends
+    monkeypatch.setattr(channel_module, "ANSWER_SECONDS", 0.05)
+    asking = [asyncio.ensure_future(channel.totals()) for _ in range(100)]
+    failed = await asyncio.gather(*asking, return_exceptions=True)
+    assert {type(error) for error in failed} == {NotReady}
+    writer.write(b"7\n")
+    numbers = [(await message_but_reports(reader))[0]]
+    while numbers[-1] != 7:
+        numbers.append((await message_but_reports(reader))[0])
+    assert numbers == [-1, 7]
 
 
 async def test_a_supervisor_that_does_not_answer_is_a_503(
@@ -150,6 +180,7 @@ async def test_a_supervisor_that_does_not_answer_is_a_503(
         await channel.totals()
     asking = asyncio.ensure_future(channel.totals())
     await asyncio.sleep(0)
+    await asyncio.sleep(0)  # for the question
     writer.write(
         OWN.to_json() + b"\n" + SUM.to_json() + b"\n"
     )  # the first answers the question before
