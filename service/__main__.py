@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import click
 
 from service import __version__
-from service.model.artefact import ModelError, read_file
+from service.model.artefact import ModelError, read_files
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -97,8 +97,8 @@ def _http_url(_: click.Context, __: click.Parameter, url: str | None) -> str | N
     type=click.Choice(["auto", "none", "dataset"]),
     default="auto",
     show_default=True,
-    help="`none` takes only 28x28 8-bit grayscale and changes nothing; `dataset` converts every"
-    " photo as the data set was made; `auto` does `none` where it can, else `dataset`.",
+    help="`none` takes only 28x28 8-bit grayscale, as it is; `dataset` converts every photo as the"
+    " data set was made; `auto` does `none` where it can, else `dataset`.",
 )
 @click.option(
     "--url",
@@ -169,7 +169,7 @@ def _serve(supervisor: int | None = None, inherited: tuple[int, ...] = ()) -> No
             channel, files, others = None, None, []
             listener = server.bind(settings)
             if settings.workers > 1:
-                files = [read_file(path)[1] for path in settings.model_paths]
+                files = read_files(settings.model_paths)
                 sys.exit(supervise(settings.workers, listener, files, server.page(listener)))
         from service.app import create_app  # noqa: PLC0415 - brings FastAPI; a supervisor needs none
         from service.model.classifier import load_classifiers  # noqa: PLC0415 - brings ONNX Runtime; likewise

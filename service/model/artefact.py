@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -31,7 +32,8 @@ MAX_BYTES = 2**20  # five times the committed file
 MAX_SELF_TEST_TOLERANCE = 1e-5  # the exporter's
 DIGEST_ENTRY = b"\x72\x4a\x0a\x06digest\x12\x40"  # the metadata entry up to its 64 characters
 NO_DIGEST = b"0" * 64  # stands in for the digest while it is computed
-REMEDY = "put a file written by `python -m training export` there, or set BNLENET_MODEL_PATH"
+MODEL_SETTING, PICTURE_SETTING = "BNLENET_MODEL_PATH", "BNLENET_PICTURE_MODEL_PATH"
+REMEDY = f"put a file written by `python -m training export` there, or set {MODEL_SETTING}"
 
 FLOAT, UINT8 = 1, 2  # TensorProto.DataType
 INT, INTS = 2, 7  # AttributeProto.AttributeType
@@ -140,6 +142,27 @@ def read_artefact(path: Path, name: str | None = None) -> Artefact:
     return check_artefact(*read_file(path), name)
 
 
+def read_files(paths: Sequence[Path]) -> list[bytes]:
+    """Return the model files' bytes, unchecked: for pixels, then for pictures if it is another.
+
+    Raises:
+        ModelError: as `read_file` does.
+    """
+    first, *others = paths
+    _, data = read_file(first)
+    with for_pictures():
+        return [data, *(read_file(other)[1] for other in others)]
+
+
+@contextmanager
+def for_pictures() -> Iterator[None]:
+    """Let model errors name the setting of the model for pictures."""
+    try:
+        yield
+    except ModelError as exc:
+        raise ModelError(str(exc).replace(MODEL_SETTING, PICTURE_SETTING)) from exc
+
+
 def read_file(path: Path) -> tuple[Path, bytes]:
     """Return a model file's path and its bytes, unchecked. A folder must have one such file.
 
@@ -152,7 +175,7 @@ def read_file(path: Path) -> tuple[Path, bytes]:
             if len(files) != 1:
                 raise ModelError(
                     f"The folder {path} has {len(files) or 'no'} .onnx file{'s' * bool(files)}:"
-                    " leave one there, or set BNLENET_MODEL_PATH to the file."
+                    f" leave one there, or set {MODEL_SETTING} to the file."
                 )
             path = files[0]
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer

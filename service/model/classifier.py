@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from service.model.artefact import (
     INPUT,
     OUTPUT,
+    PICTURE_SETTING,
     REMEDY,
     Artefact,
     ModelError,
     ModelInfo,
     SelfTest,
     check_artefact,
+    for_pictures,
     read_file,
 )
 
@@ -162,11 +164,12 @@ def load_classifiers(
     classifier = Classifier.load(paths[0], device, name, first)
     if not others:
         return classifier, classifier
-    of_pictures = Classifier.load(paths[1], device, classifier.info.name, others[0])
+    with for_pictures():
+        of_pictures = Classifier.load(paths[1], device, classifier.info.name, others[0])
     if of_pictures.info.classes != classifier.info.classes:
         raise ModelError(
             f"The models {paths[0]} and {paths[1]} have different classes: set"
-            " BNLENET_PICTURE_MODEL_PATH to a model with the same ones."
+            f" {PICTURE_SETTING} to a model with the same ones."
         )
     return classifier, of_pictures
 

@@ -108,13 +108,15 @@ def read_picture(
     Args:
         data: the whole file; the format is read from its content.
         preprocessing: "none" takes only 28x28 8-bit grayscale; "dataset" converts every picture;
-            "auto" takes a 28x28 picture without colours as it is, and converts all others.
+            "auto" takes a 28x28 picture without colours as it is, and converts all others. A
+            picture with an EXIF orientation is turned upright in all three.
         limited: whether to apply the service's limits (`service.pictures.decoding`).
 
     Raises:
         UnsupportedMediaType: the bytes are not a picture of a known format.
         PayloadTooLarge: the picture exceeds a limit of `service.pictures.decoding`.
         InvalidInput: the picture is damaged; or "none" was asked, and it is not 28x28 grayscale.
+        Overloaded: there is too little memory.
     """
     image = open_picture(data, limited=limited)
     fits = is_gray_28x28(image)

@@ -16,9 +16,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    AvifImagePlugin,
+    Image,
+    PngImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,  # noqa: F401 - registers the format
+)
 
-from service.errors import InvalidInput, PayloadTooLarge, ServiceError, UnsupportedMediaType
+from service.errors import (
+    InvalidInput,
+    Overloaded,
+    PayloadTooLarge,
+    ServiceError,
+    UnsupportedMediaType,
+)
 
 STRIP_PIXELS = 2**17  # pixels to convert at once; so many fit into the CPU's caches
 CLOSE_ENOUGH = 1.02  # a JPEG decoded at up to this times the wanted size is not reduced again
@@ -35,12 +47,13 @@ MAX_SIDE = 8192  # pixels
 MAX_PIXELS = {
     "JPEG": 8192 * 6144,
     "progressive JPEG": 4096 * 3072,
-    "WEBP": 4032 * 3024,  # 12 bytes a pixel
+    "WEBP": 4032 * 3024,
     "GIF": 3200 * 3200,
     "BMP": 4096 * 3072,
     "AVIF": 4096 * 3072,
     "HEIF": 4096 * 3072,
 }
+BYTES_PER_PIXEL = 12  # of memory, for WebP; no other decoder needs more
 # Bytes, for formats whose bytes cost more than their pixels. Photographs of that size have fewer.
 MAX_BYTES = {
     "lossy WEBP": 4_000_000,
@@ -71,6 +84,7 @@ UPRIGHT = {  # how to turn a picture upright, by its orientation
 }
 HEADER_DAMAGED = "The picture's header is damaged; send the whole file."
 DAMAGED = "The picture is damaged or cut short; send the whole file."
+NO_MEMORY = "There is too little memory for this picture now; try again, or send a smaller one."
 
 
 def configure_pillow() -> None:
@@ -81,6 +95,7 @@ def configure_pillow() -> None:
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    Image.preinit()  # with WebP, all formats are loaded now: later, memory may be short
     Image.MAX_IMAGE_PIXELS = None  # this file has its own limits
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker uses one core
     PngImagePlugin.MAX_TEXT_MEMORY = 2**22  # bytes of compressed comments; nothing here reads them
@@ -115,9 +130,10 @@ def open_picture(data: bytes, *, limited: bool = True) -> Image.Image:
         PayloadTooLarge: the picture exceeds MAX_PIXELS, MAX_PNG_COST, MAX_SIDE, MAX_BYTES or
             MAX_SCANS.
         InvalidInput: the header is damaged.
+        Overloaded: there is too little memory.
     """
     formats = [*FORMATS, *({"HEIF"} & Image.OPEN.keys())]
-    with _service_errors(HEADER_DAMAGED):
+    with _service_errors(HEADER_DAMAGED, MAX_PIXELS["WEBP"]):  # its decoder starts here
         try:
             file = _LimitedFile(data) if limited else io.BytesIO(data)
             image = Image.open(file, formats=formats)
@@ -163,7 +179,7 @@ def raw_pixels(data: bytes) -> NDArray[np.uint8]:
     Raises:
         InvalidInput: the pixels are damaged.
     """
-    with _service_errors(DAMAGED):
+    with _service_errors(DAMAGED, 28 * 28):
         pixels = Image.frombytes("L", (28, 28), data[41 : -len(PNG_END) - 4], "zip", "L", 0)
         return np.frombuffer(pixels.tobytes(), np.uint8).reshape(28, 28)
 
@@ -174,13 +190,14 @@ def is_gray_28x28(image: Image.Image) -> bool:
 
 
 def gray_pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """Decode a grayscale picture without changes: uint8 [height, width].
+    """Decode a grayscale picture and turn it upright: uint8 [height, width].
 
     Raises:
         InvalidInput: the picture is damaged.
     """
-    with _service_errors(DAMAGED):
-        return np.array(image)
+    with _service_errors(DAMAGED, image.width * image.height):
+        image.load()  # first: `_upright` ignores errors, and Pillow raises this one only once
+        return np.array(_upright(image, image))
 
 
 def reduced(image: Image.Image, side: int) -> Image.Image:
@@ -191,8 +208,9 @@ def reduced(image: Image.Image, side: int) -> Image.Image:
 
     Raises:
         InvalidInput: the picture is damaged.
+        Overloaded: there is too little memory.
     """
-    with _service_errors(DAMAGED):
+    with _service_errors(DAMAGED, image.width * image.height):
         return _upright(_decoded_small(image, side), image)
 
 
@@ -205,18 +223,29 @@ def is_animated(image: Image.Image) -> bool:
 
 
 @contextmanager
-def _service_errors(sentence: str) -> Iterator[None]:
-    """Turn any exception that Pillow raises into one of the service's errors."""
+def _service_errors(damaged: str, pixels: int) -> Iterator[None]:
+    """Turn any exception that Pillow raises into one of the service's errors.
+
+    Most decoders do not say whether they lacked memory or the picture is damaged. So if one fails,
+    this checks whether the memory that they may need for so many pixels can be had.
+    """
     try:
         yield
     except ServiceError:
         raise
-    except MemoryError:
-        raise PayloadTooLarge(
-            "The picture needs more memory than the server has; send a smaller one."
-        ) from None
     except Exception as exc:
-        raise InvalidInput(sentence) from exc
+        if isinstance(exc, MemoryError) or not _is_free(pixels * BYTES_PER_PIXEL):
+            raise Overloaded(NO_MEMORY, headers={"Retry-After": "1"}) from exc
+        raise InvalidInput(damaged) from exc
+
+
+def _is_free(memory: int) -> bool:
+    """Return whether so many bytes of memory can be had."""
+    try:
+        np.empty(memory, np.uint8)  # reserves addresses, and writes nothing
+    except MemoryError:
+        return False
+    return True
 
 
 class _LimitedFile(io.BytesIO):
@@ -358,7 +387,7 @@ def _rgba(strip: Image.Image) -> Image.Image:
 
 
 def _upright(small: Image.Image, original: Image.Image) -> Image.Image:
-    """Turn the reduced picture upright, by the original's EXIF orientation."""
+    """Turn a decoded picture upright, by the original's EXIF orientation."""
     try:
         valid = len(original.info.get("exif", b"")) <= MAX_EXIF_BYTES
         turn = UPRIGHT.get(original.getexif().get(ORIENTATION, 1)) if valid else None

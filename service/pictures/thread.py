@@ -3,7 +3,10 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from service.pictures.conversion import ModelInput, Preprocessing, read_picture
+from service.pictures.cutout import cut_out
 from service.pictures.decoding import is_raw_28x28, raw_pixels
 
 
@@ -11,6 +14,8 @@ class PictureThread:
     """Reads one picture at a time. The budget for bodies limits how many can wait."""
 
     def __init__(self) -> None:
+        # At its first product, OpenBLAS reserves memory; if there is none, it ends the process.
+        cut_out(np.zeros((160, 160, 3), np.uint8))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
 
     async def read(self, data: bytes, preprocessing: Preprocessing) -> ModelInput:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from service.__main__ import main
 from service.app import create_app
 from service.http.gate import Gate
-from service.model.artefact import ModelError
+from service.model.artefact import ModelError, read_files
 from service.model.classifier import Classifier, load_classifiers
 from service.settings import Settings
 from tests.service.conftest import ask, forward, make_artefact, make_weights, seal
@@ -131,6 +131,24 @@ def test_the_command_line_uses_the_same_models(
 def test_one_file_is_loaded_once(artefact: Path) -> None:
     first, second = load_classifiers([artefact])
     assert first is second
+
+
+@pytest.mark.parametrize("content", [None, b"rubbish"])
+def test_an_error_names_the_setting_of_the_bad_file(
+    artefact: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    """Also where a supervisor reads the files."""
+    bad = tmp_path / "bad.onnx"
+    if content is not None:
+        bad.write_bytes(content)
+    of_pictures = r"bad.onnx .* or set BNLENET_PICTURE_MODEL_PATH"
+    with pytest.raises(ModelError, match=r"bad.onnx .* or set BNLENET_MODEL_PATH"):
+        load_classifiers([bad, artefact])
+    with pytest.raises(ModelError, match=of_pictures):
+        load_classifiers([artefact, bad])
+    if content is None:
+        with pytest.raises(ModelError, match=of_pictures):
+            read_files([artefact, bad])
 
 
 def test_models_with_different_classes_are_refused(artefact: Path, tmp_path: Path) -> None:

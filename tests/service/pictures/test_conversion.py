@@ -26,6 +26,7 @@ from service.pictures.conversion import (
     TWO_OBJECTS,
     UNSURE,
     ModelInput,
+    Preprocessing,
     read_picture,
 )
 from tests.service.pictures.drawings import (
@@ -270,10 +271,8 @@ def test_the_form_of_a_picture_does_not_matter(name: str) -> None:
     assert (decoded.preprocessing, decoded.notes) == ("dataset", ())
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_is_turned_upright(orientation: int) -> None:
-    """The stored rows and columns follow EXIF 2.3's table of orientations."""
-    upright = np.asarray(GRAY)
+def turned(upright: NDArray[np.uint8], orientation: int, mode: str = "L") -> bytes:
+    """Return a file whose rows and columns follow EXIF 2.3's table of orientations."""
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -286,9 +285,26 @@ def test_every_exif_orientation_is_turned_upright(orientation: int) -> None:
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(Image.fromarray(np.ascontiguousarray(stored)), exif=exif.tobytes())
+    image = Image.fromarray(np.ascontiguousarray(stored)).convert(mode)
+    return encode(image, exif=exif.tobytes())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_turned_upright(orientation: int) -> None:
+    data = turned(np.asarray(GRAY), orientation)
     difference = read_picture(data).pixels.astype(int) - read_picture(encode(GRAY)).pixels
     assert np.abs(difference).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_exif_orientation_also_turns_28_by_28_grayscale(orientation: int) -> None:
+    """In every mode, and with every preprocessing that takes the pixels as they are."""
+    noise = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    cases: list[tuple[str, Preprocessing]] = [("L", "none"), ("L", "auto"), ("RGB", "auto")]
+    for mode, preprocessing in cases:
+        read = read_picture(turned(noise, orientation, mode), preprocessing)
+        np.testing.assert_array_equal(read.pixels, noise)
+        assert read.preprocessing == "none"
 
 
 @pytest.mark.parametrize("format_", ["GIF", "WEBP", "PNG"])

@@ -248,19 +248,47 @@ def test_only_lossy_webp_is_limited_in_bytes() -> None:
     assert open_picture(lossless + bytes(5_000_000)).size == (200, 240)
 
 
-def test_a_picture_that_needs_more_memory_than_there_is_is_too_large(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It is not damaged, and it is not the server's failure."""
+READ_WITH_LITTLE_MEMORY = """
+import json, resource, sys
+from pathlib import Path
+from service.errors import ServiceError
+from service.pictures.conversion import read_picture
+from service.pictures.decoding import configure_pillow
+from service.pictures.thread import PictureThread
 
-    def no_memory(*_: object, **__: object) -> None:
-        raise MemoryError
+configure_pillow()
+PictureThread()
+files = [Path(file).read_bytes() for file in sys.argv[1:]]
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, [size + 8 * 2**20] * 2)
+for file in files:
+    try:
+        read_picture(file)
+        print("ok")
+    except ServiceError as error:
+        print(error.status, error.headers.get("Retry-After"))
+"""
 
-    data = encode(GRAY)
-    image = open_picture(data)
-    monkeypatch.setattr(Image.Image, "load", no_memory)
-    with pytest.raises(PayloadTooLarge, match="more memory than the server has"):
-        reduced(image, 160)
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's addresses")
+def test_a_lack_of_memory_is_not_taken_for_damage(tmp_path: Path) -> None:
+    """Some decoders only report that they failed. The client may try the same file again."""
+    large = worn(plain()).resize((2000, 1500))
+    small = encode(worn(plain()).resize((40, 40)))
+    files = {
+        encode(large, "WEBP", method=0): "503 1",
+        encode(large, "AVIF", speed=10): "503 1",
+        encode(large, "JPEG", progressive=True): "503 1",
+        encode(large, "BMP"): "503 1",
+        small: "ok",
+        small[:-40]: "422 None",
+    }
+    paths = [tmp_path / str(i) for i in range(len(files))]
+    for path, data in zip(paths, files, strict=True):
+        path.write_bytes(data)
+    command = [sys.executable, "-c", READ_WITH_LITTLE_MEMORY, *map(str, paths)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.splitlines() == [*files.values()], result.stderr
 
 
 def test_compressed_comments_are_unpacked_only_up_to_four_megabytes() -> None:
