@@ -353,6 +353,22 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
         read_picture(many)
 
 
+@pytest.mark.parametrize("junk", [b"\xff\x00", b"\xff\xd0", b"\xff\xd7"])
+def test_junk_hides_no_scans_of_a_jpeg(junk: bytes) -> None:
+    """The decoder skips these two bytes; they have no length, and the next marker is none."""
+    table = segment(0xC4, bytes([0x10, 1, *[0] * 15, 0xE0]))
+    scan = segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + b"\x7f\xfe"
+    begin = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(8)
+    whole = jpeg(64, [], 0xC2, begin + table + scan * 60)
+    quantization, rest = whole[2:71], whole[71:]
+    head = whole[:2] + junk + quantization
+    looks_baseline = jpeg(64, [[1, 2, 3]])[71:]
+    at = 4 + int.from_bytes(quantization[:2], "big")  # where the next marker would be
+    comment = segment(0xFE, bytes(at - len(head) - 4) + looks_baseline[:80])
+    with pytest.raises(PayloadTooLarge, match="more than 50 scans"):
+        read_picture(head + comment + rest)
+
+
 def test_files_with_very_many_parts_are_refused() -> None:
     whole = encode(GRAY)
     piece = struct.pack(">I", 0) + b"prVt" + struct.pack(">I", zlib.crc32(b"prVt"))
