@@ -57,9 +57,10 @@ PROBE_SECONDS = 0.25  # between two probes of a half-closed connection
 MAX_HEAD_BYTES = 32_768
 FIELD_OVERHEAD_BYTES = 32  # counted for each header field, as in RFC 9113, section 6.5.2
 FIELD_MEMORY_BYTES = 128  # what a header field takes in memory, however short it is
+USUAL_HEAD_BYTES = 4096  # of memory; the budget counts only more of a request that still arrives
 PARSE_CHUNK_BYTES = 2048  # holds some 75 of the smallest requests, and most requests whole
 QUEUED_REQUEST_BYTES = 2048  # what a pipelined request takes in memory while it waits
-MAX_CONNECTIONS = 8192  # of some 4 KB each
+MAX_CONNECTIONS = 8192  # of some 4 KB each, and as much for a usual head
 MAX_UNSENT_BYTES = 4096  # above this, the next answer waits until the client has read
 
 CLOSE = (b"connection", b"close")
@@ -316,6 +317,7 @@ class Connection(asyncio.Protocol):
             self._admission.stop_read_deadline(self)  # the next request gets its own
         self._incoming.complete = True
         self._incoming = None
+        self._headers, self._url = {}, b""  # else idle connections would hold them
         self._body_bytes_left = 0
 
     # Our own steps
@@ -505,8 +507,12 @@ class Connection(asyncio.Protocol):
     def _update_held_bytes(self) -> None:
         """Count in the budget what waits here. If the budget is full, end the connection."""
         held = self._unfinished_bytes + QUEUED_REQUEST_BYTES * max(0, len(self._queue) - 1)
-        if self._receiving and self._incoming is None:
-            held += FIELD_MEMORY_BYTES * len(self._headers)
+        if self._receiving:
+            head = FIELD_MEMORY_BYTES * len(self._headers)
+            if self._incoming is None:
+                held += head
+            else:  # the head is complete, and no longer among the unfinished bytes
+                held += max(0, head + self._head_bytes - USUAL_HEAD_BYTES)
         if self._unparsed:
             held += len(cast(bytes, self._unparsed.obj))  # a view keeps the whole object alive
         if not self._writable:

@@ -237,6 +237,28 @@ class TestMemory:
         assert app.admission.budget.bytes_left == before
         transport.close()
 
+    @pytest.mark.parametrize(
+        "more",
+        [b"a" * 20_000 + b":\r\n", b"".join(b"%03x:\r\n" % i for i in range(850))],
+        ids=["a long field", "many fields"],
+    )
+    async def test_a_large_head_counts_in_the_budget_until_its_body_is_complete(
+        self, make_app: MakeApp, more: bytes
+    ) -> None:
+        """8,000 connections with such heads and without their bodies took 744 MB."""
+        app = make_app()
+        before = app.admission.budget.bytes_left
+        connection, transport = connect(app)
+        head = HEAD + more + b"Content-Length: 784\r\n\r\n"
+        connection.data_received(head)
+        assert before - app.admission.budget.bytes_left > 15_000
+        connection.data_received(bytes(784))
+        await until(lambda: statuses(transport) == [200])
+        assert app.admission.budget.bytes_left == before
+        assert not connection._headers  # nor does the idle connection hold them
+        assert not connection._url
+        transport.close()
+
     async def test_an_idle_connection_is_closed_for_a_new_one(
         self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
     ) -> None:
