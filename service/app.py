@@ -20,6 +20,7 @@ from service.http.gate import Gate, HotPath
 from service.model.classifier import CPU, Classifier
 from service.model.inference import Inference, Models, Served, ThreadedInference
 from service.pictures.decoding import configure_pillow
+from service.pictures.thread import PictureThread
 from service.routes import open_inference, operations, page, predict
 from service.routes.bodies import body_limit
 from service.routes.document import DocumentedAPI, documented
@@ -85,7 +86,11 @@ def create_app(
         "none": of_pixels,
         "dataset": of_pixels if other is classifier else served(other),
     }
-    handle_predict = predict.predict_handler(models, metrics)
+    pictures = PictureThread(
+        max_pictures=max(1, settings.max_in_flight // 2),
+        max_wait=settings.request_timeout_seconds / 2,
+    )
+    handle_predict = predict.predict_handler(models, metrics, pictures)
     handle_infer = open_inference.infer_handler(models, metrics)
     handle_index = open_inference.index_handler(model)
     infer_paths = open_inference.infer_paths(model)

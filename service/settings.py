@@ -64,7 +64,7 @@ class Settings(BaseSettings):
         default=512,
         ge=1,
         description="How many whole requests may wait for their answers in one worker; the next"
-        " gets a 503.",
+        " gets a 503. Half of them may be pictures to convert.",
     )
     request_timeout_seconds: float = Field(
         default=10.0,

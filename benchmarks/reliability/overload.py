@@ -19,7 +19,7 @@ from benchmarks.reliability.soak import log_row
 from benchmarks.reliability.traffic import LOST, Client, Outcome, photograph, post
 
 TIMES = 10
-IN_FLIGHT = 32  # photographs: about 200 ms of work
+IN_FLIGHT = 64  # half of them photographs: about 250 ms of work
 GOODPUT = 0.8
 RECOVERY_SECONDS = 1.0
 SLOWER = 2.0  # recovered means: p99 at most this many times the p99 before

@@ -1,4 +1,9 @@
-"""How many requests may be in flight, how long each may take, and which one is evicted."""
+"""How many requests may be in flight, how long each may take, and which one is evicted.
+
+A refusal takes time too. Clients that ignore `Retry-After` and ask again at once could take most of
+it from the admitted requests. So a connection rests after a refusal: its next request waits in the
+kernel, where it costs nothing.
+"""
 
 import asyncio
 from time import perf_counter
@@ -10,13 +15,17 @@ from service.http.exchange import Exchange
 
 SLOW_AFTER_SECONDS = 2.0  # a request that arrives for longer may be evicted to free memory
 SWEEP_SECONDS = 0.1  # between two checks of all deadlines
+REST_SECONDS = 0.1  # at least, and until the next sweep
 
 
 class Sender(Protocol):
-    """What admission needs of a connection whose request is still arriving."""
+    """What admission needs of a connection."""
 
     def evict(self, error: ServiceError) -> None:
-        """Refuse the request, and free its memory."""
+        """Refuse the request that is still arriving, and free its memory."""
+
+    def wake(self) -> None:
+        """Read again after a rest."""
 
 
 class Gauge(Protocol):
@@ -56,6 +65,7 @@ class Admission:
         self._max_in_flight = max_in_flight
         self._gauge = gauge
         self._senders: dict[Sender, float] = {}  # with the time they began, the oldest first
+        self._resting: dict[Sender, float] = {}  # since when, the longest first
         self._exchanges: set[Exchange] = set()  # in flight
         self._sweep_timer: asyncio.TimerHandle | None = None
 
@@ -79,6 +89,12 @@ class Admission:
         self.in_flight -= 1
         self._exchanges.discard(exchange)
 
+    def rest(self, sender: Sender) -> None:
+        """Wake a connection after its rest; its last request was refused."""
+        self._resting.setdefault(sender, perf_counter())
+        if self._sweep_timer is None:
+            self._schedule_sweep()
+
     def start_read_deadline(self, sender: Sender) -> None:
         """Set the deadline for a request that has begun to arrive, unless it has one."""
         self._senders.setdefault(sender, perf_counter())
@@ -88,6 +104,11 @@ class Admission:
     def stop_read_deadline(self, sender: Sender) -> None:
         """Remove the deadline, if there is one: the request is complete, refused or abandoned."""
         self._senders.pop(sender, None)
+
+    def forget(self, sender: Sender) -> None:
+        """Neither evict nor wake a connection any more: it is closing."""
+        self._senders.pop(sender, None)
+        self._resting.pop(sender, None)
 
     def _evict_slowest(self) -> bool:
         return self._evict_oldest(SLOW_AFTER_SECONDS)
@@ -103,16 +124,19 @@ class Admission:
         return False
 
     def _sweep(self) -> None:
-        """End requests past their deadline. One timer for all costs less than one for each."""
+        """End requests past their deadline, and rests. One timer for all costs less than many."""
         while self._evict_oldest(self.timeout):
             pass
         now = perf_counter()
         for exchange in self._exchanges:
             if now - exchange.started >= self.timeout:
                 exchange.cancel()
+        for sender in [one for one, since in self._resting.items() if now - since >= REST_SECONDS]:
+            del self._resting[sender]
+            sender.wake()
         self._gauge.set(self.in_flight)
         self._sweep_timer = None
-        if self._exchanges or self._senders:
+        if self._exchanges or self._senders or self._resting:
             self._schedule_sweep()
 
     def _schedule_sweep(self) -> None:

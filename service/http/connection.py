@@ -154,6 +154,7 @@ class Connection(asyncio.Protocol):
         self._parsing_ended = False  # after an error: no more requests are accepted
         self._closing = False
         self._half_closed = False  # the client has closed its sending side
+        self._resting = False  # after a refusal: the socket is not read for a moment
         self._may_close = False  # when idle: it has had an answer, or time for a first request
         self._upgrade_offered = False  # in the head just parsed
         self._expects_continue = False  # the client waits before it sends the body
@@ -220,12 +221,16 @@ class Connection(asyncio.Protocol):
     # Called by uvicorn
 
     def shutdown(self) -> None:
-        """Close the connection if it is idle. A new one first gets time to send a request."""
+        """Close the connection if it is idle. A new one first gets time to send a request.
+
+        So does one that rests: its next request may wait in the kernel.
+        """
         if not self.is_idle():
             return
-        if self._may_close:
+        if self._may_close and not self._resting:
             self._close()
         else:
+            self.wake()
             self._may_close = True
             self._loop.call_later(SHUTDOWN_GRACE_SECONDS, self.shutdown)
 
@@ -236,6 +241,12 @@ class Connection(asyncio.Protocol):
         if not self._closing:
             self._refuse_last(error)
             self._answer_next()
+
+    def wake(self) -> None:
+        """Read again after a rest."""
+        self._resting = False
+        if not self._unparsed:
+            self._transport.resume_reading()
 
     # Called by the parser
 
@@ -345,7 +356,7 @@ class Connection(asyncio.Protocol):
         self._backlog = self._receiving or bool(self._unparsed) or len(self._queue) > 1
         if self._closing:
             return
-        if self._unparsed:
+        if self._unparsed or self._resting:
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
@@ -423,6 +434,12 @@ class Connection(asyncio.Protocol):
             else:
                 self._send(exchange, exchange.answer)
 
+    def _rest(self) -> None:
+        """Do not read for a moment: a client that asks again at once is only refused again."""
+        self._resting = True
+        self._transport.pause_reading()
+        self._admission.rest(self)
+
     async def _answer(self, exchange: Exchange) -> None:
         answer = await self._gate.answer(exchange)
         self._answering = False
@@ -460,8 +477,11 @@ class Connection(asyncio.Protocol):
         self._idle_since, self._idle_timeout = self._loop.time(), KEEP_ALIVE_SECONDS
         if close:
             self._close()
-        elif self._queue:
+            return
+        if self._queue:
             self._queue[0].started = perf_counter()  # time in the queue does not count
+        if status == Overloaded.status and exchange.handler is not None:
+            self._rest()
 
     def _abandon(self, exchange: Exchange) -> None:
         """Free and record a request that its client no longer waits for."""
@@ -490,7 +510,7 @@ class Connection(asyncio.Protocol):
 
     def _release_all(self) -> None:
         """Free what the connection holds. Its requests get no answer any more."""
-        self._admission.stop_read_deadline(self)
+        self._admission.forget(self)
         self._parser = None  # it refers back to us: the memory would wait for the garbage collector
         self._headers, self._unparsed = {}, EMPTY
         self._unfinished_bytes = 0

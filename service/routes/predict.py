@@ -25,11 +25,10 @@ RING = [
 ]  # the example image in the documentation: a ring
 
 
-def predict_handler(models: Models, metrics: Metrics) -> Handler:
+def predict_handler(models: Models, metrics: Metrics, pictures: PictureThread) -> Handler:
     """Return the handler of `POST /predict`, which the gate and FastAPI both call."""
     observe_decode, answered = metrics.decode.observe, metrics.answered
     ways = {name: (served.infer, Renderer(served.model)) for name, served in models.items()}
-    pictures = PictureThread()
 
     async def predict(exchange: Exchange) -> Answer:
         top_k, preprocessing, echo = _parameters(exchange)

@@ -47,10 +47,14 @@ class Sender:
     def __init__(self, budget: BodyBudget, held: int = 0) -> None:
         self.budget, self.held = budget, held
         self.errors: list[ServiceError] = []
+        self.woken = 0
 
     def evict(self, error: ServiceError) -> None:
         self.errors.append(error)
         self.budget.give_back(self.held)
+
+    def wake(self) -> None:
+        self.woken += 1
 
 
 class Gauge:
@@ -203,6 +207,43 @@ class TestSenders:
         admission.stop_read_deadline(sender)  # again, when its client leaves
         clock.pass_(11.0)
         assert sender.errors == []
+
+
+class TestRest:
+    def test_a_refused_client_rests_for_a_tenth_of_a_second_at_least(
+        self, admission: Admission, clock: Clock
+    ) -> None:
+        """The sweep wakes it, so a rest takes up to twice as long."""
+        receive(admission)
+        clock.pass_(0.05)
+        sender = Sender(admission.budget)
+        admission.rest(sender)
+        admission.rest(sender)  # its next request, which it had sent before the refusal
+        clock.pass_(0.05)
+        assert sender.woken == 0
+        clock.pass_(0.1)
+        assert sender.woken == 1
+        clock.pass_(1.0)
+        assert sender.woken == 1
+
+    def test_the_sweep_runs_until_all_are_awake(self, admission: Admission, clock: Clock) -> None:
+        senders = [Sender(admission.budget) for _ in range(3)]
+        for sender in senders:
+            admission.rest(sender)
+        assert len(clock.timers) == 1
+        clock.pass_(0.1)
+        assert [sender.woken for sender in senders] == [1, 1, 1]
+        assert clock.timers == []
+
+    def test_a_connection_that_closes_is_not_woken(
+        self, admission: Admission, clock: Clock
+    ) -> None:
+        sender = receive(admission)
+        admission.rest(sender)
+        admission.forget(sender)
+        admission.forget(sender)
+        clock.pass_(11.0)
+        assert (sender.woken, sender.errors) == (0, [])
 
 
 class TestEviction:

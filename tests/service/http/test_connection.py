@@ -359,6 +359,83 @@ class TestHead:
         transport.close()
 
 
+class TestRest:
+    """With the server at its limit, a client that asks again at once is read again later."""
+
+    @pytest.fixture
+    def full(self, make_app: MakeApp) -> Gate:
+        """Return a server at its limit."""
+        app = make_app(max_in_flight=1)
+        app.admission.in_flight = 1
+        return app
+
+    async def test_a_refused_client_is_not_read_for_a_moment(self, full: Gate) -> None:
+        connection, transport = connect(full)
+        connection.data_received(POST)
+        assert (statuses(transport), transport.reading) == ([503], False)
+        await until(lambda: transport.reading)
+        connection.data_received(POST)
+        assert (statuses(transport), transport.reading) == ([503, 503], False)
+        await until(lambda: transport.reading)
+        full.admission.in_flight = 0
+        connection.data_received(POST)
+        await until(lambda: statuses(transport) == [503, 503, 200])
+        assert transport.reading
+        transport.close()
+
+    async def test_other_refusals_are_no_reason_to_rest(self, full: Gate) -> None:
+        connection, transport = connect(full)
+        connection.data_received(HEAD + b"Content-Length: 4000\r\n\r\n" + bytes(4000))
+        assert (statuses(transport), transport.reading) == ([413], True)
+        connection.data_received(GET)
+        await until(lambda: statuses(transport) == [413, 200])
+        assert transport.reading
+        transport.close()
+
+    @pytest.mark.parametrize(("more", "rest"), [(POST * 3, GET), (POST[:-1], b"\0")])
+    async def test_what_has_arrived_is_answered_but_no_more_is_read(
+        self, full: Gate, more: bytes, rest: bytes
+    ) -> None:
+        budget = full.admission.budget.bytes_left
+        connection, transport = connect(full)
+        connection.data_received(POST + more)
+        answered = (POST + more).count(POST)
+        assert (statuses(transport), transport.reading) == ([503] * answered, False)
+        await until(lambda: transport.reading)
+        connection.data_received(rest)
+        await until(lambda: len(statuses(transport)) == answered + 1)
+        transport.close()
+        await until(lambda: full.admission.budget.bytes_left == budget)
+
+    async def test_a_stop_first_reads_what_waits_in_the_kernel(
+        self, full: Gate, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """To close the socket would reset the connection, and the request would be lost."""
+        monkeypatch.setattr(connection_module, "SHUTDOWN_GRACE_SECONDS", 0.05)
+        connection, transport = connect(full)
+        connection.data_received(POST)
+        full.admission.draining = True
+        connection.shutdown()
+        assert (transport.closed, transport.reading) == (False, True)
+        connection.data_received(POST)
+        await until(lambda: transport.closed)
+        assert statuses(transport) == [503, 503]
+
+    async def test_a_client_that_rests_and_is_silent_does_not_block_a_stop(
+        self, full: Gate, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(connection_module, "SHUTDOWN_GRACE_SECONDS", 0.05)
+        connection, transport = connect(full)
+        connection.data_received(POST)
+        connection.shutdown()
+        await until(lambda: transport.closed)
+
+    async def test_a_closing_connection_is_read_to_its_end(self, full: Gate) -> None:
+        connection, transport = connect(full)
+        connection.data_received(POST.replace(b"Host", b"Connection: close\r\nHost"))
+        assert (statuses(transport), transport.closed) == ([503], True)
+
+
 async def test_a_refused_request_that_never_ends_is_the_last(make_app: MakeApp) -> None:
     """The rest of the connection is not parsed: a next request would wait for ever."""
     app = make_app()

@@ -309,20 +309,49 @@ class TestMisbehavingClients:
         assert decoded
         assert float(left[1]) > float(decoded[1])
 
-    def test_overload_gets_503_and_health_stays_200(self, start: Callable[..., Any]) -> None:
-        address, _ = start(max_in_flight=2)
-        picture = slow_picture()
-        with ExitStack() as inside, httpx.Client(base_url=address) as client:
-            for _ in range(20):
-                connection = inside.enter_context(connect(address))
-                connection.sendall(picture)
+    def test_overload_gets_503_and_health_stays_200(self, make_app: Callable[..., Gate]) -> None:
+        app, listener = make_app(max_in_flight=1), server.bind(Settings(port=0))
+        app.admission.in_flight = 1
+        with (
+            serving_here(app, listener),
+            httpx.Client(base_url=server.url(listener)) as client,
+        ):
             refused = client.post("/predict", content=bytes(784), headers=BYTES)
-            while refused.status_code != 503:  # the pictures may be read after it
-                refused = client.post("/predict", content=bytes(784), headers=BYTES)
-            assert refused.headers["retry-after"] == "1"
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
             assert refused.json()["code"] == "overloaded"
             assert client.get("/livez").status_code == 200
             assert client.get("/readyz").status_code == 200
+
+    def test_a_client_that_asks_again_at_once_takes_little_time(
+        self, make_app: Callable[..., Gate]
+    ) -> None:
+        """Its connection rests after a refusal; or refusals would take the time of the answers."""
+        app, listener = make_app(max_in_flight=1), server.bind(Settings(port=0))
+        app.admission.in_flight = 1
+        with (
+            serving_here(app, listener),
+            httpx.Client(base_url=server.url(listener)) as client,
+        ):
+            begin = time.monotonic()
+            for _ in range(5):
+                refused = client.post("/predict", content=bytes(784), headers=BYTES)
+                assert refused.status_code == 503
+            assert time.monotonic() - begin >= 4 * 0.1
+
+    def test_pictures_leave_places_for_other_requests(self, start: Callable[..., Any]) -> None:
+        """At most half of the places are for pictures."""
+        address, _ = start(max_in_flight=20, request_timeout_seconds=60)
+        picture = slow_picture()
+        with ExitStack() as clients, httpx.Client(base_url=address) as client:
+            connections = [clients.enter_context(connect(address)) for _ in range(15)]
+            for connection in connections:
+                connection.sendall(picture)
+            for _ in range(10):
+                answer = client.post("/predict", content=bytes(784), headers=BYTES)
+                assert answer.status_code == 200
+            statuses = [connection.recv(12)[-3:] for connection in connections]
+        assert statuses.count(b"200") >= 10
+        assert {*statuses} == {b"200", b"503"}
 
     def test_a_connection_stays_open_after_a_small_upload_is_refused(
         self, start: Callable[..., Any]

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from service.errors import Overloaded
 from service.pictures.conversion import ModelInput, Pixels, Preprocessing
 from service.pictures.thread import PictureThread
 
@@ -49,6 +50,42 @@ async def test_abandoned_pictures_are_not_decoded(
     event.set()
     await asyncio.gather(tasks[0], tasks[2])
     assert decoded == [photo + b"\0", photo + b"\2"]
+
+
+async def test_only_so_many_pictures_may_wait(
+    photo: bytes, turn: tuple[threading.Event, list[bytes]]
+) -> None:
+    """The others' places are for requests that take microseconds."""
+    event, decoded = turn
+    pictures = PictureThread(max_pictures=2)
+    tasks = [asyncio.create_task(pictures.read(photo, "auto")) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded) as refused:
+        await pictures.read(photo, "auto")
+    assert refused.value.headers == {"Retry-After": "1"}
+    tasks.pop().cancel()
+    await asyncio.sleep(0.01)
+    tasks.append(asyncio.create_task(pictures.read(photo, "auto")))  # the place is free again
+    event.set()
+    await asyncio.gather(*tasks)
+    await asyncio.gather(*(pictures.read(photo, "auto") for _ in range(2)))
+    assert len(decoded) == 4
+
+
+async def test_a_picture_that_waited_for_too_long_is_refused_and_not_decoded(
+    photo: bytes, turn: tuple[threading.Event, list[bytes]]
+) -> None:
+    """Otherwise, with too many of them, each would reach its deadline while it is decoded."""
+    event, decoded = turn
+    pictures = PictureThread(max_wait=0.05)
+    tasks = [asyncio.create_task(pictures.read(photo, "auto")) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    event.set()
+    first, *others = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(first, ModelInput)
+    assert {type(other) for other in others} == {Overloaded}
+    await pictures.read(photo, "auto")
+    assert len(decoded) == 2
 
 
 async def test_only_a_raw_28_by_28_png_is_decoded_on_the_event_loop(
