@@ -27,8 +27,8 @@ OPTIONS = (  # of `serve`; an option replaces the environment variable of its na
 def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of `serve` to a command."""
     for name, kind, default, text in reversed(OPTIONS):
-        replaced = f"Replaces BNLENET_{name[2:].upper()}."
-        option = click.option(name, type=kind, show_default=default, help=f"{text} {replaced}")
+        replaced = f"Replaces BNLENET_{name[2:].upper()}.  [default: {default}]"
+        option = click.option(name, type=kind, help=f"{text} {replaced}")
         command = option(command)
     return command
 
@@ -84,7 +84,9 @@ def _http_url(_: click.Context, __: click.Parameter, url: str | None) -> str | N
 @click.argument(
     "photos", metavar="PHOTO...", nargs=-1, required=True, type=click.Path(readable=False)
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each photo.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one line of JSON for each photo, with notes."
+)
 @click.option(
     "--top-k",
     type=click.IntRange(1, 10),
@@ -117,8 +119,8 @@ def classify(
     PHOTO is a file, a folder (for the pictures in it), a glob pattern, or `-` (for standard
     input).
 
-    A terminal gets a table. A pipe gets lines with tabs: file, label, confidence. When a photo
-    cannot be read or classified, the others still are, and the exit status is 1.
+    A terminal gets a table. A pipe gets lines with tabs: file, label, confidence. If a photo
+    cannot be classified, the others still are, and the exit status is 1.
     """
     from service.classify import local, remote, run  # noqa: PLC0415 - serving needs none of it
     from service.pictures.decoding import configure_pillow  # noqa: PLC0415 - as above

@@ -112,7 +112,7 @@ def _positive(_: click.Context, __: click.Parameter, value: float | None) -> flo
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, on one line.")
 
 
-@main.command("fit")
+@main.command("fit", short_help="Fit a model and write a run folder.")
 @click.option(
     "--recipe",
     type=click.Choice(list(RECIPES)),
@@ -286,7 +286,7 @@ def _print_scores(runs: Sequence[Run], fitted: Sequence[Fitted]) -> None:
     first, *others = [shlex.quote(str(run.folder)) for run in runs]
     click.echo(f"Run folder{'s' * bool(others)}: {' '.join([first, *others])}")
     if holdout:
-        click.echo(f"Next: fit all images, then export them with --held-out {first}")
+        click.echo(f"Next: fit on all images, then export that run with --held-out {first}")
     else:
         more = "".join(f" --seeds-from {other}" for other in others)
         click.echo(f"Next: python -m training export {first}{more} --out {first}/bn_lenet.onnx")
@@ -355,7 +355,7 @@ def _display(config: Config, quiet: bool) -> Iterator[dict[str, Callable[..., No
         yield {"on_batch": on_batch, "on_epoch": on_epoch}
 
 
-@main.command("export")
+@main.command("export", short_help="Write the model of a run as an ONNX file.")
 @click.argument("run", type=FOLDER)
 @click.option(
     "--out",
@@ -447,7 +447,7 @@ def _steps(first: str, total: int) -> Iterator[Callable[[str], None]]:
         yield lambda name: progress.update(task, description=name, advance=1)
 
 
-@main.command("evaluate")
+@main.command("evaluate", short_help="Evaluate an ONNX file on the test set.")
 @click.argument("model", type=FILE)
 @json_option
 @data_dir_option
@@ -502,7 +502,7 @@ def _tables(evaluation: Evaluation) -> Iterator[Table]:
     yield robustness
 
 
-@main.command("norms")
+@main.command("norms", short_help="Print what the batch norms of a run learnt.")
 @click.argument("run", type=FOLDER)
 @click.option("--picture", type=FILE, help="Also draw them into this PNG file.")
 @click.option(

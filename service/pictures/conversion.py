@@ -43,9 +43,9 @@ UNSURE_BELOW = 0.5
 ONE_COLOUR = "Not sure: the picture has only one colour."
 NO_GARMENT = "Not sure: no garment stands out from the background; the whole picture was used."
 TWO_OBJECTS = "Not sure: the picture shows two objects; the larger was used. Send one."
-UNSURE = "Not sure: the picture or its mirror image gives this class less than half."
+UNSURE = "Not sure: the picture or its mirror image gives this class a probability below one half."
 GUESSED = "The background is not plain; the garment's outline was guessed from its colours."
-ON_BLACK = "The background is black; the picture was taken for a negative already."
+ON_BLACK = "The background is black, as in the data set, so light and dark were not swapped."
 FIRST_FRAME = "Only the first frame was used."
 
 
@@ -71,7 +71,7 @@ class ModelInput:
         return image if self.preprocessing == "none" else np.concatenate([image, image[..., ::-1]])
 
     def notes_for(self, probabilities: Floats) -> tuple[str, ...]:
-        """Return the notes, and one more if the model is unsure about a converted picture.
+        """Return the notes; add one if the model is unsure and no note says "Not sure" yet.
 
         A garment and its mirror image have the same class. The model is unsure if one of them
         gives that class a low probability.
@@ -80,7 +80,8 @@ class ModelInput:
             probabilities: float32 [n, 10], of `images`; the first row is the answer.
         """
         lowest = probabilities[:, probabilities[0].argmax()].min()
-        if self.preprocessing == "none" or lowest >= UNSURE_BELOW:
+        doubted = any(note.startswith("Not sure") for note in self.notes)
+        if self.preprocessing == "none" or lowest >= UNSURE_BELOW or doubted:
             return self.notes
         return (*self.notes, UNSURE)
 

@@ -28,7 +28,7 @@ MODELS = Path(__file__).parents[2] / "models"
 COMMITTED = MODELS / "bn_lenet.onnx"
 CHECKPOINT = MODELS / "run" / "checkpoint.safetensors"
 RUN = "run.safetensors"
-NO_RUN = "The served model is not the export of the run in models/run; there is nothing to show."
+NO_RUN = "There is nothing to show: this page needs the committed model and the folder models/run."
 
 
 def page_router(model: ModelInfo) -> APIRouter:

@@ -131,6 +131,19 @@ def test_answer_is_the_services(
     expect(inside.locator("#revision")).to_have_text(model["revision"])
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_a_second_model_is_mentioned(inside: Page, client: httpx.Client, second: bool) -> None:
+    """On the first page, it may have answered the same pixels with other numbers."""
+    ready = client.get("/readyz").json()
+    other = ready["model"] | ({"revision": "0" * 12} if second else {})
+    inside.route(
+        "**/readyz", lambda route: route.fulfill(json=ready | {"picture_model": other}), times=1
+    )
+    inside.reload()
+    expect(inside.locator("#verdict")).to_contain_text("%")
+    expect(inside.locator("#second")).to_be_visible(visible=second)
+
+
 def test_drawing_is_followed_live(inside: Page, client: httpx.Client) -> None:
     requests: list[str] = []
     inside.on("request", lambda request: requests.append(request.url))

@@ -165,7 +165,7 @@ def test_options_override_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (config.seed, config.batch_norm, config.holdout) == (7, "scratch", 100)
     assert config.versions["torch"] == "2.13.0+cu130"
     assert "accuracy on the 100 held-out images" in result.stdout
-    assert f"then export them with --held-out {tmp_path / 'a'}" in result.stdout
+    assert f"then export that run with --held-out {tmp_path / 'a'}" in result.stdout
 
 
 @pytest.mark.parametrize("options", [("--threads", "2"), ()])

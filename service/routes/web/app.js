@@ -112,7 +112,7 @@ function show({ answer, picture, milliseconds }) {
   $("preprocessing").textContent = (picture.scaled ? "Scaled down in your browser. " : "")
     + (answer.preprocessing === "none"
       ? "What the model saw: your 28\u00a0×\u00a028 grey pixels, unchanged."
-      : "What the model saw: 28\u00a0×\u00a028 grey pixels, converted like the data set.");
+      : "What the model saw: 28\u00a0×\u00a028 grey pixels, made the way the data set was made.");
   $("notes").replaceChildren(...notes.map((note) => {
     const item = document.createElement("li");
     item.textContent = note;
@@ -122,7 +122,7 @@ function show({ answer, picture, milliseconds }) {
   $("why").disabled = false;
   const bytes = btoa(String.fromCharCode(...pixels));
   for (const link of document.querySelectorAll("a.inside")) link.href = `inside#${bytes}`;
-  if (!revisions.includes(answer.model.revision)) showModel();
+  showModel();
   showCommand(picture);
   speak(blank ? name.textContent : `${$("label").textContent}, ${percent(answer.confidence)}`);
 }
@@ -170,12 +170,15 @@ function speak(text) { // once for several strokes
   speaking = setTimeout(() => { $("spoken").textContent = text; }, 500);
 }
 
-let revisions = []; // of the models for pixels and for pictures
-async function showModel() {
-  const ready = await fetch("readyz").then((response) => response.json()).catch(() => ({}));
-  const { model } = ready;
+let models = []; // for pixels, and for pictures that the service converts
+async function showModel() { // the one that answered
+  const answered = () => models.find(({ revision }) => revision === current?.model.revision);
+  if (!answered()) {
+    const ready = await fetch("readyz").then((response) => response.json()).catch(() => ({}));
+    models = [ready.model, ready.picture_model].filter(Boolean);
+  }
+  const model = answered() ?? models[0];
   if (!model) return;
-  revisions = [model.revision, ready.picture_model?.revision];
   $("model").textContent = `${model.name} ${model.version}`;
   $("revision").textContent = model.revision;
   $("accuracy").textContent = Number(model.test_accuracy) ? percent(model.test_accuracy) : "unknown";

@@ -10,7 +10,7 @@ const STAGES = [
   ["First convolution", "Six filters of 5 × 5 find edges.", ["conv1", "norm1", "sigmoid1", "pool1"]],
   ["Second convolution", "Sixteen filters read the six maps.", ["conv2", "norm2", "sigmoid2", "pool2"]],
   ["First linear layer", "120 units; each reads all maps.", ["linear1", "norm3", "sigmoid3"]],
-  ["Second linear layer", "84 units.", ["linear2", "norm4", "sigmoid4"]],
+  ["Second linear layer", "84 units; each reads all 120.", ["linear2", "norm4", "sigmoid4"]],
 ];
 const CAPTIONS = {
   conv: "Before the norm", linear: "Before the norm", norm: "After the norm",
@@ -93,7 +93,7 @@ function build() {
       const figure = element("figure", { id: name }, caption, maps, spread, numbers);
       const whiskers = kind(name) === "norm" && element("canvas", { className: "whiskers", width: 360, height: 90, role: "img" });
       if (whiskers) {
-        figure.append(whiskers, element("p", { className: "numbers" }, "Channels: ",
+        figure.append(whiskers, element("p", { className: "numbers" }, "Mean ± deviation of each channel: ",
           element("span", { className: "mean", textContent: "fixed" }), ", ",
           element("span", { className: "own", textContent: "batch" })));
       }
@@ -203,7 +203,7 @@ function showAnswers(results, size) {
     batch: size === 1
       ? "A batch of one: in a linear layer, each unit’s mean is its own value, so the third norm removes everything. Every picture gets this answer. Add other pictures!"
       : `Each norm uses the mean and variance of these ${size} pictures. Other pictures change the answer; with fixed statistics it is ${best(fixed)}.`,
-    folded: `Each norm is a scale and a shift; they are now part of the weights of the layer before. The answer is the same, within ${difference.toExponential(0)}.`,
+    folded: `Each norm is a scale and a shift; they are now part of the weights of the layer before. The answer is the same; the largest difference is ${difference.toExponential(0)}.`,
   }[mode()];
 }
 
@@ -284,6 +284,8 @@ async function load() {
       return;
     }
     const network = parse(await response.arrayBuffer());
+    const { model, picture_model: other } = await fetch("readyz").then((ready) => ready.json());
+    $("second").hidden = other.revision === model.revision;
     networks = { fixed: network, folded: fold(network) };
     const images = [...$("examples").querySelectorAll("img")];
     examples = await Promise.all(images.map(async (image) => shrink(await rasterise(image, 280, "#fff"))));

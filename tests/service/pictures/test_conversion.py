@@ -489,6 +489,8 @@ def test_the_model_is_unsure_if_a_picture_and_its_mirror_image_disagree(
     probabilities[:, 3] = picture, mirror
     probabilities[:, 4] = 0.3, 1 - mirror
     assert converted.notes_for(probabilities) == ((GUESSED,) if sure else (GUESSED, UNSURE))
+    doubted = ModelInput(converted.pixels, "dataset", (TWO_OBJECTS, FIRST_FRAME))
+    assert doubted.notes_for(probabilities) == doubted.notes  # one doubt is enough
     as_it_came = ModelInput(np.zeros((28, 28), np.uint8), "none")
     assert as_it_came.notes_for(np.full((1, 10), 0.1, np.float32)) == ()
 

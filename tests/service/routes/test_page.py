@@ -96,7 +96,7 @@ async def test_the_weights_of_another_model_are_not_there(committed: ModelInfo) 
     lacking = {**committed.metadata, "statistics": "imagined"}
     for model in (replace(committed, revision="0" * 12), replace(committed, metadata=lacking)):
         get = client(model)
-        with pytest.raises(NotFound, match="is not the export of the run in models/run"):
+        with pytest.raises(NotFound, match="needs the committed model"):
             await get("/static/run.safetensors")
         with pytest.raises(NotFound, match="no file of this name"):
             await get("/static/other.js")
@@ -109,6 +109,6 @@ async def test_the_pages_need_no_run(
     """As in an installation without the repository's files."""
     monkeypatch.setattr(page, name, tmp_path / "nowhere")
     get = client(committed)
-    with pytest.raises(NotFound, match="there is nothing to show"):
+    with pytest.raises(NotFound, match="nothing to show"):
         await get("/static/run.safetensors")
     assert (await get("/")).status_code == 200
