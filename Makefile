@@ -20,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train data test test-all tests tests-service checks format bench gpu test-lowest test-newest test-elsewhere \
+.PHONY: help serve train data test test-all tests checks format bench gpu test-lowest test-newest test-elsewhere \
   test-mutants test-docker image lock clean
 
 help:  ## list the targets
@@ -95,11 +95,6 @@ checks: $(DEV)
 tests: $(DEV)
 	$(PYTEST)
 
-# These tests need no torch, which is too slow to install on emulated processors.
-tests-service: $(SERVICE)
-	$(PIP) '.[$(RUNTIME),dev]' onnx
-	$(PYTEST) --timeout 3000 tests/service tests/contract
-
 # Lint and types belong to the versions of constraints.txt, so these two only run the tests.
 test-lowest: $(DEV)  ## run the tests with the oldest versions that pyproject.toml allows
 	@mkdir -p .cache
@@ -111,7 +106,7 @@ test-newest:  ## run the tests with the newest versions of all packages
 	@mkdir -p .cache && : > .cache/newest.txt
 	$(MAKE) tests VENV=.venv-newest CONSTRAINTS=.cache/newest.txt
 
-test-elsewhere:  ## run the tests on other releases of Debian and on arm64, in containers
+test-elsewhere: $(DEV)  ## run the tests on other releases of Debian and on arm64, in containers
 	./tests/elsewhere.sh
 
 test-mutants: $(DEV)  ## break small modules in many ways, and list the breaks that no test notices

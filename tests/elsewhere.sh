@@ -6,23 +6,36 @@
 #   ./tests/elsewhere.sh arm64          the tests of the service and of its contract on arm64
 # The last commit is unpacked from a tarball, in a path with spaces; the user is not root and cannot write
 # the home folder; the locale is C, the time zone is not a whole hour from others. Needs Docker; arm64 on
-# another processor needs qemu-user-static and binfmt-support, and an hour or more. DEBIAN13, PYTHON314
-# and ARM64 name other images (with python3, venv and apt-get); FASHION_MNIST_DIR is the data set's folder.
+# another processor needs qemu-user-static and binfmt-support, and an hour or more. There the packages are
+# unpacked by this machine, which is much faster; torch is left out. DEBIAN13, PYTHON314 and ARM64 name other
+# images (with python3, venv and apt-get); FASHION_MNIST_DIR is the data set's folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${FASHION_MNIST_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/bn-lenet/fashion-mnist}
 [ -d "$data" ] || { echo "test-elsewhere needs the data set: make data, or set FASHION_MNIST_DIR" >&2; exit 1; }
-results=$(mktemp)
-log=$(mktemp)
-trap 'rm -f "$results" "$log"' EXIT
+scratch=$(mktemp -d)
+results=$scratch/results
+log=$scratch/log
+trap 'rm -rf "$scratch"' EXIT
 
-run() { # run NAME IMAGE PLATFORM COMMAND
+# ONNX Runtime for arm64 reads the caches of the processor from /sys, and crashes on those of an x86-64.
+hidden=()
+for caches in /sys/devices/system/cpu/cpu[0-9]*/cache; do hidden+=(--tmpfs "$caches"); done
+
+packages() { # packages IMAGE FOLDER: unpack the service's and the tests' packages for arm64
+  local version
+  version=$(docker run --rm --platform linux/arm64 "$1" python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  .venv/bin/python -m uv pip install --quiet --python-platform aarch64-unknown-linux-gnu --python-version "$version" \
+    --target "$2" --constraint constraints.txt '.[cpu,dev]' onnx
+}
+
+run() { # run NAME IMAGE PLATFORM COMMAND [OPTION OF DOCKER ...]
   echo "test-elsewhere: $1: $4 in $2"
   local status=0
   git archive HEAD |
     docker run --rm --interactive --init --platform "$3" --cpu-shares 512 --env COMMAND="$4" \
       --env TZ=Asia/Kathmandu --env LC_ALL=C --env FASHION_MNIST_DIR=/data --volume "$data:/data:ro" \
-      --volume "bn-lenet-pip-$1:/pip" "$2" bash -euc '
+      --volume "bn-lenet-pip-$1:/pip" "${@:5}" "$2" bash -euc '
         apt-get update -qq
         DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends curl make >/dev/null 2>&1
         mkdir "/tmp/a path"
@@ -43,7 +56,12 @@ for name; do
     debian13) run "$name" "${DEBIAN13:-python:3.13-slim-trixie}" "$native" "make test" ;;
     python314) run "$name" "${PYTHON314:-python:3.14-slim-trixie}" "$native" "make test" ;;
     arm64)
-      run "$name" "${ARM64:-python:3.13-slim-trixie}" linux/arm64 "make tests-service"
+      image=${ARM64:-python:3.13-slim-trixie}
+      options=(--volume "$scratch/packages:/packages:ro" --env PYTHONPATH=/packages)
+      [ "$native" = linux/arm64 ] || options+=("${hidden[@]}")
+      packages "$image" "$scratch/packages"
+      run "$name" "$image" linux/arm64 \
+        "python3 -m pytest -n 2 --dist loadfile --timeout 3000 tests/service tests/contract" "${options[@]}"
       ;;
     *) echo "there is no $name, only debian13, python314 and arm64" >&2; exit 2 ;;
   esac
