@@ -284,10 +284,8 @@ def _is_in_rows(data: bytes) -> bool:
     at, components = 2, 0
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if (
-            marker < 0xC0 or 0xD0 <= marker <= 0xD9
-        ):  # no length follows; decoders skip some of these
-            return False
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD9:
+            return False  # no length follows; decoders skip some of these
         if marker == 0xDA:
             return data[at + 4] == components
         if marker in (0xC0, 0xC1):
