@@ -266,10 +266,8 @@ def _kind(image: Image.Image, data: bytes) -> str:
         return "JPEG" if _is_in_rows(data) else "progressive JPEG"
     if image.format == "WEBP" and b"VP8 " in data:
         return "lossy WEBP"
-    if image.format == "BMP" and image.info["compression"] in (
-        1,
-        2,
-    ):  # Pillow decodes it in Python, slowly
+    # Pillow decodes a run-length encoded BMP in Python, slowly.
+    if image.format == "BMP" and image.info["compression"] in (1, 2):
         raise UnsupportedMediaType(
             "This BMP is run-length encoded; save it uncompressed, or as PNG."
         )
