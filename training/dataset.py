@@ -254,9 +254,8 @@ def _fetch(url: str, part: Path, progress: Progress) -> bool:
             part.stem, completed=have, total=None if length is None else have + length
         )
         with part.open("ab" if resumed else "wb") as file:
-            while chunk := response.read1(
-                _CHUNK_BYTES
-            ):  # returns early, so that a broken download keeps all its bytes
+            # `read1` returns early, so that a broken download keeps all its bytes.
+            while chunk := response.read1(_CHUNK_BYTES):
                 file.write(chunk)
                 progress.advance(task, len(chunk))
     if length is not None and part.stat().st_size < have + length:

@@ -126,9 +126,8 @@ def export(
     parity = verify(folded, reference_logits(model, test.images, temperature), test)
     expected = softmax(reference_logits(model, self_test_pixels(), temperature))
     metadata = describe(provenance, parity, temperature, expected)
-    proto = build_model(
-        folded, metadata | {"digest": NO_DIGEST}
-    )  # the digest is the last entry, so it ends the file
+    # The digest is the last entry, so it ends the file.
+    proto = build_model(folded, metadata | {"digest": NO_DIGEST})
     self_test_error = verify_self_test(proto, expected)
     data = with_digest(proto.SerializeToString(deterministic=True))
     _write(out, data)

@@ -49,10 +49,8 @@ ERRORS: dict[int, dict[str, str]] = {
 
 CODES = sorted({code for codes in ERRORS.values() for code in codes})
 BEARER = {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
-VALIDATION = (
-    "HTTPValidationError",
-    "ValidationError",
-)  # FastAPI adds these; no route answers with them
+# FastAPI adds these; no route answers with them.
+VALIDATION = ("HTTPValidationError", "ValidationError")
 
 
 class Error(BaseModel):

@@ -22,9 +22,8 @@ MAX_BATCH_SIZE = 256
 IMAGE_SHAPE = INPUT[2]
 CLASS_IDS = range(CLASSES)
 MAX_JSON_BYTES = 2**22  # the largest batch, with 20 bytes for a number and its white space
-MAX_JSON_BRACKETS = (
-    2**14
-)  # twice as many as the largest batch has; a bracket takes as long as 40 numbers
+# Twice as many as the largest batch has; a bracket takes as long as 40 numbers.
+MAX_JSON_BRACKETS = 2**14
 FP32 = np.dtype("<f4")
 NOT_PIXELS = (
     "Pixels must be whole numbers from 0 to 255 in both datatypes, as in the data set; do not"
