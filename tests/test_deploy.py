@@ -1,5 +1,6 @@
 """The files in `deploy/` are valid for clusters, and agree with the service."""
 
+import json
 import os
 import re
 import shutil
@@ -87,7 +88,7 @@ class TestKubernetes:
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         }
-        assert container["imagePullPolicy"] == "IfNotPresent"
+        assert (container["image"], container["imagePullPolicy"]) == ("bn-lenet", "IfNotPresent")
         assert container["ports"] == [{"name": "http", "containerPort": 8000}]
         assert container["resources"] == {
             "requests": {"cpu": "1", "memory": "192Mi"},
@@ -189,7 +190,7 @@ class TestKubernetes:
     def test_every_overlay_builds_to_valid_manifests(self, overlay: str) -> None:
         manifests = built(overlay)
         for document in manifests.values():
-            for version in KUBERNETES:
+            for version in (KUBERNETES[0], KUBERNETES[-1]):
                 kubernetes_validate.validate(document, version, strict=True)
         assert manifests.keys() >= {"Deployment", "Service", "NetworkPolicy"}
 
@@ -237,7 +238,13 @@ class TestKubernetes:
         assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
         (endpoint,) = monitor["spec"]["endpoints"]
         assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
-        assert endpoint["path"] == "/metrics"
+        assert endpoint == {"port": "http", "path": "/metrics", "interval": "15s"}
+        folder = DEPLOY / "kubernetes" / "components" / "service-monitor"
+        component = yaml.safe_load((folder / "kustomization.yaml").read_text())
+        assert (component["kind"], component["resources"]) == (
+            "Component",
+            ["service-monitor.yaml"],
+        )
         job = labels[monitor["spec"]["jobLabel"]]
         assert f'job="{job}"' in (DEPLOY / "prometheus" / "alerts.yaml").read_text()
 
@@ -363,7 +370,12 @@ class TestScaling:
         assert lines >= {
             "mode http",
             "timeout connect 1s",
+            "maxconn 4000",
+            "log stdout format raw local0 notice",
+            "log global",
+            "timeout resolve 500ms",
             "timeout client 75s",
+            "timeout server 15s",
             "timeout check 2s",
             "timeout http-request 10s",
             "retries 3",
@@ -410,6 +422,59 @@ class TestScaling:
             "mem_limit": "256m",
             "pids_limit": 64,
         }
+
+
+class TestDashboard:
+    @pytest.fixture
+    def dashboard(self) -> dict[str, Any]:
+        return dict(json.loads((DEPLOY / "prometheus" / "dashboard.json").read_text()))
+
+    def test_each_panel_shows_this(self, dashboard: dict[str, Any]) -> None:
+        def rate(metric: str) -> str:
+            return f"rate({metric}[$__rate_interval])"
+
+        def quantiles(metric: str, chosen: str = "") -> list[str]:
+            rates = rate(f'{metric}_bucket{{job="$job"{chosen}}}')
+            return [f"histogram_quantile({q}, sum by (le) ({rates}))" for q in (0.5, 0.99)]
+
+        requests = 'http_requests_total{job="$job"}'
+        answers = requests.replace("}", ', route!~"/livez|/readyz|/metrics"}')
+        predictions = ', route=~"/predict|/v2/models/.+/infer"'
+        refused = rate('bnlenet_rejected_total{job="$job"}')
+        panels = {
+            panel["title"]: [target["expr"] for target in panel["targets"]]
+            for panel in dashboard["panels"]
+        }
+        assert panels == {
+            "Requests by status": [f"sum by (status) ({rate(answers)})"],
+            "Requests by route": [f"sum by (route) ({rate(requests)})"],
+            "Time to answer a prediction": quantiles("http_request_duration_seconds", predictions),
+            "Time in the model": quantiles("bnlenet_inference_duration_seconds"),
+            "Time to decode": quantiles("bnlenet_decode_duration_seconds"),
+            "In flight": ['sum by (instance) (http_requests_in_flight{job="$job"})'],
+            "Refused by reason": [f"sum by (reason) ({refused})"],
+            "Resident memory": ['process_resident_memory_bytes{job="$job"}'],
+            "Models served": [
+                'count by (name, version, revision, provider) (bnlenet_model_info{job="$job"})'
+            ],
+        }
+
+    def test_each_panel_has_the_unit_of_its_figures(self, dashboard: dict[str, Any]) -> None:
+        for panel in dashboard["panels"][:-1]:
+            expression = panel["targets"][0]["expr"]
+            unit = panel["fieldConfig"]["defaults"]["unit"]
+            if expression.startswith("histogram_quantile"):
+                assert unit == "s"
+            elif "rate(" in expression:
+                assert unit == "reqps"
+            else:
+                assert unit == ("bytes" if "_bytes" in expression else "short")
+
+    def test_the_job_is_chosen_among_those_that_are_scraped(
+        self, dashboard: dict[str, Any]
+    ) -> None:
+        (job,) = (v for v in dashboard["templating"]["list"] if v["name"] == "job")
+        assert job["query"] == "label_values(bnlenet_model_info, job)"
 
 
 class TestPrometheus:

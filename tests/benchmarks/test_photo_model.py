@@ -1,6 +1,7 @@
 """The fit of the model for converted pictures: small ones, on real images."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from benchmarks import photo_model
@@ -22,13 +24,14 @@ from training.model import BNLeNet
 CARD = MODEL.parent / "PHOTOS_CARD.md"
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"ENLARGED": 6, "IN_SCENES": 2, "BAGS_IN_SCENES": 1, "COPIES": 1}.items():
-        monkeypatch.setattr(photo_model, name, value)
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
     sizes = {"enlarged": 4, "scenes": 2, "native": 3, "photographs": 2}
-    monkeypatch.setattr(photo_model, "BATCH", sizes)
-    monkeypatch.setattr(photo_model, "STEPS", 3)
+    counts = {"ENLARGED": 6, "IN_SCENES": 2, "BAGS_IN_SCENES": 1, "COPIES": 1, "STEPS": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**counts, "BATCH": sizes}.items():
+            patch.setattr(photo_model, name, value)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +48,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(fashion_mnist: FashionMNIST) -> FashionMNIST:
-    """Return the data set with 1,000 training images."""
-    train = fashion_mnist.train
-    return replace(fashion_mnist, train=Split(train.images[:1000], train.labels[:1000]))
+    """Return the data set with 300 training and 200 test images."""
+    train, test = fashion_mnist.train, fashion_mnist.test
+    return replace(
+        fashion_mnist,
+        train=Split(train.images[:300], train.labels[:300]),
+        test=Split(test.images[:200], test.labels[:200]),
+    )
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path, data: FashionMNIST, small: None) -> dict[str, NDArray[np.integer]]:  # noqa: ARG001 - of these sizes
+    return photo_model.make_pictures(folder, data.train)
 
 
 @pytest.fixture
@@ -70,9 +82,8 @@ def test_the_card_describes_the_committed_file() -> None:
 
 
 def test_only_single_objects_of_the_development_half_are_used(
-    folder: Path, data: FashionMNIST
+    folder: Path, made: dict[str, NDArray[np.integer]]
 ) -> None:
-    made = photo_model.make_pictures(folder, data.train)
     wanted = [p for p in read_folder(folder, CLASS_NAMES) if p.half == "development" and not p.pair]
     assert 0 < len(wanted) < 8
     assert made["photographs"].shape == (len(wanted), 2, 28, 28)
@@ -94,10 +105,12 @@ def test_enlarged_images_come_back_as_they_were(
 
 
 def test_the_fit_changes_a_copy_and_mixes_it_with_the_start(
-    folder: Path, data: FashionMNIST, start: BNLeNet, monkeypatch: pytest.MonkeyPatch
+    made: dict[str, NDArray[np.integer]],
+    data: FashionMNIST,
+    start: BNLeNet,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train, before = data.train, state(start)
-    made = photo_model.make_pictures(folder, train)
     found = {}
     for share in (0.0, 0.75, 1.0):
         monkeypatch.setattr(photo_model, "SHARE", share)
@@ -112,8 +125,9 @@ def test_the_fit_changes_a_copy_and_mixes_it_with_the_start(
             assert torch.equal(found[1.0].state_dict()[name], values), name
 
 
-def test_a_seed_decides_the_weights(folder: Path, data: FashionMNIST, start: BNLeNet) -> None:
-    made = photo_model.make_pictures(folder, data.train)
+def test_a_seed_decides_the_weights(
+    made: dict[str, NDArray[np.integer]], data: FashionMNIST, start: BNLeNet
+) -> None:
     one, same, other = (
         state(photo_model.fine_tune(start, made, data.train, seed)) for seed in (0, 0, 1)
     )
@@ -133,6 +147,6 @@ def test_the_command_exports_the_network_with_the_committed_temperature(
     entries = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
     assert entries["recipe"] == "best, then fitted to converted pictures"
     assert entries["seed"] == "3"
-    images = data.test.images[:200, None].copy()
+    images = data.test.images[:, None].copy()
     before, after = (Classifier.load(path).probabilities(images) for path in (MODEL, out))
     np.testing.assert_allclose(after, before, rtol=0, atol=1e-6)

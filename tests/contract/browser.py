@@ -96,7 +96,7 @@ def draw(page: Page, *points: tuple[float, float]) -> None:
     page.mouse.move(*places[0])
     page.mouse.down()
     for place in places[1:]:
-        page.mouse.move(*place, steps=2)
+        page.mouse.move(*place)
     page.mouse.up()
 
 

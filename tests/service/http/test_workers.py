@@ -61,9 +61,23 @@ def two_workers(log: Path, model: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, artefact: Path) -> Iterator[Server]:
-    """Share one server between the tests that leave it with two workers."""
-    with two_workers(tmp_path_factory.mktemp("workers") / "log", artefact) as server:
+def model(tmp_path_factory: pytest.TempPathFactory, artefact: Path) -> Path:
+    """Return the shared server's own model file."""
+    return Path(shutil.copy(artefact, tmp_path_factory.mktemp("model") / "model.onnx"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Server]:
+    """Share one server between the tests that leave it with two workers.
+
+    It can write nothing to a disk: the folders for it do not exist.
+    """
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        for name in ("TMPDIR", "PROMETHEUS_MULTIPROC_DIR"):
+            patch.setenv(name, "/nowhere")
+        log = tmp_path_factory.mktemp("workers") / "log"
+        server = stack.enter_context(two_workers(log, model))
+        patch.undo()
         yield server
 
 
@@ -158,13 +172,17 @@ def test_the_memory_of_all_workers_is_shown(server: Server) -> None:
     wait_until(equal)
 
 
-def test_a_worker_that_dies_is_replaced_and_its_counts_stay(server: Server) -> None:
+def test_a_worker_that_dies_is_replaced_and_its_counts_stay(server: Server, model: Path) -> None:
+    """The new ones serve the model that was read first, though the file has changed."""
     address, process, _ = server
     predict(address)
     counted = predictions(address)
+    (first,) = revisions(address)
+    onnx.save(make_artefact(make_weights(1)), model)
     server.kill(workers(process.pid))
     assert predictions(address) == counted
     assert httpx.get(f"{address}/readyz", timeout=60).status_code == 200
+    assert revisions(address) == {first}
 
 
 def test_a_stopped_worker_is_replaced(server: Server) -> None:
@@ -259,11 +277,10 @@ def test_a_stopped_worker_does_not_block_the_stop(own_server: Server) -> None:
     assert not any(map(alive, children))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_all_drain_and_end_with_the_supervisor(own_server: Server, number: int) -> None:
+def test_all_drain_and_end_with_the_supervisor(own_server: Server) -> None:
     address, process, _ = own_server
     children = workers(process.pid)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     wait_until(lambda: httpx.get(f"{address}/readyz", timeout=60).status_code == 503)
     wait_until(
         lambda: {httpx.get(f"{address}/readyz", timeout=60).status_code for _ in range(8)} == {503}
@@ -280,28 +297,6 @@ def test_workers_do_not_outlive_a_killed_supervisor(own_server: Server) -> None:
     process.kill()
     process.wait()
     wait_until(lambda: not any(map(alive, children)))
-
-
-def test_all_workers_serve_the_model_that_was_read_first(tmp_path: Path, artefact: Path) -> None:
-    """Also workers that start after the file is replaced."""
-    model = tmp_path / "model.onnx"
-    shutil.copy(artefact, model)
-    with two_workers(tmp_path / "log", model) as server:
-        (first,) = revisions(server.address)
-        onnx.save(make_artefact(make_weights(1)), model)
-        server.kill(workers(server.process.pid))
-        assert revisions(server.address) == {first}
-
-
-def test_nothing_is_written_to_a_disk(tmp_path: Path, artefact: Path) -> None:
-    """A full disk does not matter: here the folders for it do not exist."""
-    nowhere = {"TMPDIR": "/nowhere", "PROMETHEUS_MULTIPROC_DIR": "/nowhere"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in nowhere.items():
-            patch.setenv(name, value)
-        with serving(tmp_path / "log", model_path=artefact, workers=2) as (address, _):
-            predict(address)
-            assert predictions(address) == 1
 
 
 def test_workers_run_the_code_of_their_supervisor(tmp_path: Path, artefact: Path) -> None:
@@ -337,14 +332,13 @@ def test_workers_run_the_code_of_their_supervisor(tmp_path: Path, artefact: Path
     assert "a stranger\n" not in said
 
 
-@pytest.mark.parametrize("count", [1, 2])
 def test_a_closed_terminal_stops_the_service_but_not_under_nohup(
-    tmp_path: Path, artefact: Path, count: int
+    tmp_path: Path, artefact: Path
 ) -> None:
     for ignored in (True, False):
         handler = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
-        log, settings = tmp_path / f"{ignored}", {"workers": count, "drain_seconds": 0}
-        with serving(log, model_path=artefact, **settings) as (address, process):
+        log = tmp_path / f"{ignored}"
+        with serving(log, model_path=artefact, drain_seconds=0) as (address, process):
             signal.signal(signal.SIGHUP, handler)
             process.send_signal(signal.SIGHUP)
             if ignored:
@@ -690,6 +684,20 @@ time.sleep(60)
     assert stub.supervise(program) == 0
     signal.signal(signal.SIGHUP, before)
     assert (tmp_path / "signal").read_text() == received
+
+
+def test_under_nohup_a_closed_terminal_stops_no_supervisor(stub: Stub, tmp_path: Path) -> None:
+    program = f"""
+os.kill(os.getppid(), signal.SIGHUP)
+time.sleep(0.3)
+open(f"{{folder}}/still here", "w")
+{STOP_SUPERVISOR}"""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stub.supervise(program) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "still here").exists()
 
 
 def test_the_supervisor_closes_the_port_before_it_stops_the_workers(
