@@ -132,6 +132,57 @@ def test_a_mean_meets_a_goal_only_with_its_whole_interval(mean: Interval, verdic
     assert accuracy.at_least(mean, 0.927) == verdict
 
 
+@pytest.mark.parametrize(
+    ("words", "met", "missed"),
+    [
+        ("no seed under 0.924", {"lowest": 0.924}, {"lowest": 0.9239}),
+        ("served file ≥ 0.927", {"accuracy": 0.927}, {"accuracy": 0.9269}),
+        ("calibration error (15 bins) ≤ 0.010", {"ece": 0.010}, {"ece": 0.0101}),
+        (
+            "mean over the sixteen changed test sets ≥ 0.915 (at first 0.905)",
+            {"robustness": 0.915},
+            {"robustness": 0.9149},
+        ),
+        (
+            "largest logit difference of the folded file ≤ 1e-4",
+            {"fold_error": 1e-4},
+            {"fold_error": 1.1e-4},
+        ),
+    ],
+)
+def test_a_value_equal_to_its_goal_meets_it(
+    words: str,
+    met: dict[str, float],
+    missed: dict[str, float],
+    fits: Fits,
+    committed: Committed,
+) -> None:
+    for figures, verdict in ((met, "met"), (missed, "missed")):
+        (name, value) = next(iter(figures.items()))
+        evaluation, report, scores = committed.evaluation, committed.report, fits.fits
+        if name == "lowest":
+            low = {kind: Score(value) for kind in scores[1].scores}
+            scores = [scores[0], replace(scores[1], scores=low), *scores[2:]]
+        elif name == "fold_error":
+            report = replace(report, fold_error=value)
+        elif name == "robustness":
+            evaluation = replace(evaluation, robustness=dict.fromkeys(evaluation.robustness, value))
+        else:
+            evaluation = replace(evaluation, **{name: value})  # type: ignore[arg-type] # by its name
+        table = accuracy.goals(replace(fits, fits=scores), Committed(evaluation, report))
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {words} |"))
+        assert line.split(" | ")[2].startswith(verdict)
+
+
+@pytest.mark.parametrize(("mean", "first"), [(0.905, "met"), (0.9049, "missed")])
+def test_the_first_goal_of_robustness_is_judged_too(
+    mean: float, first: str, fits: Fits, committed: Committed
+) -> None:
+    robustness = dict.fromkeys(committed.evaluation.robustness, mean)
+    changed = replace(committed, evaluation=replace(committed.evaluation, robustness=robustness))
+    assert f"| missed (at first: {first}) |" in accuracy.goals(fits, changed)
+
+
 def test_an_added_fit_changes_count_mean_and_table(
     fits: Fits,
     committed: Committed,

@@ -4,14 +4,17 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from benchmarks import photo_model
 from benchmarks.photo_folder import read_folder
@@ -133,6 +136,97 @@ def test_a_seed_decides_the_weights(
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+def test_a_step_learns_the_starts_answers_to_images_and_the_labels_of_photographs(
+    made: dict[str, NDArray[np.integer]],
+    data: FashionMNIST,
+    start: BNLeNet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Images in the place of augmented ones; the photographs' labels are smoothed."""
+    seen, targets = [], []
+    cross_entropy = F.cross_entropy
+
+    def images_as_they_are(images: Tensor, _: torch.Generator) -> Tensor:
+        seen.append(images)
+        return images
+
+    def noted(logits: Tensor, target: Tensor) -> Tensor:
+        targets.append(target)
+        return cross_entropy(logits, target)
+
+    monkeypatch.setattr(photo_model, "OF_IMAGES", images_as_they_are)
+    monkeypatch.setattr(F, "cross_entropy", noted)
+    photo_model.fine_tune(start, made, data.train, seed=2)
+    for images, target in zip(seen, targets, strict=True):
+        answers = start(images).softmax(1)
+        same = (answers - target[: len(images)]).abs().amax(1) < 1e-5
+        assert same.sum() >= 3  # the three images as they are; the others come out of pictures
+        smoothed = torch.full((2, 10), 0.01)
+        smoothed[:, 1] = 0.91
+        torch.testing.assert_close(target[len(images) :], smoothed)
+
+
+def test_the_rate_warms_up_and_falls_and_the_fit_is_the_mean_of_its_steps(
+    made: dict[str, NDArray[np.integer]],
+    data: FashionMNIST,
+    start: BNLeNet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates: list[float] = []
+    weights: list[Tensor] = []
+
+    class Noted(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override] # torch overloads it
+            super().step(closure)
+            rates.append(self.param_groups[0]["lr"])
+            parameters = self.param_groups[0]["params"]
+            weights.append(torch.cat([one.detach().double().ravel() for one in parameters]))
+
+    monkeypatch.setattr(torch.optim, "AdamW", Noted)
+    monkeypatch.setattr(photo_model, "STEPS", 20)
+    monkeypatch.setattr(photo_model, "SHARE", 1.0)
+    tuned = photo_model.fine_tune(start, made, data.train, seed=0)
+    cosine = 0.5e-3 * (1 + np.cos(np.pi * np.arange(20) / 20))
+    assert rates == pytest.approx([cosine[0] / 2, *cosine[1:]])  # a tenth of the steps to warm up
+    found = torch.cat([one.double().ravel() for one in tuned.parameters()])
+    torch.testing.assert_close(found, torch.stack(weights).mean(0), rtol=0, atol=1e-5)
+
+
+def test_rare_classes_are_drawn_more_often(
+    made: dict[str, NDArray[np.integer]],
+    data: FashionMNIST,
+    start: BNLeNet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A class with a quarter of another's photographs: each of them twice as often."""
+    drawn_by: list[list[float]] = []
+    multinomial = torch.multinomial
+
+    def noted(shares: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        drawn_by.append((shares / shares[-1]).tolist())
+        return multinomial(shares, *arguments, **options)
+
+    monkeypatch.setattr(torch, "multinomial", noted)
+    pictures = {"photographs": made["photographs"][[0] * 5], "labels": np.array([1, 1, 1, 1, 9])}
+    photo_model.fine_tune(start, made | pictures, data.train, seed=0)
+    assert drawn_by[0] == pytest.approx([0.5, 0.5, 0.5, 0.5, 1])
+
+
+@pytest.mark.parametrize(("labels", "added"), [([1, 9], 2), ([1, 8], 0)])
+def test_bags_in_scenes_stand_in_only_if_no_photograph_shows_a_bag(
+    labels: list[int], added: int
+) -> None:
+    """Of five, two pairs: a photograph has two versions here."""
+    scenes = np.arange(7 * 784).reshape(7, 28, 28)
+    photographs = np.zeros((2, 2, 28, 28), np.int64)
+    found = photo_model.with_bags(
+        {"scenes": scenes, "photographs": photographs, "labels": np.array(labels)}
+    )
+    assert found["labels"].tolist() == [*labels, *[8] * added]
+    assert found["photographs"].shape == (2 + added, 2, 28, 28)
+    assert np.array_equal(found["photographs"][2:].reshape(-1, 28, 28), scenes[2 : 2 + 2 * added])
 
 
 def test_the_command_exports_the_network_with_the_committed_temperature(

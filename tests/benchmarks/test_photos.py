@@ -1,11 +1,51 @@
 """The benchmark of photographs, on a few test images."""
 
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from numpy.typing import NDArray
 
 from benchmarks import photos
+
+
+class Answers:
+    """Stands in for a classifier: it gives these classes to any images."""
+
+    def __init__(self, classes: list[int]) -> None:
+        self._classes = classes
+
+    def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        assert images.shape == (len(self._classes), 1, 28, 28)
+        return np.eye(10, dtype=np.float32)[self._classes]
+
+
+def test_a_loss_is_the_points_that_the_conversion_costs() -> None:
+    """The images themselves: all four right; converted: three."""
+    images = np.full((4, 28, 28), 200, np.uint8)
+    labels = np.array([1, 2, 3, 4], np.uint8)
+    classifiers: Any = Answers([1, 2, 3, 4]), Answers([1, 2, 3, 5])
+    row = photos.measure(images, labels, classifiers, "white", "PNG")
+    assert (row.ground, row.format, row.accuracy, row.loss) == ("white", "PNG", 0.75, 25)
+
+
+@pytest.mark.parametrize("smoothly", [False, True])
+@pytest.mark.parametrize("ground", photos.GROUNDS)
+def test_an_enlarged_image_is_whole_and_negated_on_white_alone(ground: str, smoothly: bool) -> None:
+    image = np.zeros((28, 28), np.uint8)
+    image[4:20, 6:10] = 180
+    for seed in range(5):
+        picture = photos.enlarged(image, ground, smoothly, np.random.default_rng(seed))
+        gray = np.asarray(picture, int)
+        garment = np.abs(gray - (255 if ground == "white" else 0)) > 90
+        rows, columns = (np.flatnonzero(garment.any(axis)) for axis in (1, 0))
+        scale = len(columns) / 4
+        assert 10 <= round(scale) <= 25
+        assert len(rows) == pytest.approx(16 * scale, abs=2)
+        inside = gray[rows[len(rows) // 2], columns[len(columns) // 2]]
+        assert inside == pytest.approx(255 - 180 if ground == "white" else 180, abs=8)
 
 
 @pytest.mark.slow

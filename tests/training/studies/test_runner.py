@@ -1,6 +1,7 @@
 """Every study runs from end to end, is resumed, and gives the same on a cluster."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,42 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from training.__main__ import main
-from training.dataset import FashionMNIST
+from training.dataset import FashionMNIST, Split
 from training.studies import STUDIES, parts, runner
 from training.studies.runner import begin, lines_of, missing, run, write
 from training.studies.study import QUICK, Line, Scale, arms, by_seed
 
-TINY = Scale(images=128, epochs=1, seeds=2, quick=True)
+TINY = Scale(images=96, epochs=1, seeds=2, quick=True)
 
 
 def study(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["study", *map(str, arguments)])
 
 
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch: pytest.MonkeyPatch, few: FashionMNIST) -> None:
-    monkeypatch.setattr(runner, "_data", lambda _: few)
+@pytest.fixture(scope="module")
+def fewer(few: FashionMNIST) -> FashionMNIST:
+    """Return 192 training and 64 test images."""
+    train, test = few.train, few.test
+    return FashionMNIST(
+        Split(train.images[:192], train.labels[:192]),
+        Split(test.images[:64], test.labels[:64]),
+        few.sha256,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_data(fewer: FashionMNIST) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_data", lambda _: fewer)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(fewer: FashionMNIST, tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
+    """Return the measurements of one study, taken without a stop on this machine."""
+    records = begin(parts.STUDY, tmp_path_factory.mktemp("whole"), fewer.sha256)
+    run(parts.STUDY, records, TINY, jobs=1)
+    return lines_of(parts.STUDY, records, TINY)
 
 
 @pytest.mark.parametrize("name", list(STUDIES))
@@ -45,6 +67,7 @@ def test_a_study_runs_from_end_to_end_and_measures_nothing_twice(
         raise AssertionError("measured again")
 
     monkeypatch.setattr(runner, "_measure", fail)
+    monkeypatch.setattr(runner, "save_figure", lambda *_: None)  # it takes most of the time
     again = begin(chosen, tmp_path, few.sha256)
     assert missing(chosen, again, TINY) == []
     run(chosen, again, TINY, jobs=1)
@@ -52,10 +75,7 @@ def test_a_study_runs_from_end_to_end_and_measures_nothing_twice(
     assert (tmp_path / f"{name}.md").read_text() == page
 
 
-def test_a_stopped_study_is_continued(few: FashionMNIST, tmp_path: Path) -> None:
-    whole = begin(parts.STUDY, tmp_path / "whole", few.sha256)
-    run(parts.STUDY, whole, TINY, jobs=1)
-
+def test_a_stopped_study_is_continued(few: FashionMNIST, tmp_path: Path, whole: list[Line]) -> None:
     def stop(_: Line) -> None:
         raise KeyboardInterrupt
 
@@ -65,21 +85,21 @@ def test_a_stopped_study_is_continued(few: FashionMNIST, tmp_path: Path) -> None
     records = begin(parts.STUDY, tmp_path, few.sha256)
     assert len(records.lines) == 2
     run(parts.STUDY, records, TINY, jobs=1)
-    assert lines_of(parts.STUDY, records, TINY) == lines_of(parts.STUDY, whole, TINY)
+    assert lines_of(parts.STUDY, records, TINY) == whole
 
 
-def test_a_cluster_measures_what_this_machine_measures(few: FashionMNIST, tmp_path: Path) -> None:
+def test_a_cluster_measures_what_this_machine_measures(
+    few: FashionMNIST, tmp_path: Path, whole: list[Line]
+) -> None:
     """A real Dask scheduler and worker, reached by address; the worker is a thread of this test."""
     from distributed import LocalCluster  # noqa: PLC0415 - slow to import, and only needed here
 
-    local = begin(parts.STUDY, tmp_path / "local", few.sha256)
-    run(parts.STUDY, local, TINY, jobs=1)
     remote = begin(parts.STUDY, tmp_path / "remote", few.sha256)
     with LocalCluster(  # type: ignore[no-untyped-call] # untyped there
         n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
     ) as cluster:
         run(parts.STUDY, remote, TINY, cluster=cluster.scheduler_address)
-    assert lines_of(parts.STUDY, remote, TINY) == lines_of(parts.STUDY, local, TINY)
+    assert lines_of(parts.STUDY, remote, TINY) == whole
 
 
 def test_a_missing_scheduler_is_an_error_of_one_sentence(
@@ -132,7 +152,7 @@ def test_seeds_vary_slowest() -> None:
         *((0, "a"), (0, "b")),
         *((1, "a"), (1, "b")),
     ]
-    assert all(task["images"] == 128 and task["epochs"] == 1 for task in tasks)
+    assert all(task["images"] == 96 and task["epochs"] == 1 for task in tasks)
 
 
 def test_figures_come_in_the_order_of_the_seeds() -> None:
