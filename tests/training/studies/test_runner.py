@@ -10,40 +10,29 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from training.__main__ import main
-from training.dataset import FashionMNIST, Split
+from training.dataset import FashionMNIST
 from training.studies import STUDIES, parts, runner
 from training.studies.runner import begin, lines_of, missing, run, write
 from training.studies.study import QUICK, Line, Scale, arms, by_seed
 
-TINY = Scale(images=96, epochs=1, seeds=2, quick=True)
+TINY = Scale(images=128, epochs=1, seeds=2, quick=True)
 
 
 def study(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["study", *map(str, arguments)])
 
 
-@pytest.fixture(scope="module")
-def fewer(few: FashionMNIST) -> FashionMNIST:
-    """Return 192 training and 64 test images."""
-    train, test = few.train, few.test
-    return FashionMNIST(
-        Split(train.images[:192], train.labels[:192]),
-        Split(test.images[:64], test.labels[:64]),
-        few.sha256,
-    )
-
-
 @pytest.fixture(scope="module", autouse=True)
-def small_data(fewer: FashionMNIST) -> Iterator[None]:
+def small_data(few: FashionMNIST) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_data", lambda _: fewer)
+        patch.setattr(runner, "_data", lambda _: few)
         yield
 
 
 @pytest.fixture(scope="module")
-def whole(fewer: FashionMNIST, tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
+def whole(few: FashionMNIST, tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
     """Return the measurements of one study, taken without a stop on this machine."""
-    records = begin(parts.STUDY, tmp_path_factory.mktemp("whole"), fewer.sha256)
+    records = begin(parts.STUDY, tmp_path_factory.mktemp("whole"), few.sha256)
     run(parts.STUDY, records, TINY, jobs=1)
     return lines_of(parts.STUDY, records, TINY)
 
@@ -152,7 +141,7 @@ def test_seeds_vary_slowest() -> None:
         *((0, "a"), (0, "b")),
         *((1, "a"), (1, "b")),
     ]
-    assert all(task["images"] == 96 and task["epochs"] == 1 for task in tasks)
+    assert all(task["images"] == 128 and task["epochs"] == 1 for task in tasks)
 
 
 def test_figures_come_in_the_order_of_the_seeds() -> None:
