@@ -23,13 +23,15 @@ echo "asked: $*"
 PIP = "-m pip install --quiet --disable-pip-version-check --constraint constraints.txt"
 
 
-def printed(*arguments: str, path: Path | None = None, **variables: str) -> list[str]:
+def printed(
+    *arguments: str, path: Path | None = None, variables: dict[str, str] | None = None
+) -> list[str]:
     """Run make, with `path` first on the path, and return the lines that it prints."""
     settable = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)
     environment = {  # `make test-lowest` sets VENV for the make in which this test runs
         k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in settable
     }
-    environment |= variables
+    environment |= variables or {}
     if path:
         environment["PATH"] = f"{path}:{environment['PATH']}"
     done = subprocess.run(
@@ -142,7 +144,7 @@ class TestTargets:
         for kind in ("runtime", "service", "training", "dev"):
             (venv / f".{kind}-cpu").touch()
         chosen = (f"VENV={venv}", "RUNTIME=cpu", *arguments)
-        lines = printed("-n", target, *chosen, **variables)
+        lines = printed("-n", target, *chosen, variables=variables)
         return [" ".join(line.replace(f"{venv}/bin/", "").split()) for line in lines]
 
     @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ CONFIG = schemathesis.Config.from_dict(
 )
 
 
-@pytest.mark.parametrize("examples", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [10, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_every_operation_keeps_its_word(base_url: str, mode: GenerationMode, examples: int) -> None:
     document = schemathesis.openapi.from_url(f"{base_url}/openapi.json", config=CONFIG)
@@ -28,6 +28,9 @@ def test_every_operation_keeps_its_word(base_url: str, mode: GenerationMode, exa
     nothing_to_get_wrong: set[str] = set()
     for found in document.get_all_operations():
         operation: Any = found.ok()  # type: ignore[union-attr] # an error fails the test
+        takes = operation.definition.raw
+        if mode is GenerationMode.NEGATIVE and not {"parameters", "requestBody"} & takes.keys():
+            continue  # nothing can be wrong, and Schemathesis would try for a second
 
         @given(operation.as_strategy(generation_mode=mode))
         @settings(max_examples=examples, deadline=None, suppress_health_check=SLOW)
