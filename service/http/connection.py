@@ -619,8 +619,14 @@ def _check_head(version: str, headers: Mapping[bytes, bytes]) -> None:
 
 
 def _split_target(url: bytes) -> tuple[str, bytes]:
-    """Return the decoded path and the raw query of a request target."""
-    if not url.startswith(b"/") or b"#" in url:
+    """Return the decoded path and the raw query of a request target.
+
+    Raises:
+        BadRequest: the target is invalid. A fragment is (RFC 9112, section 3.2).
+    """
+    if b"#" in url:
+        raise _invalid_http()
+    if not url.startswith(b"/"):
         try:
             parsed = parse_url(url)
         except HttpParserError:

@@ -136,3 +136,13 @@ import service.__main__, service.http.server, service.http.workers
 
 def test_the_service_needs_neither_torch_nor_onnx_nor_training(artefact: Path) -> None:
     subprocess.run([sys.executable, "-c", WITHOUT, str(artefact)], check=True)
+
+
+@pytest.mark.parametrize(("places", "pictures"), [(1, 1), (7, 3), (512, 256)])
+async def test_pictures_may_take_half_of_the_places_and_wait_half_of_the_deadline(
+    classifier: Classifier, monkeypatch: pytest.MonkeyPatch, places: int, pictures: int
+) -> None:
+    made: list[dict[str, float]] = []
+    monkeypatch.setattr("service.app.PictureThread", lambda **limits: made.append(limits))
+    create_app(Settings(max_in_flight=places, request_timeout_seconds=3), classifier)
+    assert made == [{"max_pictures": pictures, "max_wait": 1.5}]
