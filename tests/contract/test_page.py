@@ -451,21 +451,28 @@ class TestDrawing:
             assert page.evaluate("document.documentElement.scrollWidth") == 390
 
     def test_has_one_pen(self, page: Page) -> None:
-        """A second finger adds nothing to the first one's stroke."""
+        """A second finger adds nothing to the first one's stroke, and does not end it."""
         box = page.locator("#paper").bounding_box()
         assert box is not None
-        touches = [
-            {"x": box["x"] + share * box["width"], "y": box["y"] + 30} for share in (0.2, 0.8)
-        ]
         session = page.context.new_cdp_session(page)
-        for points in (touches[:1], touches, []):
-            kind = "touchStart" if points else "touchEnd"
-            session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-        expect(page.locator("#bars .first")).to_have_count(1)
-        ink = np.array(Image.open(io.BytesIO(sent(page))).convert("L")) < 128
-        half = len(ink) // 2
-        assert ink[:, :half].any()
-        assert not ink[:, half:].any()
+        for kind, places in (
+            ("Start", [(0.2, 0.2)]),
+            ("Start", [(0.2, 0.2), (0.8, 0.2)]),
+            ("Move", [(0.2, 0.4), (0.8, 0.4)]),
+            ("Move", [(0.2, 0.4)]),  # the second finger is lifted
+            ("Move", [(0.2, 0.8)]),
+            ("End", []),
+        ):
+            points = [
+                {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"], "id": i}
+                for i, (x, y) in enumerate(places)
+            ]
+            session.send(
+                "Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points}
+            )
+        drawn = ink(page)
+        assert (drawn[130:430, 112] == 0).all()
+        assert (drawn[:, 280:] == 255).all()
 
     def test_outline_is_filled_lighter_than_its_lines(self, page: Page) -> None:
         draw(page, *SQUARE, (0.26, 0.24))  # not quite closed
@@ -600,6 +607,13 @@ def ink(page: Page) -> NDArray[np.uint8]:
     return gray(page, "paper")
 
 
+def drop(page: Page, data: dict[str, Any]) -> None:
+    session = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        event = {"type": kind, "x": 200, "y": 300, "data": data | {"dragOperationsMask": 1}}
+        session.send("Input.dispatchDragEvent", event)
+
+
 class TestCommand:
     @pytest.mark.parametrize(
         "name",
@@ -714,12 +728,17 @@ class TestErrors:
         expect(page.get_by_role("alert")).to_have_text("The file is too large; send at most 10 MB.")
 
     def test_of_a_folder_are_not_the_services(self, page: Page, tmp_path: Path) -> None:
-        session = page.context.new_cdp_session(page)
-        data = {"items": [], "files": [str(tmp_path)], "dragOperationsMask": 1}
-        for kind in ("dragEnter", "dragOver", "drop"):
-            event = {"type": kind, "x": 200, "y": 300, "data": data}
-            session.send("Input.dispatchDragEvent", event)
+        drop(page, {"items": [], "files": [str(tmp_path)]})
         expect(page.get_by_role("alert")).to_have_text("The file cannot be read; choose another.")
+
+    def test_of_dropped_text_leave_the_answer(
+        self, page: Page, trousers: bytes, answer: dict[str, Any]
+    ) -> None:
+        choose(page, trousers)
+        expect_answer(page, answer)
+        drop(page, {"items": [{"mimeType": "text/plain", "data": "https://shop.example/1.jpg"}]})
+        expect(page.get_by_role("alert")).to_contain_text("Save the picture first")
+        expect_answer(page, answer)
 
     def test_about_the_key_ask_for_it_and_do_not_store_it(
         self, context: BrowserContext, serve: Serve, trousers: bytes, answer: dict[str, Any]

@@ -23,6 +23,7 @@ const PATIENCE = 400; // milliseconds that the old answer stays before "Looking 
 const LONGEST_PAUSE = 8000;
 const MAX_SIDE = 1024; // pixels; larger pictures are scaled down, because the service uses fewer
 const SENT_AS_THEY_ARE = /^image\/(png|jpeg|webp|gif|bmp|avif|unknown)$/; // some browsers read HEIC
+const NO_FILE = "This is not a file. Save the picture first, then choose or drop it.";
 const UNREADABLE = "The file cannot be read; choose another.";
 const UNREACHABLE = "The service cannot be reached. The page tries again by itself.";
 
@@ -326,7 +327,9 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
     event.preventDefault();
     const left = kind === "drop" || (kind === "dragleave" && !event.relatedTarget);
     stage.classList.toggle("over", !left); // moving to another element is not leaving
-    if (kind === "drop") take(event.dataTransfer.files[0]);
+    if (kind !== "drop") return;
+    take(event.dataTransfer.files[0]);
+    if (!event.dataTransfer.files.length) $("error").textContent = NO_FILE;
   });
 }
 

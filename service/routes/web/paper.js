@@ -89,8 +89,8 @@ export function makePaper(canvas, changed) {
     line(stroke, stroke.points.length - 1);
   }
 
-  function end() {
-    if (!stroke) return;
+  function end(event) {
+    if (event.pointerId !== stroke?.pointer) return;
     const { points, tool } = stroke;
     if (tool !== TOOLS.eraser) {
       const steps = points.slice(1).map(([x, y], i) => Math.hypot(x - points[i][0], y - points[i][1]));
@@ -108,16 +108,16 @@ export function makePaper(canvas, changed) {
   }
 
   canvas.addEventListener("pointerdown", (event) => {
-    if (event.button || !event.isPrimary) return; // ignore a second finger
+    if (event.button || stroke) return; // only one finger draws
     canvas.setPointerCapture(event.pointerId);
     before = enclosed();
-    stroke = { tool: TOOLS[paper.tool()], points: [], cells: [] };
+    stroke = { pointer: event.pointerId, tool: TOOLS[paper.tool()], points: [], cells: [] };
     strokes.push(stroke);
     move(event);
     changed();
   });
   canvas.addEventListener("pointermove", (event) => {
-    if (!stroke || !canvas.hasPointerCapture(event.pointerId)) return;
+    if (event.pointerId !== stroke?.pointer) return;
     const between = event.getCoalescedEvents?.() ?? []; // browsers have it only at secure addresses
     for (const moved of between.length ? between : [event]) move(moved);
     changed();
