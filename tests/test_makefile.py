@@ -154,13 +154,6 @@ class TestTargets:
             ("data", ["python -c 'from training.dataset import load; load()'"]),
             ("test", [*CHECKS, "lint-imports", PYTEST]),
             ("tests", [PYTEST]),
-            (
-                "tests-service",
-                [
-                    f"python {PIP} '.[cpu,dev]' onnx",
-                    f"{PYTEST} --timeout 3000 tests/service tests/contract",
-                ],
-            ),
             ("test-elsewhere", ["./tests/elsewhere.sh"]),
             ("test-docker", ["./tests/docker.sh"]),
             ("test-mutants", [f"python {PIP} mutmut", "mutmut run", "mutmut results"]),
@@ -220,7 +213,7 @@ class TestTargets:
         text = (ROOT / "Makefile").read_text()
         (declared,) = re.findall(r"^\.PHONY: ((?:.*\\\n)*.*)", text, re.MULTILINE)
         listed = [line.split()[1] for line in printed("help")]
-        parts = {"tests", "tests-service", "checks"}
+        parts = {"tests", "checks"}
         assert sorted(listed) == sorted({*declared.replace("\\", "").split()} - parts)
         assert printed() == printed("help")
 
