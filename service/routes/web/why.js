@@ -36,7 +36,7 @@ export async function explain(answer, headers, canvas) {
   const then = row.indexOf(Math.max(...row));
   const label = answer.predictions.find((prediction) => prediction.class_id === then)?.label ?? "another";
   const stays = then === answer.class_id ? `still ${label}` : label;
-  return "Orange parts speak for this answer, blue parts against it.\n"
+  return "Orange speaks for it, blue against it.\n"
     + `Without the framed part: ${stays}, ${(100 * row[then]).toFixed(1)} %.`;
 }
 
