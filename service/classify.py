@@ -240,13 +240,15 @@ def _printable(file: str) -> str:
 
 def _add_rows(table: Table, file: str, prediction: Prediction) -> None:
     """Add one row for each class; the first has the file's name and the notes."""
-    cell = Text(_printable(file))
+    cell, doubt = Text(_printable(file)), ""
     for note in prediction.notes or ():
         cell.append(f"\n{note}", style="dim")
+        if note.startswith("Not sure"):
+            doubt = "perhaps "
     for one in prediction.predictions:
         bar = Bar(1, 0, one.probability, width=BAR_WIDTH, color="dark_orange")
-        table.add_row(cell, Text(one.label), f"{one.probability:.1%}", bar)
-        cell = Text()
+        table.add_row(cell, Text(f"{doubt}{one.label}"), f"{one.probability:.1%}", bar)
+        cell, doubt = Text(), ""
 
 
 def _with_progress(outcomes: Iterable[Outcome], total: int) -> Iterator[Outcome]:

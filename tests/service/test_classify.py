@@ -545,6 +545,8 @@ class TestTerminal:
         (answer,) = lines(classify("--json", tmp_path / "blank.png"))
         assert answer["notes"]
         printed, _ = in_terminal([tmp_path / "blank.png"], COLUMNS="200")
+        assert f"perhaps {answer['label']} " in printed
+        assert printed.count("perhaps") == 1
         rows = [row.split() for row in printed.splitlines()]
         shown = " ".join(" ".join(row) for row in rows)
         for note in answer["notes"]:
