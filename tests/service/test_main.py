@@ -84,22 +84,23 @@ main.main(["serve"])
     assert done.returncode == status
 
 
-class TestStart:
-    @pytest.fixture(scope="class")
-    def log(self, tmp_path_factory: pytest.TempPathFactory) -> str:
-        """Start two workers with options, where the environment is wrong; return what they log."""
-        path = tmp_path_factory.mktemp("start") / "log"
-        options = ("--host", "127.0.0.1", "--port", "0", "--workers", "2")
-        wrong = {"host": "nowhere.invalid", "port": "tcp://10.0.0.1:80", "workers": 1, "prot": 1}
-        with serving(path, *options, **wrong) as (address, _):
-            page = httpx.get(f"{address}/")
-            for _ in range(600):
-                if path.read_text().count("a worker is ready") == 2:
-                    break
-                time.sleep(0.05)
-        assert page.headers["content-type"].startswith("text/html")
-        return path.read_text()
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Start two workers with options, where the environment is wrong; return what they log."""
+    path = tmp_path_factory.mktemp("start") / "log"
+    options = ("--host", "127.0.0.1", "--port", "0", "--workers", "2")
+    wrong = {"host": "nowhere.invalid", "port": "tcp://10.0.0.1:80", "workers": 1, "prot": 1}
+    with serving(path, *options, **wrong) as (address, _):
+        page = httpx.get(f"{address}/")
+        for _ in range(600):
+            if path.read_text().count("a worker is ready") == 2:
+                break
+            time.sleep(0.05)
+    assert page.headers["content-type"].startswith("text/html")
+    return path.read_text()
 
+
+class TestStart:
     def test_options_win_over_the_environment(self, log: str) -> None:
         assert log.count("a worker is ready") == 2
 
