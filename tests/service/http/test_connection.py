@@ -26,6 +26,7 @@ from tests.service.http.test_gate import never_ready, until
 
 pytestmark = pytest.mark.anyio
 MakeApp = Callable[..., Gate]
+WAITS = ("KEEP_ALIVE", "FIRST_HEAD", "IDLE_CHECK", "LINGER", "SHUTDOWN_GRACE", "PROBE")
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
 CHUNKS = b"310\r\n" + bytes(784) + b"\r\n0\r\n\r\n"
@@ -695,6 +696,14 @@ async def test_the_trace_id_is_logged(make_app: MakeApp, caplog: pytest.LogCaptu
     first, second = (r.__dict__["fields"] for r in caplog.records if r.name == "service.access")
     assert first["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
     assert "trace_id" not in second
+
+
+def test_the_waits_fit_together() -> None:
+    """The usual load balancers keep an idle connection for 60 seconds, and must close it first."""
+    waits = {name: getattr(connection_module, f"{name}_SECONDS") for name in WAITS}
+    assert 60 < waits["KEEP_ALIVE"] <= 120
+    assert waits["IDLE_CHECK"] < waits["FIRST_HEAD"] <= 30
+    assert waits["PROBE"] < waits["LINGER"] < waits["SHUTDOWN_GRACE"] < waits["IDLE_CHECK"]
 
 
 def test_an_incompatible_uvicorn_is_refused_with_one_sentence(

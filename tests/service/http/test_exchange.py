@@ -274,6 +274,23 @@ def test_the_refusal_of_an_unknown_encoding_names_the_known_ones() -> None:
     assert caught.value.headers == {"Accept-Encoding": "gzip, deflate"}
 
 
+@pytest.mark.parametrize(
+    ("headers", "complete", "too_long"),
+    [
+        ({b"content-length": b"65536"}, False, False),
+        ({b"content-length": b"65537"}, False, True),
+        ({b"content-length": b"65537"}, True, False),
+        ({b"transfer-encoding": b"chunked"}, False, True),
+    ],
+)
+def test_the_rest_of_a_refused_body_is_read_if_it_is_short(
+    headers: dict[bytes, bytes], complete: bool, too_long: bool
+) -> None:
+    exchange = make_exchange(headers)
+    exchange.complete = complete
+    assert exchange.too_long_to_discard() == too_long
+
+
 def test_a_request_without_a_body_is_refused_at_once() -> None:
     with pytest.raises(LengthRequired):
         read([], {})

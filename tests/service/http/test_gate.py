@@ -318,15 +318,21 @@ class TestCrossOrigin:
         preflight = await ask(app, b"", method="OPTIONS", headers={**PREFLIGHT, **KEY})
         assert preflight.status == 200
         assert preflight.headers["access-control-allow-origin"] == ORIGIN
-        assert "POST" in preflight.headers["access-control-allow-methods"]
-        assert "Authorization" in preflight.headers["access-control-allow-headers"]
+        assert preflight.headers["access-control-allow-methods"] == "GET, POST"
+        assert set(preflight.headers["access-control-allow-headers"].split(", ")) == {
+            *("Authorization", "Content-Type", "Content-Encoding", "X-Request-ID"),
+            *("Inference-Header-Content-Length", "traceparent", "tracestate"),
+        }
+        assert preflight.headers["access-control-max-age"] == "600"
         for headers in ({**KEY, "Origin": ORIGIN}, {"Origin": ORIGIN}):
             answer = await ask(app, headers=headers)
             assert answer.headers["access-control-allow-origin"] == ORIGIN
             assert answer.headers["vary"] == "Origin"
             # Without it, a page cannot tell where an answer's binary tensors begin.
-            exposed = answer.headers["access-control-expose-headers"]
-            assert "Inference-Header-Content-Length" in exposed
+            exposed = answer.headers["access-control-expose-headers"].split(", ")
+            assert sorted(exposed) == [
+                *("Inference-Header-Content-Length", "Retry-After", "X-Request-ID")
+            ]
             assert "access-control-allow-credentials" not in answer.headers
 
     async def test_a_preflight_carries_no_key(self, make_app: MakeApp) -> None:

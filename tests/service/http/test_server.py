@@ -1,11 +1,13 @@
 """The real process: its start, its stop, and clients that misbehave in between."""
 
 import errno
+import gc
 import gzip
 import io
 import json
 import os
 import re
+import resource
 import selectors
 import signal
 import socket
@@ -161,6 +163,39 @@ class TestStart:
     def test_an_ipv6_address_becomes_a_url(self) -> None:
         with socket.socket(socket.AF_INET6) as unbound:
             assert server.url(unbound) == "http://[::]:0"
+
+    @pytest.mark.parametrize(
+        ("host", "shown"),
+        [("0.0.0.0", "localhost"), ("::", "localhost"), ("127.0.0.1", "127.0.0.1")],  # noqa: S104 - nothing listens
+    )
+    def test_the_pages_address_can_be_opened_on_this_machine(self, host: str, shown: str) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as listener:
+            listener.bind((host, 0))
+            port = listener.getsockname()[1]
+            assert server.page(listener) == f"http://{shown}:{port}/"
+
+    def test_it_may_open_as_many_files_as_the_system_allows_and_freezes_what_is_loaded(
+        self, make_app: Callable[..., Gate], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every connection is an open file; the usual limit is 1,024 of them."""
+        done: list[Any] = []
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 4096))
+        monkeypatch.setattr(resource, "setrlimit", lambda *limit: done.append(limit))
+        monkeypatch.setattr(gc, "freeze", lambda: done.append("frozen"))
+        monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)  # it sets no handler
+        monkeypatch.setattr(server.Server, "run", lambda *_: done.append("serving"))
+        with server.bind(Settings(port=0)) as listener:
+            server.run(make_app(), Settings(), listener)
+        assert done == ["frozen", (resource.RLIMIT_NOFILE, (4096, 4096)), "serving"]
+
+    def test_the_stop_waits_as_long_as_a_request_may_take(
+        self, make_app: Callable[..., Gate]
+    ) -> None:
+        settings = Settings(request_timeout_seconds=2.5)
+        found = server.Server(make_app(), settings).config.timeout_graceful_shutdown
+        assert found is not None
+        assert 2.5 < found < 5
 
     def test_start_up_needs_little_time_and_memory(self, start: Callable[..., Any]) -> None:
         """Compared with the CPU time and the memory of importing its libraries alone."""

@@ -236,6 +236,21 @@ async def test_the_index_lists_the_model(make_app: MakeApp, body: bytes) -> None
     ]
 
 
+@pytest.mark.parametrize(
+    ("path", "limit"),
+    [("/v2/repository/index", 1024), ("/v2/models/bn-lenet/infer", 2**22 + 256 * 784 * 4)],
+)
+@pytest.mark.parametrize("more", [0, 1])
+async def test_a_route_has_a_limit_of_its_own(
+    make_app: MakeApp, path: str, limit: int, more: int
+) -> None:
+    """Also where a larger BNLENET_MAX_BODY_BYTES allows more."""
+    headers = {"Content-Type": "application/json", "Content-Length": str(limit + more)}
+    conversation = Conversation(make_app(max_body_bytes=2**30), target=path, send_headers=headers)
+    assert (conversation.status == 413) == bool(more)
+    conversation.leave()
+
+
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"ready": 1}', b'{"ready": "yes"}', b"\xff"])
 async def test_a_damaged_request_for_the_index_is_refused(make_app: MakeApp, body: bytes) -> None:
     answer = await ask(make_app(), body, target="/v2/repository/index")
