@@ -61,7 +61,7 @@ class Admission:
         self.in_flight = 0
         self.draining = False
         self.timeout = timeout
-        self.budget = BodyBudget(max_body_bytes, self._evict_slowest)
+        self.budget = BodyBudget(max_body_bytes, self.evict_slowest)
         self._max_in_flight = max_in_flight
         self._gauge = gauge
         self._senders: dict[Sender, float] = {}  # with the time they began, the oldest first
@@ -110,7 +110,8 @@ class Admission:
         self._senders.pop(sender, None)
         self._resting.pop(sender, None)
 
-    def _evict_slowest(self) -> bool:
+    def evict_slowest(self) -> bool:
+        """Evict the client that has been sending for longest, if that is long; return whether."""
         return self._evict_oldest(SLOW_AFTER_SECONDS)
 
     def _evict_oldest(self, seconds: float) -> bool:

@@ -164,14 +164,19 @@ class Connection(asyncio.Protocol):
     # Called by the event loop
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # a socket's
-        """Wait for the first request. If there are too many connections, close an idle one."""
+        """Wait for the first request. If there are too many connections, make room for this one.
+
+        An idle connection is closed, or else the slowest sender is evicted, or else this closes.
+        """
         self._transport = transport
         peer = transport.get_extra_info("peername")
         self._client = peer[0] if isinstance(peer, tuple) else None
         transport.set_write_buffer_limits(MAX_UNSENT_BYTES, 0)
         others = cast(set[Connection], self._state.connections)  # uvicorn names its own classes
         if len(others) >= MAX_CONNECTIONS:
-            next((other for other in others if other.is_idle()), self)._close()
+            idle = next((other for other in others if other.is_idle()), None)
+            if idle is not None or not self._admission.evict_slowest():
+                (idle or self)._close()
         others.add(self)
         self._idle_since = self._loop.time()
         self._schedule_idle_check()

@@ -12,6 +12,7 @@ import pytest
 from uvicorn.server import ServerState
 
 from service.errors import SlowRequest
+from service.http import admission as admission_module
 from service.http import connection as connection_module
 from service.http.connection import (
     FIELD_OVERHEAD_BYTES,
@@ -278,6 +279,27 @@ class TestMemory:
         assert last_transport.closed  # no other connection is idle
         busy_transport.close()
         new_transport.close()
+
+    async def test_the_slowest_sender_makes_room_for_a_new_connection(
+        self, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Otherwise clients that send bytes now and then would lock out all others."""
+        monkeypatch.setattr(connection_module, "MAX_CONNECTIONS", 3)
+        monkeypatch.setattr(admission_module, "SLOW_AFTER_SECONDS", 0.1)
+        app, state = make_app(), ServerState()
+        slow = [connect(app, state) for _ in range(2)]
+        for connection, _ in slow:
+            connection.data_received(HEAD)
+        await asyncio.sleep(0.15)
+        quick, quick_transport = connect(app, state)
+        quick.data_received(HEAD)
+        new, new_transport = connect(app, state)
+        assert [statuses(transport) for _, transport in slow] == [[408], []]
+        assert not quick_transport.closed
+        new.data_received(POST)
+        await until(lambda: statuses(new_transport) == [200])
+        for transport in (slow[1][1], quick_transport, new_transport):
+            transport.close()
 
 
 class TestHead:
