@@ -62,8 +62,8 @@ def create_app(
         key_needed=settings.api_key is not None,
         title="BN-LeNet",
         version=__version__,
-        description="Classifies 28x28 images of garments: LeNet with batch normalisation,"
-        " folded, and run by ONNX Runtime.",
+        description="Classifies pictures of garments with LeNet, whose batch norms are folded into"
+        " its weights.",
         docs_url=None,  # page.py serves /docs
         redoc_url=None,
         redirect_slashes=False,
