@@ -16,6 +16,7 @@ from training.studies.runner import begin, lines_of, missing, run, write
 from training.studies.study import QUICK, Line, Scale, arms, by_seed
 
 TINY = Scale(images=128, epochs=1, seeds=2, quick=True)
+LONG = {"learning-rate", "covariate-shift"}  # half of the time of all; `make test-all` runs them
 
 
 def study(*arguments: object) -> Result:
@@ -37,7 +38,10 @@ def whole(few: FashionMNIST, tmp_path_factory: pytest.TempPathFactory) -> list[L
     return lines_of(parts.STUDY, records, TINY)
 
 
-@pytest.mark.parametrize("name", list(STUDIES))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in STUDIES],
+)
 def test_a_study_runs_from_end_to_end_and_measures_nothing_twice(
     name: str, few: FashionMNIST, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
