@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +117,28 @@ def test_the_table_of_recipes_follows_from_the_raw_figures() -> None:
             f"{min(values):.4f}",
             "" if values is best else f"{p:.2f}",
         ]
+        assert f"| {' | '.join(cells)} |\n" in page
+
+
+def test_the_table_of_finishes_follows_from_the_raw_figures() -> None:
+    page = (accuracy.ROOT / "docs" / "experiments.md").read_text()
+    lines = (accuracy.ROOT / "docs" / "finishes.jsonl").read_text().splitlines()
+    weights: dict[str, list[dict[str, Any]]] = {}
+    for row in map(json.loads, lines):
+        weights.setdefault(row["weights"], []).append(row)
+    best = weights["the finish, as in recipe `best`"]
+    for name, rows in weights.items():
+        assert [row["seed"] for row in rows] == [0, 1, 2]
+        cells = [name]
+        for kind in ("accuracy", "loss", "robust_mean_seen"):
+            values = np.array([row[kind] for row in rows])
+            gain = values - [row[kind] for row in best]
+            half = stats.t.ppf(0.975, 2) * stats.sem(gain)
+            cells += [
+                f"{values.mean():.4f}",
+                "" if rows is best else f"{gain.mean():+.4f} ± {half:.4f}",
+            ]
+        del cells[4]  # the difference of the cross-entropies
         assert f"| {' | '.join(cells)} |\n" in page
 
 
