@@ -308,9 +308,11 @@ def test_values_given_twice_are_refused_and_neither_is_taken() -> None:
 )
 def test_what_is_not_json_is_refused(body: bytes) -> None:
     for length in (None, b"%d" % len(body)):
-        with pytest.raises(ServiceError) as refused:
+        with pytest.raises(BadRequest) as refused:
             decode(body, length)
-        assert refused.value.status == 400
+        assert (refused.value.message == "The request is not valid JSON.") == (
+            refused.value.code == "malformed_json"
+        )
 
 
 def test_json_nested_120_deep_is_refused_as_data() -> None:
@@ -377,39 +379,88 @@ def test_the_length_of_the_json_may_be_all_of_the_body_and_have_nine_digits() ->
             decode(text, length)
 
 
+LENGTH = (
+    "Inference-Header-Content-Length must be the length of the JSON at the start of the body, or 0."
+)
+ONE_INPUT = "The model has one input, `pixels`; name it once, and no other."
+ONE_OUTPUT = "The model has one output, `probabilities`; name it once, and no other."
+ONE_WAY = "Send the values as `data`; or as binary data after the JSON, with `binary_data_size`."
+PIXELS = (
+    "Pixels must be whole numbers from 0 to 255 in both datatypes, as in the data set; do not scale"
+    " them to 0..1."
+)
+SENTENCES: list[tuple[Json, str]] = [
+    (request(data=[0] * 785), "The shape needs 784 values; `data` has 785."),
+    (request(data=[]), "The shape needs 784 values; `data` has 0."),
+    (request(data=[[0], [0, 0]]), "`data` must be flat, or nested in rows of equal length."),
+    (request(data=[256, *FLAT[1:]]), PIXELS),
+    (request(data=["0", *FLAT[1:]]), PIXELS),
+    (request(data=[0.5, *FLAT[1:]]), PIXELS),
+    (request(data=[True, *FLAT[1:]]), "The values must be numbers, not true and false."),
+    (
+        request(datatype=1),
+        "The datatype must be UINT8, or FP32 with whole numbers from 0 to 255.",
+    ),
+    (request(shape=[1]), "The shape must be [n, 1, 28, 28], n from 1 to 256."),
+    (request(name="x"), ONE_INPUT),
+    (request(data=None), ONE_WAY),
+    (request(parameters={"binary_data_size": 784}), ONE_WAY),
+    (
+        request(data=None, parameters={"shared_memory_region": "r"}),
+        "Shared memory is not supported; send tensors in the body.",
+    ),
+    (
+        request(data=None, parameters={"binary_data_size": "1"}),
+        "`binary_data_size` must be a whole number.",
+    ),
+    (also(outputs=[{}]), ONE_OUTPUT),
+    (
+        asking({"classification": -1})[0],
+        "The parameter `classification` must be a number of classes, or 0.",
+    ),
+    (also(id=1), "`id` must be a string."),
+    (also(parameters=1), "`parameters` must be an object."),
+    (
+        also(parameters={"binary_data_output": 1}),
+        "`binary_data_output` must be true or false.",
+    ),
+    (
+        also(parameters={"preprocessing": "auto"}),
+        "The parameter `preprocessing` must be none or dataset.",
+    ),
+    ({"inputs": 1}, "`inputs` must be an array."),
+]
+BINARY_SENTENCES: list[tuple[tuple[bytes, bytes], str]] = [
+    (
+        binary(bytes(784), datatype="FP32"),
+        "The shape needs 784 values of FP32; 784 bytes do not match it.",
+    ),
+    (binary(bytes(3136)), "The shape needs 784 values of UINT8; 3136 bytes do not match it."),
+    (
+        binary(bytes(784), 785),
+        "After the JSON come 784 bytes, but `binary_data_size` is 785.",
+    ),
+    (
+        (dump(request()) + b"ab", b"%d" % len(dump(request()))),
+        "After the JSON come 2 bytes, but `binary_data_size` is 0.",
+    ),
+    ((b"", b"0"), "A body without JSON must have 784 bytes, one for each pixel."),
+    ((b"{}", b"3"), LENGTH),
+    ((b"[]", b"2"), "The request must be a JSON object with `inputs`."),
+]
+
+
 @pytest.mark.parametrize(
-    ("body", "sentence"),
+    ("body", "length", "sentence"),
     [
-        ((dump(request(data=[0] * 785)), None), "The shape needs 784 values; `data` has 785."),
-        ((dump(request(data=[])), None), "The shape needs 784 values; `data` has 0."),
-        (
-            binary(bytes(784), datatype="FP32"),
-            "The shape needs 784 values of FP32; 784 bytes do not",
-        ),
-        (binary(bytes(3136)), "The shape needs 784 values of UINT8; 3136 bytes do not"),
-        (binary(bytes(784), 785), "come 784 bytes, but `binary_data_size` is 785."),
-        ((dump(request()) + b"ab", b"%d" % len(dump(request()))), "come 2 bytes, but .* is 0."),
-        ((dump(request(datatype=1)), None), "must be UINT8, or FP32 with whole numbers"),
-        ((dump(request(shape=[1])), None), r"must be \[n, 1, 28, 28\], n from 1 to 256."),
-        ((dump(request(name="x")), None), "The model has one input, `pixels`; name it once"),
-        ((dump({**request(), "outputs": [{}]}), None), "one output, `probabilities`; name it"),
-        ((dump({**request(), "id": 1}), None), "`id` must be a string."),
-        ((dump({**request(), "parameters": 1}), None), "`parameters` must be an object."),
-        ((dump({"inputs": 1}), None), "`inputs` must be an array."),
-        (
-            (dump({**request(), "parameters": {"binary_data_output": 1}}), None),
-            "`binary_data_output` must be true or false.",
-        ),
-        (
-            (dump(request(data=None, parameters={"binary_data_size": "1"})), None),
-            "`binary_data_size` must be a whole number.",
-        ),
+        *((dump(document), None, sentence) for document, sentence in SENTENCES),
+        *((body, length, sentence) for (body, length), sentence in BINARY_SENTENCES),
     ],
 )
-def test_the_sentence_says_what_is_wrong(body: tuple[bytes, bytes | None], sentence: str) -> None:
-    with pytest.raises(BadRequest, match=sentence) as refused:
-        decode(*body)
-    assert refused.value.code == "invalid_input"
+def test_the_sentence_says_what_is_wrong(body: bytes, length: bytes | None, sentence: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        decode(body, length)
+    assert (refused.value.message, refused.value.code) == (sentence, "invalid_input")
 
 
 @pytest.mark.parametrize(
