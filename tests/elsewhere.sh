@@ -57,7 +57,9 @@ for name; do
     python314) run "$name" "${PYTHON314:-python:3.14-slim-trixie}" "$native" "make test" ;;
     arm64)
       image=${ARM64:-python:3.13-slim-trixie}
+      # Compiled once, not by each process: under emulation that takes a minute.
       options=(--volume "$scratch/packages:/packages:ro" --env PYTHONPATH=/packages)
+      options+=(--env PYTHONPYCACHEPREFIX=/tmp/compiled)
       [ "$native" = linux/arm64 ] || options+=("${hidden[@]}")
       packages "$image" "$scratch/packages"
       run "$name" "$image" linux/arm64 \
