@@ -29,11 +29,13 @@ packages() { # packages IMAGE FOLDER: unpack the service's and the tests' packag
     --target "$2" --constraint constraints.txt '.[cpu,dev]' onnx
 }
 
+say='python3 -c "import platform as p; print(\"ran on Python\", p.python_version(), p.machine())"'
+
 run() { # run NAME IMAGE PLATFORM COMMAND [OPTION OF DOCKER ...]
   echo "test-elsewhere: $1: $4 in $2"
   local status=0
   git archive HEAD |
-    docker run --rm --interactive --init --platform "$3" --cpu-shares 512 --env COMMAND="$4" \
+    docker run --rm --interactive --init --platform "$3" --cpu-shares 512 --env COMMAND="$say; $4" \
       --env TZ=Asia/Kathmandu --env LC_ALL=C --env FASHION_MNIST_DIR=/data --volume "$data:/data:ro" \
       --volume "bn-lenet-pip-$1:/pip" "${@:5}" "$2" bash -euc '
         apt-get update -qq
@@ -43,7 +45,6 @@ run() { # run NAME IMAGE PLATFORM COMMAND [OPTION OF DOCKER ...]
         tar -x
         chown -R 1234:1234 . /pip
         export HOME=/ PIP_CACHE_DIR=/pip
-        python3 -c "import platform; print(\"ran on Python\", platform.python_version(), platform.machine())"
         exec setpriv --reuid 1234 --regid 1234 --clear-groups bash -euc "$COMMAND"
       ' 2>&1 | tee "$log" || status=$?
   echo "$1: exit status $status, $(grep '^ran on' "$log"), \`$4\`: $(grep -E '^=.* in [0-9.]+s' "$log" | tr -d =)" >>"$results"
