@@ -14,7 +14,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Three processes for two cores, because many tests wait for a server; the slow files come first.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Our files are UTF-8 in any locale.
 export PYTHONUTF8 := 1

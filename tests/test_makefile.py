@@ -132,7 +132,7 @@ class TestInstalling:
         assert not list(venv.glob(".*-cpu"))
 
 
-PYTEST = "python -m pytest -n 2 --dist loadfile"
+PYTEST = "python -m pytest -n 3 --dist loadfile --no-loadscope-reorder"
 CHECKS = ["python -m ruff format --check .", "python -m ruff check .", "python -m mypy"]
 
 
