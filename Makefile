@@ -107,7 +107,7 @@ test-newest:  ## run the tests with the newest versions of all packages
 	@mkdir -p .cache && : > .cache/newest.txt
 	$(MAKE) tests VENV=.venv-newest CONSTRAINTS=.cache/newest.txt
 
-test-elsewhere: $(DEV)  ## run the tests on other releases of Debian and on arm64, in containers
+test-elsewhere: $(DEV)  ## run the tests on other releases of Debian, and the contract tests on arm64, in containers
 	./tests/elsewhere.sh
 
 test-mutants: $(DEV)  ## break small modules in many ways, and list the breaks that no test notices
