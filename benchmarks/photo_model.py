@@ -244,7 +244,7 @@ def fine_tune(
         target = torch.cat([answers[torch.cat(rows)[order]], truth])
         loss = F.cross_entropy(model(torch.cat([made_images, photographs])), target)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call] # torch has no types for it
+        torch.autograd.backward([loss])
         optimizer.step()
         move(average, model, 1 - min(AVERAGING, step / (step + 1)))
     mixed = copy.deepcopy(start)

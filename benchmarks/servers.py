@@ -101,28 +101,20 @@ def timed(images: NDArray[np.uint8], report: Path) -> None:
     settings = Settings.from_environment()
     sizes: list[int] = []
     nanoseconds: list[int] = []
-    load = Classifier.load
+    classifier = Classifier.load(settings.model_path, settings.device)
+    loops = [tight_loop(classifier, images)]
+    classify = classifier.probabilities
 
-    def load_timed(*arguments: Any) -> Classifier:
-        classifier = load(*arguments)
-        classify = classifier.probabilities
+    def probabilities(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        begin = perf_counter_ns()
+        answer = classify(pixels)
+        nanoseconds.append(perf_counter_ns() - begin)
+        sizes.append(len(pixels))
+        return answer
 
-        def probabilities(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-            begin = perf_counter_ns()
-            answer = classify(pixels)
-            nanoseconds.append(perf_counter_ns() - begin)
-            sizes.append(len(pixels))
-            return answer
-
-        loops.append(tight_loop(classifier, images))
-        classifier.probabilities = probabilities  # type: ignore[method-assign] # this adds the timer
-        return classifier
-
-    loops: list[float] = []
-    Classifier.load = load_timed  # type: ignore[assignment, method-assign] # so that `run` loads the timed one
-    model = Classifier.load(settings.model_path, settings.device)
-    run(create_app(settings, model), settings, bind(settings))
-    classifier = load(settings.model_path, settings.device)
+    classifier.probabilities = probabilities  # type: ignore[method-assign] # this adds the timer
+    run(create_app(settings, classifier), settings, bind(settings))
+    classifier = Classifier.load(settings.model_path, settings.device)
     loops.append(tight_loop(classifier, images))
 
     runs = list(islice(zip(sizes, nanoseconds, strict=True), WARM_UP, None))

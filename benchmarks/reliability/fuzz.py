@@ -191,7 +191,9 @@ def read(data: bytes) -> None:
         shape, dtype = image.pixels.shape, image.pixels.dtype
     elif kind == b"J":
         document = read_body(b"application/json", body)
-        shape, dtype = document.images.shape[2:], document.images.dtype  # type: ignore[union-attr] # never a file
+        if isinstance(document, bytes):
+            raise ValueError("JSON gave a file")
+        shape, dtype = document.images.shape[2:], document.images.dtype
     elif kind == b"F":
         file = read_body(f"multipart/form-data; boundary={BOUNDARY}".encode(), body)
         shape, dtype = SHAPE, np.dtype(np.uint8)
