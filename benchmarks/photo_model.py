@@ -31,7 +31,7 @@ from benchmarks.photos import SCENES, in_scene
 from service.pictures.conversion import WORKING_SIDE, convert, read_picture
 from service.pictures.decoding import configure_pillow, reduced
 from service.settings import MODEL, PICTURE_MODEL
-from training.dataset import CLASS_NAMES, Split, load
+from training.dataset import CLASS_NAMES, DatasetError, Split, load
 from training.export import Provenance, export
 from training.fitting.augmentation import Augmentation
 from training.fitting.run import Run
@@ -264,7 +264,10 @@ def fine_tune(
 def main(folder: Path, out: Path, seed: int) -> None:
     """Fit the model for converted pictures with the photographs in FOLDER (about 8 minutes)."""
     configure_pillow()
-    data, run = load(), Run(MODEL.parent / "run")
+    try:
+        data, run = load(), Run(MODEL.parent / "run")
+    except DatasetError as exc:
+        raise click.ClickException(str(exc)) from exc
     committed = {entry.key: entry.value for entry in onnx.load(MODEL).metadata_props}
     provenance = Provenance.of(run.config(), committed["statistics"])
     start = run.model(provenance.statistics)

@@ -27,7 +27,7 @@ from service.model.classifier import Classifier, load_classifiers
 from service.pictures.conversion import read_picture
 from service.pictures.decoding import configure_pillow
 from service.settings import Settings
-from training.dataset import load
+from training.dataset import DatasetError, load
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -227,7 +227,10 @@ def main(
     if folder is not None:
         photo_folder.measure(folder, half, sheet, classifiers[1])
         return
-    test = load().test
+    try:
+        test = load().test
+    except DatasetError as exc:
+        raise click.ClickException(str(exc)) from exc
     layouts = [(count, ground, format_) for ground, format_ in product(GROUNDS, FORMATS)]
     if scenes:
         layouts += [(min(count, SCENE_IMAGES), scene, "JPEG") for scene in SCENES]

@@ -1,6 +1,7 @@
 """The benchmark of photographs, on a few test images."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from benchmarks import photos
+from benchmarks import photo_model, photos
 
 
 class Answers:
@@ -45,6 +46,18 @@ def test_an_enlarged_image_is_whole_and_negated_on_white_alone(ground: str, smoo
         assert len(rows) / len(columns) == pytest.approx(4, rel=0.03)
         inside = gray[rows[len(rows) // 2], columns[len(columns) // 2]]
         assert inside == pytest.approx(255 - 180 if ground == "white" else 180, abs=8)
+
+
+def test_a_missing_data_set_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FASHION_MNIST_DIR", str(tmp_path))
+    for command, arguments in ((photos.main, []), (photo_model.main, [str(tmp_path)])):
+        result = CliRunner().invoke(command, arguments)
+        assert result.exit_code == 1
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"Error: {tmp_path}/t")
+        assert ".gz is missing: put the four Fashion-MNIST .gz files there" in line
 
 
 @pytest.mark.slow

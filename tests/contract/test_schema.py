@@ -20,7 +20,7 @@ CONFIG = schemathesis.Config.from_dict(
 )
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [5, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_every_operation_keeps_its_word(base_url: str, mode: GenerationMode, examples: int) -> None:
     document = schemathesis.openapi.from_url(f"{base_url}/openapi.json", config=CONFIG)

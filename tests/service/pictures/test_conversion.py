@@ -503,14 +503,14 @@ def test_only_converted_pictures_add_their_mirror_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "most"), [(250, 2.5), pytest.param(4000, 1.5, marks=pytest.mark.slow)]
+    ("count", "most"), [(125, 2.5), pytest.param(4000, 1.5, marks=pytest.mark.slow)]
 )
 def test_enlarged_test_images_keep_their_accuracy(
     fashion_mnist: FashionMNIST, count: int, most: float
 ) -> None:
     """On white and on black, as PNG and as JPEG, they lose at most 1.5 points.
 
-    The loss of 250 images is uncertain by a point.
+    The loss of 125 images is uncertain by a point.
     """
     del fashion_mnist  # needed only to skip the test without the data set
     command = [sys.executable, "-m", "benchmarks.photos", str(count), "--no-scenes"]
