@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from training.evaluation.intervals import mean_interval
+
 CAMPAIGNS = {
     "soak": "80 % of capacity, every form of body, some bad and some cut off",
     "overload": "ten times capacity",
@@ -76,6 +78,13 @@ class Row:
     def at_least(cls, what: str, value: float, limit: float, unit: str = "") -> "Row":
         """Return the row of a figure that must be at least a limit."""
         return cls(what, f"{_number(value)}{unit}", f"≥ {_number(limit)}{unit}", value >= limit)
+
+    @classmethod
+    def mean_at_least(cls, what: str, values: Sequence[float], limit: float) -> "Row":
+        """Return the row of a mean, with its 95 % interval, that must be at least a limit."""
+        mean = mean_interval(values)
+        figure = f"{mean:.3f} ({mean.count} rounds)"
+        return cls(what, figure, f"≥ {_number(limit)}", mean.mean >= limit)
 
     @classmethod
     def holds(cls, what: str, figure: str, goal: str, met: bool) -> "Row":

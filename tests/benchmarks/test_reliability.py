@@ -266,15 +266,24 @@ def test_percentiles_are_values_of_the_sample() -> None:
 
 def test_an_answer_that_is_neither_good_nor_a_503_misses_the_goals() -> None:
     found = [*outcomes(0.1, 0.1), *outcomes(0.001, 0.003, 0.002, status=503)]
-    rows = overload.overload_rows(found, capacity=1.0, seconds=2.5)
+    good = overload.Round(found, capacity=2.0, goodput=0.9, recovery=0.9)
+    rows = overload.open_loop_rows([good, good._replace(goodput=0.7)], seconds=2.5)
     assert verdicts(rows) == {
         "photographs: answers": True,
         "photographs: good answers a second / capacity": True,  # 0.8
+        "photographs: seconds until p99 is at most twice that before": True,
     }
-    assert rows[-1].figure == "2.0 ms"
+    figures = [row.figure for row in rows]
+    assert figures == ["2; 2", "6 x 503; 4 x 200", "0.800 ± 1.271 (2 rounds)", "2.0 ms", "0.9"]
     for other in (Outcome(1, 1, 500), Outcome(1, 1, 0, "ConnectionResetError")):
-        rows = overload.overload_rows([*found, other], 1.0, 2.6)
-        assert [*verdicts(rows).values()] == [False, False]
+        bad = overload.Round([*found, other], 2.0, 0.69, 1.1)
+        rows = overload.open_loop_rows([good, bad], 2.5)
+        assert [*verdicts(rows).values()] == [False, False, False]
+
+
+def test_answers_after_the_end_of_the_arrivals_do_not_count() -> None:
+    found = [*outcomes(0.5, 0.5, 0.5), *outcomes(0.1, status=503)]  # until 10.5, 10.6 and 10.7 s
+    assert overload.good_answers(found, end=10.65) == 2
 
 
 # Fuzz
