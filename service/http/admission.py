@@ -15,7 +15,7 @@ from service.http.exchange import Exchange
 
 SLOW_AFTER_SECONDS = 2.0  # a request that arrives for longer may be evicted to free memory
 SWEEP_SECONDS = 0.1  # between two checks of all deadlines
-REST_SECONDS = 0.1  # at least, and until the next sweep
+REST_SECONDS = 0.2  # at least, and until the next sweep
 
 
 class Sender(Protocol):

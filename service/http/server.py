@@ -151,6 +151,9 @@ def run(
         raise _cannot_listen(url(listener), exc) from exc
     gc.collect()
     gc.freeze()  # what has been loaded stays for good: the collector need not look through it
+    # Requests in flight are no garbage. By default the collector looks through them after 700 new
+    # objects; with 500 clients this cost a tenth of the answers.
+    gc.set_threshold(10_000, 20, 50)
     with contextlib.suppress(ValueError, OSError):  # the system may refuse: then the limit stays
         _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))

@@ -175,7 +175,7 @@ class TestStart:
             port = listener.getsockname()[1]
             assert server.page(listener) == f"http://{shown}:{port}/"
 
-    def test_it_may_open_as_many_files_as_the_system_allows_and_freezes_what_is_loaded(
+    def test_it_may_open_as_many_files_as_the_system_allows_and_seldom_looks_for_garbage(
         self, make_app: Callable[..., Gate], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Every connection is an open file; the usual limit is 1,024 of them."""
@@ -183,11 +183,13 @@ class TestStart:
         monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 4096))
         monkeypatch.setattr(resource, "setrlimit", lambda *limit: done.append(limit))
         monkeypatch.setattr(gc, "freeze", lambda: done.append("frozen"))
+        monkeypatch.setattr(gc, "set_threshold", lambda *numbers: done.append(numbers))
         monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)  # it sets no handler
         monkeypatch.setattr(server.Server, "run", lambda *_: done.append("serving"))
         with server.bind(Settings(port=0)) as listener:
             server.run(make_app(), Settings(), listener)
-        assert done == ["frozen", (resource.RLIMIT_NOFILE, (4096, 4096)), "serving"]
+        limit = (resource.RLIMIT_NOFILE, (4096, 4096))
+        assert done == ["frozen", (10_000, 20, 50), limit, "serving"]
 
     def test_the_stop_waits_as_long_as_a_request_may_take(
         self, make_app: Callable[..., Gate]
