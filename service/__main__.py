@@ -39,6 +39,8 @@ def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.pass_context
 def main(context: click.Context, /, **options: str | int | None) -> None:
     """Classify images of garments. Without a command: serve over HTTP."""
+    if sys.stderr is None:  # closed, as by `2>&-`; the first file that opens now takes its number
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if context.invoked_subcommand is None:
         context.invoke(serve, **options)
     elif any(value is not None for value in options.values()):

@@ -16,6 +16,7 @@ from service import __version__
 from service.__main__ import OPTIONS, main
 from service.settings import Settings
 from tests.contract.conftest import ROOT, serving
+from tests.contract.neighbours import answers, free_port, wait_until
 
 
 def service(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -165,3 +166,18 @@ def test_classify_takes_folders_and_patterns(tmp_path: Path) -> None:
     assert files == [*pictures, "docs/trousers.png"]
     assert done.stderr.startswith(f"Error: {tmp_path}: The folder has no pictures; ")
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_it_serves_without_standard_error(workers: str) -> None:
+    """Else the log would go to a client: a socket would take the number of standard error."""
+    port = free_port()
+    command = [sys.executable, "-m", "service", "--port", str(port), "--workers", workers]
+    shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    environment = os.environ | {"BNLENET_DRAIN_SECONDS": "0"}
+    with subprocess.Popen(shell, cwd=ROOT, env=environment) as process:
+        try:
+            wait_until(lambda: answers(f"http://127.0.0.1:{port}/readyz"))
+        finally:
+            process.terminate()
+    assert process.returncode == 0
