@@ -31,17 +31,15 @@ FIT_ROUNDS = 4  # of fitting the model and removing outliers
 MIN_DISTANCE = 3.0  # smallest distance from the background that is not noise
 NOISE_FACTOR = 3.5  # a distance is also noise below this many times the border's median
 LEVELS = 9  # thresholds to try
-MIN_LEVEL_PIXELS = 8  # fewer are not enough for a mean steepness
 # Holes' share of the outline's area. With more, the "holes" are the garment, in the background's
 # colour, and only its edge stands out.
 MAX_HOLES = 0.4
 BINS = 16  # of the colour histogram, on each of three axes
 COLOUR_ROUNDS = 3  # of learning the colours; six and ten rounds gave no better accuracy
-# Where a pixel's weight as border begins, by its distance from the middle, and over how much of
-# that distance it grows to 1. At the border, the distance is 1.
-BORDER_FROM, BORDER_OVER = 0.88, 0.15
-# The garment's prior probability, in the middle and how much less at the border; clipped.
-PRIOR, PRIOR_DROP, PRIOR_RANGE = 0.5, 0.4, (0.03, 0.97)
+# A pixel's weight as border grows from this distance from the middle; at the border, it is 1.
+BORDER_FROM = 0.88
+# The garment's prior probability, in the middle and how much less at the border.
+PRIOR, PRIOR_DROP = 0.5, 0.4
 FIRST_EVIDENCE = 1  # log-likelihood ratio that a colour of the garment exceeds in the first round
 MAX_EVIDENCE = 3  # log-likelihood ratio; larger ones are clipped
 # Pillow blurs 8-bit images, so evidence is scaled to grey levels: zero, and levels for one unit.
@@ -193,7 +191,6 @@ def _inside_edges(colours: Floats, background: _Background) -> Mask:
         steepness = np.hypot(*np.gradient(distance)).ravel()
         counts = np.bincount(level, minlength=LEVELS + 1)[1:LEVELS]
         mean = np.bincount(level, steepness, LEVELS + 1)[1:LEVELS] / np.maximum(counts, 1)
-        mean[counts <= MIN_LEVEL_PIXELS] = 0
         threshold = float(levels[np.argmax(mean >= mean.max() / 2)])
     near = distance < threshold
     outside = _connected(_rim(near.shape, 1), near)
@@ -216,7 +213,7 @@ def _unlike_background(colours: Floats) -> Mask:
     bins = ((steps[0] * BINS + steps[1]) * BINS + steps[2]).ravel().astype(np.intp)
     smooth = np.eye(BINS) / 2 + np.eye(BINS, k=1) / 4 + np.eye(BINS, k=-1) / 4
 
-    def counted(weights: Floats) -> NDArray[np.float64]:
+    def counted(weights: NDArray[np.floating]) -> NDArray[np.float64]:
         return np.asarray(
             np.bincount(bins, weights.ravel().astype(np.float64), BINS**3), np.float64
         )
@@ -228,8 +225,8 @@ def _unlike_background(colours: Floats) -> Mask:
 
     y, x = np.abs(np.linspace(-1, 1, height))[:, None], np.abs(np.linspace(-1, 1, width))[None]
     outward = np.maximum(y, x).astype(np.float32)  # 0 in the middle, 1 on the border
-    border = np.clip((outward - BORDER_FROM) / BORDER_OVER, 0, 1)
-    prior = np.clip(PRIOR - PRIOR_DROP * outward**2, *PRIOR_RANGE)
+    border = np.maximum(outward - BORDER_FROM, 0)  # histograms do not depend on its scale
+    prior = PRIOR - PRIOR_DROP * outward**2
     prior_odds = np.log(prior / (1 - prior))
     all_counts = counted(np.ones_like(luma))
     everywhere, edge = histogram(all_counts), histogram(counted(border))
