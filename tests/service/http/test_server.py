@@ -559,7 +559,7 @@ class TestStop:
 
     def test_no_request_is_lost_when_it_stops_under_load(self, start: Callable[..., Any]) -> None:
         """Clients that honour `Connection: close` see no failure."""
-        address, process = start(drain_seconds=1)
+        address, process = start(drain_seconds=3)  # a busy machine wakes the clients late
         outcomes: list[int] = []
         stopping = threading.Event()
 
@@ -578,7 +578,7 @@ class TestStop:
         stopping.set()
         for thread in threads:
             thread.join()
-        assert process.wait(5) == 0
+        assert process.wait(20) == 0
         assert len(outcomes) > 50
         assert set(outcomes) == {200}
 
