@@ -191,7 +191,7 @@ def open_inference_router(
         if admission.draining:
             raise NotReady("The server is stopping; send requests to another instance.")
 
-    router = APIRouter(tags=["open inference protocol"])
+    router = APIRouter(tags=["Open Inference Protocol"])
 
     @router.get("/v2", summary="Server metadata")
     @router.get("/v2/", include_in_schema=False)  # the specification's OpenAPI file has this path

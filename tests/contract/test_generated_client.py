@@ -40,7 +40,7 @@ class Generated:
         self.modules = {
             operation[
                 "operationId"
-            ]: f"{name}.api.{tag.replace(' ', '_')}.{operation['operationId']}"
+            ]: f"{name}.api.{tag.lower().replace(' ', '_')}.{operation['operationId']}"
             for operations in document["paths"].values()
             for operation in operations.values()
             for tag in operation["tags"]
