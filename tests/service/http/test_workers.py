@@ -304,7 +304,8 @@ def test_workers_run_the_code_of_their_supervisor(tmp_path: Path, artefact: Path
     for folder, says in (("current", "a stranger"), ("ours", "ours")):
         shutil.copytree(ROOT / "service", tmp_path / folder / "service")
         with (tmp_path / folder / "service" / "__init__.py").open("a") as module:
-            module.write(f"import sys\nprint({says!r}, file=sys.stderr)\n")
+            # In one write: `print` makes two, and another worker's may come between.
+            module.write(f"import sys\nsys.stderr.write({says + chr(10)!r})\n")
     start = (
         f"import sys; sys.path[0] = {str(tmp_path / 'ours')!r};"
         " from service.__main__ import main; main()"
