@@ -213,36 +213,40 @@ def _unlike_background(colours: Floats) -> Mask:
     bins = ((steps[0] * BINS + steps[1]) * BINS + steps[2]).ravel().astype(np.intp)
     smooth = np.eye(BINS) / 2 + np.eye(BINS, k=1) / 4 + np.eye(BINS, k=-1) / 4
 
-    def counted(weights: NDArray[np.floating]) -> NDArray[np.float64]:
-        return np.asarray(
-            np.bincount(bins, weights.ravel().astype(np.float64), BINS**3), np.float64
-        )
-
-    def histogram(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    def histogram(counts: NDArray[Any]) -> NDArray[np.float64]:
         along = smooth @ counts.reshape(BINS, -1)
         smoothed = (smooth @ along.reshape(BINS, BINS, BINS) @ smooth).ravel()
         return np.asarray(smoothed / (smoothed.sum() + 1e-9))
 
     y, x = np.abs(np.linspace(-1, 1, height))[:, None], np.abs(np.linspace(-1, 1, width))[None]
     outward = np.maximum(y, x).astype(np.float32)  # 0 in the middle, 1 on the border
-    border = np.maximum(outward - BORDER_FROM, 0)  # histograms do not depend on its scale
+    band = outward > BORDER_FROM
+    # The weights as border, of these pixels alone. Histograms do not depend on their scale.
+    border, border_bins = outward[band] - BORDER_FROM, bins[band.ravel()]
     prior = PRIOR - PRIOR_DROP * outward**2
     prior_odds = np.log(prior / (1 - prior))
-    all_counts = counted(np.ones_like(luma))
-    everywhere, edge = histogram(all_counts), histogram(counted(border))
-    evidence = np.log((everywhere + 1e-6) / (edge + 1e-6 + 0.02 * everywhere)) - FIRST_EVIDENCE
-    for _ in range(COLOUR_ROUNDS):
+
+    def probability(evidence: NDArray[np.float64]) -> Floats:
+        """Return that of the garment, by pixel, from the evidence by colour."""
         clipped = np.clip(evidence, -MAX_EVIDENCE, MAX_EVIDENCE)
         scaled = (clipped * UNIT_LEVELS + ZERO_LEVEL).astype(np.uint8)[bins].reshape(luma.shape)
         box = ImageFilter.BoxBlur(2)  # neighbouring pixels usually belong together
         smoothed = np.asarray(Image.fromarray(scaled).filter(box).filter(box), np.float32)
-        garment = 1 / (1 + np.exp((ZERO_LEVEL - smoothed) / LEVELS_PER_LOG_ODDS - prior_odds))
-        garment_counts = counted(garment)
-        background = histogram(counted(border * (1 - garment))) + histogram(
-            all_counts - garment_counts
-        )
+        log_odds = prior_odds - (ZERO_LEVEL - smoothed) / LEVELS_PER_LOG_ODDS
+        return np.asarray(1 / (1 + np.exp(-log_odds)))
+
+    all_counts = np.bincount(bins, minlength=BINS**3)
+    everywhere = histogram(all_counts)
+    edge = histogram(np.bincount(border_bins, border, BINS**3))
+    evidence = np.log((everywhere + 1e-6) / (edge + 1e-6 + 0.02 * everywhere)) - FIRST_EVIDENCE
+    garment = probability(evidence)
+    for _ in range(COLOUR_ROUNDS - 1):
+        garment_counts = np.bincount(bins, garment.ravel(), BINS**3)
+        near_border = np.bincount(border_bins, border * (1 - garment[band]), BINS**3)
+        background = histogram(near_border) + histogram(all_counts - garment_counts)
         evidence = np.log((histogram(garment_counts) + 1e-5) / (background / 2 + 1e-5))
-    return np.asarray(garment > 0.5)
+        garment = probability(evidence)
+    return garment > 0.5
 
 
 def _without_border_lines(mask: Mask) -> Mask:
