@@ -103,6 +103,28 @@ def test_turned_images_are_mirrored_and_shifted_too() -> None:
         assert -2.05 < moved.min() < -1.9
 
 
+def test_turned_images_move_by_as_many_pixels_as_were_drawn_and_edges_are_black() -> None:
+    """Bilinear, in numpy: a weighted mean of the four pixels around each source."""
+    images = torch.rand(20, 1, 28, 28, generator=seeded(1))
+    view = Augmentation(shift=6, rotation=1e-9)(images, seeded())
+    generator = seeded()
+    draws = [2 * torch.rand(20, generator=generator) - 1 for _ in range(5)]
+    right, down = 6 * draws[3], 6 * draws[4]  # after the mirror, the angle and the size
+    padded = np.pad(images[:, 0].numpy(), ((0, 0), (8, 8), (8, 8)))
+    for k in range(20):
+        y, x = 8 + float(down[k]), 8 + float(right[k])
+        top, left = math.floor(y), math.floor(x)
+        expected = np.zeros((28, 28))
+        for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            share = abs(1 - row - (y - top)) * abs(1 - column - (x - left))
+            rows, columns = (
+                slice(top + row, top + row + 28),
+                slice(left + column, left + column + 28),
+            )
+            expected += share * padded[k, rows, columns]
+        np.testing.assert_allclose(view[k, 0].numpy(), expected, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("flip", [True, False])
 def test_turned_images_keep_their_shape(flip: bool) -> None:
     """Where the ends of two perpendicular arms go shows the map: a similarity, mirrored or not."""

@@ -50,12 +50,14 @@ def test_the_chapter_recipe_is_plain_gradient_descent_as_written_by_hand(
     images, labels = on_device(few.train, "cpu")
     model = BNLeNet()
     initialise(model, 5)
-    losses = []
+    losses, accuracies = [], []
     for epoch in (1, 2, 3, 4):
         generator = torch.Generator().manual_seed((5 << 20) + epoch)
-        total = 0.0
+        total, right = 0.0, 0
         for rows in torch.split(torch.randperm(400, generator=generator), 128):
-            loss = F.cross_entropy(model(images[rows] / 255), labels[rows])
+            logits = model(images[rows] / 255)
+            right += int((logits.argmax(1) == labels[rows]).sum())
+            loss = F.cross_entropy(logits, labels[rows])
             model.zero_grad()
             torch.autograd.backward([loss])
             with torch.no_grad():
@@ -64,8 +66,11 @@ def test_the_chapter_recipe_is_plain_gradient_descent_as_written_by_hand(
                     parameter.sub_(0.1 * parameter.grad)
             total += loss.item() * len(rows)
         losses.append(total / 400)
+        accuracies.append(right / 400)
     fitted = fit(few, replace(chapter, epochs=4), seed=5)
     assert [epoch.loss for epoch in fitted.epochs] == pytest.approx(losses, rel=1e-4)
+    found = [epoch.train_accuracy for epoch in fitted.epochs]
+    assert found == pytest.approx(accuracies, abs=2 / 400)  # a near tie may round either way
     assert losses[3] < 0.9 * losses[0]
     for ours, theirs in zip(*(norm_layers(m).values() for m in (fitted.model, model)), strict=True):
         torch.testing.assert_close(statistics(ours), statistics(theirs), rtol=1e-3, atol=1e-4)
@@ -176,10 +181,11 @@ def test_a_loss_that_becomes_nan_stops_the_fit_and_keeps_the_last_checkpoint(
     few: FashionMNIST, chapter: Recipe, tmp_path: Path, seen_before: int, step: int
 ) -> None:
     run = new_run(tmp_path / "run", chapter)
-    before = {}
+    before, calls = {}, []
 
     def poison(fitting: Fitting, epoch: int, seen: int) -> None:
-        if (epoch, seen) == (2, seen_before):
+        calls.append((epoch, seen))
+        if calls[-1] == (2, seen_before):
             before.update(run.checkpoint())
             with torch.no_grad():
                 fitting.model.linear3.bias.fill_(math.nan)
@@ -189,6 +195,7 @@ def test_a_loss_that_becomes_nan_stops_the_fit_and_keeps_the_last_checkpoint(
     )
     with pytest.raises(FitError, match=message):
         fit(few, chapter, run=run, on_batch=poison)
+    assert calls[-1] == (2, seen_before)  # it stopped in the next step, or when there was none
     after = run.checkpoint()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [line.epoch for line in run.metrics()] == [1]
@@ -285,6 +292,17 @@ def test_a_run_killed_while_its_results_are_written_can_be_finished(
     again = fit(few, chapter)
     assert weights(fitted.model) == weights(again.model)
     assert json.loads((run.folder / "results.json").read_text())["confusion"] == again.confusion
+
+
+def test_the_times_are_those_of_the_parts(few: FashionMNIST, chapter: Recipe) -> None:
+    begin = time.perf_counter()
+    fitted = fit(few, chapter)
+    whole = time.perf_counter() - begin
+    assert fitted.seconds.keys() == {"setup", "fit", "statistics"}
+    assert 0 < min(fitted.seconds.values()) < sum(fitted.seconds.values()) <= whole
+    assert sum(line.seconds for line in fitted.epochs) <= fitted.seconds["fit"]
+    for line in fitted.epochs:
+        assert line.images_per_second == pytest.approx(400 / line.seconds)
 
 
 def test_a_fit_without_graphs_is_the_same_on_a_cpu(few: FashionMNIST, chapter: Recipe) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import sys
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,9 @@ def test_auto_takes_a_gpu_and_cuda_fails_without_one(
     there: bool, chapter: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert new_config(chapter, "").device == ("cuda" if there else "cpu")
+    monkeypatch.setattr(plan, "cores", lambda: 2)
+    found = new_config(chapter, "")
+    assert (found.device, found.threads) == (("cuda", 1) if there else ("cpu", 2))
     assert new_config(chapter, "", device="cpu").device == "cpu"
     if there:
         assert new_config(chapter, "", device="cuda").device == "cuda"
@@ -100,8 +104,11 @@ def test_a_new_configuration_has_all_options(chapter: Recipe) -> None:
         "dataset_sha256": "abc",
         "versions": versions(),
     }
-    assert set(versions()) == {"python", "torch", "numpy"}
-    assert versions()["torch"] == torch.__version__
+    assert versions() == {
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+    }
 
 
 def test_each_seed_gets_a_folder_with_its_configuration(chapter: Recipe, tmp_path: Path) -> None:

@@ -67,6 +67,13 @@ def test_population_statistics_can_be_those_of_augmented_images(
         torch.testing.assert_close(found[name][0], expected[name][0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_channel_that_is_constant_has_no_negative_variance(model: BNLeNet) -> None:
+    """The variance is a difference of two sums, here only rounding error of either sign."""
+    found = population_statistics(model, torch.zeros(400, 1, 28, 28, dtype=torch.uint8))
+    assert any((variance < 1e-12).any() for _, variance in found.values())
+    assert all((variance >= 0).all() for _, variance in found.values())
+
+
 @pytest.mark.parametrize("batch_norm", ["scratch", "torch"])
 def test_statistics_are_replaced_in_a_copy(batch_norm: str) -> None:
     model = BNLeNet(batch_norm).eval()  # type: ignore[arg-type] # parametrised with its literals

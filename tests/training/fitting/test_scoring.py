@@ -51,6 +51,16 @@ def test_the_temperature_undoes_a_known_scaling(few: FashionMNIST) -> None:
     assert 0.7 < found[0] < 1.4
 
 
+def test_the_temperature_is_between_0_40_and_2_50(few: FashionMNIST) -> None:
+    """Answers that are all right want the lowest, and answers that are all wrong the highest."""
+    model = BNLeNet().eval()
+    initialise(model, 0)
+    images, _ = on_device(few.test, "cpu")
+    logits = predict(model, images)
+    for labels, temperature in ((logits.argmax(1), 0.40), (logits.argmin(1), 2.50)):
+        assert best_temperature(model, images, labels) == temperature
+
+
 def test_the_temperature_has_the_least_cross_entropy_of_all_hundredths(few: FashionMNIST) -> None:
     model = BNLeNet().eval()
     initialise(model, 2)

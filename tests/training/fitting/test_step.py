@@ -85,6 +85,7 @@ def test_an_epoch_starts_the_same_way_after_any_history(few: FashionMNIST, best:
     used, new = (Fitting(best, *images, 3) for _ in range(2))
     used.begin(1)
     used.step(torch.arange(128))
+    used.model.eval()  # as a caller's evaluation may leave it
     orders = [fitting.begin(2) for fitting in (used, new)]
     assert torch.equal(*orders)
     assert not torch.equal(orders[0], new.begin(1))
@@ -93,6 +94,7 @@ def test_an_epoch_starts_the_same_way_after_any_history(few: FashionMNIST, best:
     assert orders[0].sort().values.tolist() == list(range(400))
     assert not any(tensor.any() for tensor in used.sums())
     assert used.augmentation == best.finish_augmentation
+    assert used.model.training
 
 
 def test_sums_are_those_of_the_epochs_images(few: FashionMNIST, best: Recipe) -> None:
