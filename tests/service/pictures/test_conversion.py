@@ -147,6 +147,16 @@ def test_tones_are_negated_and_stretched_and_the_background_is_zero() -> None:
     assert not corner.any()
 
 
+def test_every_pixel_is_the_negated_mean_of_its_block() -> None:
+    """A garment of 140 pixels on its longest edge has blocks of 5 x 5 pixels; by numpy."""
+    grays = np.random.default_rng(0).integers(0, 100, (140, 140), np.uint8)
+    picture = Image.new("L", (160, 160), 255)
+    picture.paste(Image.fromarray(grays), (10, 10))
+    expected = 255 - grays.reshape(28, 5, 28, 5).mean((1, 3))
+    pixels = read_picture(encode(picture)).pixels
+    np.testing.assert_allclose(pixels, expected * 255 / expected.max(), rtol=0, atol=1)
+
+
 def test_a_white_shirt_on_white_is_not_lost() -> None:
     decoded = read_picture(encode(worn(plain("#ffffff"), "#f4f4f2"), "JPEG", quality=90))
     assert overlap(decoded) > 0.9
@@ -229,16 +239,25 @@ def test_pictures_on_black_like_the_data_set_are_not_negated(fashion_mnist: Fash
 
 
 @pytest.mark.parametrize(
-    ("background", "garment"),
-    [("black", "#707070"), ("#202020", "white")],
-    ids=["a grey garment on black", "a white garment on dark grey"],
+    ("background", "garment", "notes"),
+    [
+        ("black", "#bebebe", ()),  # a grey garment on black
+        ("black", "#bfbfbf", (ON_BLACK,)),
+        ("#0f0f0f", "white", (ON_BLACK,)),
+        ("#101010", "white", ()),  # a white garment on dark grey
+    ],
 )
 def test_only_a_bright_garment_on_black_is_taken_for_a_negative(
-    background: str, garment: str
+    background: str, garment: str, notes: tuple[str, ...]
 ) -> None:
-    """Of the first, the lighter pocket must become the darker part."""
-    picture = worn(plain(background), garment)
-    assert read_picture(encode(picture)).notes == ()
+    assert read_picture(encode(worn(plain(background), garment))).notes == notes
+
+
+def test_a_bright_garment_may_cross_the_border_of_a_black_picture() -> None:
+    """What most of the border shows is the background."""
+    cropped = worn(plain("black"), "white").crop((40, 10, 170, 150))
+    assert np.asarray(cropped)[-1].mean() > 2 * 16 * (130 + 140) / 130
+    assert read_picture(encode(cropped)).notes == (ON_BLACK,)
 
 
 # Forms of pictures
@@ -337,13 +356,18 @@ def png(samples: NDArray[np.uint8], depth: int, colour: int, transparent: bytes)
     return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("kind", ["gray of 4 bits", "gray", "gray of 16 bits", "colour of 16 bits"])
+@pytest.mark.parametrize(
+    "kind", ["gray of 2 bits", "gray of 4 bits", "gray", "gray of 16 bits", "colour of 16 bits"]
+)
 def test_a_transparent_colour_is_background_at_every_depth(kind: str) -> None:
     """The trousers are transparent: only transparency, not colour, shows what is around them."""
     inside = np.asarray(stencil()) < 128
     if kind == "gray of 4 bits":
         nibbles = np.where(inside, 3, 9).astype(np.uint8)
         data = png(16 * nibbles[:, ::2] + nibbles[:, 1::2], 4, 0, b"\0\x09")
+    elif kind == "gray of 2 bits":
+        pairs = np.where(inside, 1, 2).astype(np.uint8).reshape(240, 50, 4)
+        data = png((pairs << np.array([6, 4, 2, 0], np.uint8)).sum(2, np.uint8), 2, 0, b"\0\x02")
     elif kind == "gray":
         data = png(np.where(inside, 50, 90).astype(np.uint8), 8, 0, b"\0\x5a")
     else:
@@ -435,6 +459,12 @@ def noise(kind: str) -> Image.Image:
 def test_an_empty_or_noisy_picture_gets_no_verdict(kind: str) -> None:
     (note,) = read_picture(encode(noise(kind))).notes
     assert note.startswith("Not sure")
+
+
+@pytest.mark.parametrize(("darker", "empty"), [(3, True), (4, False)])
+def test_fewer_than_four_levels_of_grey_are_one_colour(darker: int, empty: bool) -> None:
+    picture = worn(plain("#c8c8c8"), f"rgb({200 - darker}, {200 - darker}, {200 - darker})")
+    assert (ONE_COLOUR in read_picture(encode(picture)).notes) == empty
 
 
 def test_a_picture_of_one_colour_is_empty_with_a_note() -> None:
