@@ -221,6 +221,7 @@ class TestFoldersAndPatterns:
         assert [line["code"] for line in lines(result) if "error" in line] == [
             "unsupported_media_type"
         ]
+        assert self.names(f"{tmp_path}/**/c.png") == [str(folder / "more.png" / "c.png")]
 
     def test_an_argument_without_pictures_is_an_error(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
@@ -530,6 +531,7 @@ class TestTerminal:
         hurried = f"import service.classify as c; c.PROGRESS_AFTER_SECONDS = 0; {PROGRAM}"
         printed, other = in_terminal(["--json", *photos], code=hurried, stdout_too=False)
         assert "Classifying" in printed
+        assert "100%" in printed
         assert other == classify("--json", *photos).stdout
 
     def test_sees_no_bar_among_lines_of_json(self, photos: list[Path]) -> None:
@@ -544,14 +546,14 @@ class TestTerminal:
         Image.new("RGB", (60, 60), "white").save(tmp_path / "blank.png")
         (answer,) = lines(classify("--json", tmp_path / "blank.png"))
         assert answer["notes"]
-        printed, _ = in_terminal([tmp_path / "blank.png"], COLUMNS="200")
+        printed, _ = in_terminal(["--top-k", 2, tmp_path / "blank.png"], COLUMNS="200")
         assert f"perhaps {answer['label']} " in printed
         assert printed.count("perhaps") == 1
         rows = [row.split() for row in printed.splitlines()]
         shown = " ".join(" ".join(row) for row in rows)
         for note in answer["notes"]:
             assert note.split()[0] in shown
-        assert printed.count("%") == 1
+        assert printed.count("%") == 2
 
     def test_sees_none_when_it_does_not(self, photos: list[Path]) -> None:
         printed, other = in_terminal(["--json", *photos[:2]], stdout_too=False)

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import sys
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -232,6 +233,26 @@ def test_a_bomb_is_decompressed_no_further_than_the_limit() -> None:
     assert len(bomb) < LIMIT
     with pytest.raises(PayloadTooLarge):
         read([bomb], {b"content-length": b"%d" % len(bomb), b"content-encoding": b"deflate"})
+
+
+def test_a_bomb_in_the_thread_is_decompressed_no_further_than_the_limit() -> None:
+    """All of it would need more memory than the budget has, which is another error."""
+    bomb = gzip.compress(bytes(50_000_000))
+    assert len(bomb) > MAX_INLINE_BYTES
+    headers = {b"content-length": b"%d" % len(bomb), b"content-encoding": b"gzip"}
+    with pytest.raises(PayloadTooLarge):
+        read([bomb], headers, budget=make_budget(2_000_000), limit=1_000_000)
+
+
+def test_a_body_that_was_read_is_its_readers_alone() -> None:
+    """The reader can free its memory before the answer is sent."""
+    exchange = make_exchange({b"content-length": b"500"})
+    exchange.limit_body(LIMIT)
+    exchange.extend(bytes(500))
+    body = asyncio.run(exchange.body())
+    references = sys.getrefcount(body)
+    exchange.release()
+    assert sys.getrefcount(body) == references
 
 
 @given(st.lists(st.binary(max_size=300), min_size=1, max_size=5))

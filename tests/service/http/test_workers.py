@@ -660,6 +660,20 @@ def test_the_exit_status_is_one_when_a_worker_ended_badly(
     assert stub.supervise(handler + STOP_SUPERVISOR) == status
 
 
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT"])
+def test_a_worker_that_dies_by_the_signal_to_stop_did_not_end_badly(stub: Stub, sent: str) -> None:
+    program = f"""
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+stream = channel.makefile("rb")
+stream.read({len(channel_module.models_message([b"model"]))})
+channel.sendall(b"-1 " + Totals().to_json() + b"\\n")
+stream.readline()  # the answer: the supervisor knows that this worker is ready
+os.kill(os.getppid(), signal.{sent})
+time.sleep(60)
+"""
+    assert stub.supervise(program) == 0
+
+
 @pytest.mark.parametrize(
     ("sent", "received"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGTERM")]
 )
