@@ -272,7 +272,44 @@ class TestWorkflows:
         assert release[True] == {"push": {"tags": ["v*"]}}
         assert test["concurrency"]["cancel-in-progress"] is True
         assert "cancel-in-progress" not in release["concurrency"]
+        for workflow_ in (test, release):  # otherwise one branch would cancel another one's run
+            group = "${{ github.workflow }}-${{ github.ref }}"
+            assert workflow_["concurrency"]["group"] == group
         assert test["env"] == {"PYTHON": "python"}  # not the first that the Makefile would find
+
+    def test_the_tests_have_their_python_their_data_and_the_programs_that_they_drive(self) -> None:
+        jobs = workflow("test")["jobs"]
+        for name, python in (("test", "${{ matrix.python }}"), ("container", "3.11")):
+            steps = {step["uses"].split("@")[0]: step for step in jobs[name]["steps"][:3]}
+            assert steps["actions/setup-python"]["with"]["python-version"] == python
+            assert steps["actions/cache"]["with"] == {
+                "path": "~/.cache/bn-lenet",  # the folder of `training.dataset.cache_dir`
+                "key": "fashion-mnist-${{ hashFiles('training/dataset.py') }}",
+            }
+        (install,) = (step for step in jobs["test"]["steps"] if "apt-get" in step.get("run", ""))
+        assert install["if"] == "runner.os == 'Linux'"
+        assert install["run"].split()[-2:] == ["haproxy", "prometheus"]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="the release runs on Linux, with its bash")
+    def test_an_image_is_published_under_the_repositorys_name_and_the_version(
+        self, tmp_path: Path
+    ) -> None:
+        _, _, name, qemu, login, build, *_ = workflow("release")["jobs"]["release"]["steps"]
+        environment = os.environ | {
+            "GITHUB_REPOSITORY": "Some-Body/BN-LeNet",  # images have lower-case names
+            "GITHUB_REF_NAME": "v1.2.3",
+            "GITHUB_OUTPUT": str(tmp_path / "output"),
+        }
+        subprocess.run(["bash", "-ec", name["run"]], env=environment, check=True)  # noqa: S607 - whichever bash there is
+        assert name["id"] == "image"
+        assert (tmp_path / "output").read_text() == "name=ghcr.io/some-body/bn-lenet:1.2.3\n"
+        assert qemu["uses"].startswith("docker/setup-qemu-action@")
+        assert login["with"] == {
+            "registry": "ghcr.io",
+            "username": "${{ github.actor }}",
+            "password": "${{ secrets.GITHUB_TOKEN }}",
+        }
+        assert build["run"] == "make image PUSH=1"
 
     def test_both_pythons_all_systems_and_ends_of_the_ranges_are_tested(self) -> None:
         jobs = workflow("test")["jobs"]
