@@ -87,6 +87,15 @@ class TestKubernetes:
         by_kind = {d["kind"]: d for d in documents(DEPLOY / "kubernetes" / "base")}
         pod = by_kind["Deployment"]["spec"]["template"]["spec"]
         container = container_of(by_kind["Deployment"])
+        assert pod.keys() == {  # and none of the node's own, such as hostNetwork
+            *("automountServiceAccountToken", "enableServiceLinks", "securityContext", "volumes"),
+            *("terminationGracePeriodSeconds", "topologySpreadConstraints", "containers"),
+        }
+        assert container.keys() == {  # and the image's own command
+            *("name", "image", "imagePullPolicy", "ports", "env", "resources", "securityContext"),
+            *("startupProbe", "livenessProbe", "readinessProbe", "volumeMounts"),
+        }
+        assert by_kind["Service"]["spec"].keys() == {"selector", "ports"}  # within the cluster
         assert pod["automountServiceAccountToken"] is False
         assert pod["enableServiceLinks"] is False
         assert pod["terminationGracePeriodSeconds"] == 30

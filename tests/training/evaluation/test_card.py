@@ -1,6 +1,7 @@
 """The model card shows the measured figures of the right runs."""
 
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,11 @@ def test_the_card_shows_the_measured_figures(runs: list[Run]) -> None:
         f"`{'f' * 64}`",
         "186,855 bytes",
         "7.2e-06",
+        "closer than the limit of this check | 1 |",
+        "that the file classifies differently | 0 |",
+        "error of its self-test | 2.0e-07 |",
+        f"fitting took | {runs[0].results()['seconds']['fit']:.0f} s on cpu |",
+        "export runs/again --statistics population --temperature 0.93 --out m.onnx",
         "torch 9.9",
     ):
         assert text in card
@@ -100,6 +106,21 @@ def test_the_card_says_how_the_temperature_was_chosen(
     results = held.results()
     assert "on 150 images held out" in card
     assert f"population {results['scores']['population']['accuracy']:.4f}." in card
+
+
+def test_the_command_has_the_options_that_the_run_had(runs: list[Run], tmp_path: Path) -> None:
+    run = Run(shutil.copytree(runs[0].folder, tmp_path / "run"))
+    config = run.config()
+    recipe = replace(config.recipe, learning_rate=0.05, batch_size=64)
+    other = replace(config, recipe=recipe, batch_norm="scratch", seed=7, threads=3)
+    run.write_json("config.json", asdict(other))
+    exported = ExportReport(Path("m.onnx"), "f", 1, 1, 1, 0, (), (), 0)
+    source = Provenance("chapter", 7, "d", "moving", {})
+    card = model_card(exported, source, 1.0, run, Fits.of([run]), ANY_EVALUATION)
+    assert (
+        "fit --recipe chapter --seed 7 --epochs 1 --batch-size 64 --learning-rate 0.05"
+        " --batch-norm scratch --device cpu --threads 3 --out runs/again\n"
+    ) in card
 
 
 def test_a_card_of_one_run_has_no_mean(runs: list[Run]) -> None:

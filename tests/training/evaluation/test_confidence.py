@@ -110,6 +110,7 @@ def test_the_floor_depends_on_its_seed_only() -> None:
     assert first == calibration_floor(probabilities, draws=150)
     assert first != calibration_floor(probabilities, draws=150, seed=1)
     assert first != calibration_floor(probabilities, draws=100)
+    assert calibration_floor(probabilities) == calibration_floor(probabilities, draws=2000)
 
 
 def test_an_answer_counts_from_its_threshold_on() -> None:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from tests.training.evaluation.conftest import rows
 from training.batch_norm import affine, statistics
 from training.dataset import CLASS_NAMES
 from training.evaluation import pictures
@@ -134,6 +135,21 @@ def test_a_unit_is_drawn_before_and_after_its_norm_in_training_and_prediction(
         edges = [bar.get_x() for bar in axes.patches if isinstance(bar, Rectangle)]
         assert len(edges) == 40
         assert min(edges) == pytest.approx(values.min(), abs=1e-3)
+
+
+def test_confident_answers_are_a_curve_with_a_dot_for_each_threshold(figures: list[Figure]) -> None:
+    """Worked out by hand: of four answers, the second most confident is wrong."""
+    probabilities = rows((0, 0.91), (1, 0.81), (2, 0.55), (3, 0.31))
+    pictures.draw_confidence(probabilities, np.array([0, 9, 2, 3], np.uint8), OUT)
+    (axes,) = figures[0].axes
+    curve, *dots = (np.asarray(line.get_xydata()).tolist() for line in axes.lines)
+    assert curve == pytest.approx(np.array([(0.25, 1), (0.5, 0.5), (0.75, 2 / 3), (1, 0.75)]))
+    expected = {"0.5": (0.75, 2 / 3), **dict.fromkeys(("0.6", "0.7", "0.8"), (0.5, 0.5))}
+    expected["0.9"] = (0.25, 1)  # no answer is more confident
+    assert [tuple(dot) for (dot,) in dots] == [pytest.approx(place) for place in expected.values()]
+    assert [text.get_text() for text in axes.texts] == [*expected]
+    assert axes.get_xlabel() == "share of images answered"
+    assert axes.get_ylabel() == "accuracy of the answers"
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.svg", "a"])
