@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image, ImageDraw
-from playwright.sync_api import BrowserContext, Page, Route, expect
+from playwright.sync_api import BrowserContext, Locator, Page, Route, expect
 
 from tests.contract.browser import CONTRASTS, opened, visited
 from tests.contract.conftest import Serve
@@ -70,6 +70,35 @@ def test_shows_every_route_with_its_description(docs: Page, api: dict[str, Any])
     for example in unsupported["examples"].values():
         expect(predict).to_contain_text(f"{example['value']['code']} {example['value']['error']}")
     expect(predict).to_contain_text("request_id: string")
+
+
+def test_shapes_are_described_in_a_few_words(docs: Page) -> None:
+    """Optional fields have a question mark; numbers have their limits, arrays their length."""
+    docs.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+    predict, infer = (
+        docs.locator("section", has=docs.get_by_role("heading", name=name)).first
+        for name in ("POST /predict", "POST /v2/models/{model_name}/infer")
+    )
+    expect(predict.locator("dd").first).to_have_text(re.compile(r"^integer 1…10\. "))
+
+    def shape(section: Locator, kind: str) -> str:
+        section.locator("select").select_option(kind)
+        return section.locator("details", has=docs.get_by_text("Body", exact=True)).inner_text()
+
+    assert shape(predict, "application/json").splitlines()[2] == (
+        "  pixels: array of 28: array of 28: integer 0…255 | array of 784: integer 0…255"
+        "  — 0 is the background, as in the data set."
+    )
+    assert shape(predict, "application/octet-stream").splitlines()[1:] == ["784 bytes"]
+    assert shape(predict, "image/png").splitlines()[1:] == ["bytes"]
+    tensors = shape(infer, "application/json")
+    for line in (
+        "\n  id?: string\n",
+        '\n  inputs: array of 1: {\n    name: "pixels"\n    shape: [integer 1…256, 1, 28, 28]\n',
+        '\n    datatype: "UINT8" | "FP32"\n    data?: array: number 0…255 | array: anything  — ',
+        "\n      binary_data_size?: integer 0…  — ",
+    ):
+        assert line in tensors
 
 
 def test_curl_commands_work(docs: Page, tmp_path: Path) -> None:

@@ -107,6 +107,39 @@ def test_stages_are_those_of_torch(inside: Page, images: NDArray[np.uint8], own:
         np.testing.assert_allclose(found[name], values, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+def test_each_stage_shows_its_values_and_their_mean_and_deviation(
+    inside: Page, images: NDArray[np.uint8]
+) -> None:
+    """Values are orange above zero and blue below, deepest at 6 after a norm."""
+    answers(inside, "fixed")  # waits until all is drawn
+    expected = reference(images[2:3], own=False)
+    for name in [*expected][:-2]:  # the last layer and the probabilities are in the table
+        shown = (
+            inside.locator(f"#{name} .numbers").first.inner_text().replace("\N{MINUS SIGN}", "-")
+        )
+        figures = [float(number) for number in shown.split(" ± ")]
+        values = expected[name]
+        assert figures == pytest.approx([values.mean(), values.std()], abs=0.0051), name
+    ground, width, data = inside.evaluate(
+        """() => {
+        const maps = document.querySelector("#norm1 .maps");
+        const { data, width } = maps.getContext("2d").getImageData(0, 0, maps.width, maps.height);
+        const style = getComputedStyle(document.documentElement);
+        return [style.getPropertyValue("--surface").trim(), width, [...data]];
+        }"""
+    )
+    digits = ground[1:] if len(ground) == 7 else "".join(2 * digit for digit in ground[1:])
+    colours = np.array(data).reshape(-1, width, 4)[..., :3]
+    maps = expected["norm1"].reshape(2, 3, 24, 24)  # two rows of three channels, a pixel apart
+    for row, column in np.ndindex(2, 3):
+        value = maps[row, column][..., None]
+        end = np.where(value > 0, [255, 110, 30], [60, 130, 255])
+        start = np.array([*bytes.fromhex(digits)])
+        colour = start + np.minimum(1, np.abs(value) / 6) * (end - start)
+        part = colours[25 * row : 25 * row + 24, 25 * column : 25 * column + 24]
+        np.testing.assert_allclose(part, colour, rtol=0, atol=1)
+
+
 def test_folded_network_has_no_norms_and_the_same_numbers(
     inside: Page, images: NDArray[np.uint8]
 ) -> None:
@@ -157,6 +190,12 @@ def test_drawing_is_followed_live(inside: Page, client: httpx.Client) -> None:
     assert requests == []  # everything runs in the browser
     assert pixels.max() == 255
     assert pixels.any(axis=1).all() or pixels.any(axis=0).all()  # 28 pixels on the longer edge
+    for axis in (
+        0,
+        1,
+    ):  # centred; an odd margin is larger on the left and above, as in the data set
+        filled = np.flatnonzero(pixels.any(axis=axis))
+        assert filled[0] - (27 - filled[-1]) in (0, 1)
 
 
 def test_drawing_stays_in_view_on_a_phone(inside: Page) -> None:

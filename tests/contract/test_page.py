@@ -789,10 +789,11 @@ class TestErrors:
         expect_answer(page, answer)
         expect(retry).to_be_hidden()
 
+    @pytest.mark.parametrize("refusal", [503, 408, 429])
     def test_disappear_when_the_service_is_back(
-        self, page: Page, trousers: bytes, answer: dict[str, Any]
+        self, page: Page, trousers: bytes, answer: dict[str, Any], refusal: int
     ) -> None:
-        status = [503]
+        status = [refusal]
 
         def meet(route: Route) -> None:
             if status[0] == 200:
@@ -939,6 +940,15 @@ class TestAnswer:
         expect(page.locator("#reason")).to_contain_text(percent(share))
         frame = gray(page, "heat")[[y + 5 for y in range(worst[1] * 10, worst[1] * 10 + 50)], :]
         assert (frame[:, worst[0] * 10] == 255).all()  # the white line on the left of it
+        sums, counts = np.zeros((28, 28)), np.zeros((28, 28))
+        for (x, y), loss in losses.items():
+            sums[y : y + 6, x : x + 6] += loss
+            counts[y : y + 6, x : x + 6] += 1
+        means = sums / counts
+        red = gray(page, "heat")[5::10, 5::10]  # the middle of each pixel
+        assert red[means == means.max()].min() > 220  # orange speaks for the answer
+        assert means.min() < -0.1 * means.max()
+        assert red[means == means.min()].max() < 120  # blue speaks against it
         why.click()
         expect(page.locator("#heat")).to_be_hidden()
         expect(page.locator("#reason")).to_be_empty()
