@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tests.contract.browser import CONTRASTS, draw, gray, in_hash, opened, visited
 from tests.contract.conftest import Serve
 from tests.service.conftest import seal
+from training.dataset import CLASS_NAMES
 from training.export import self_test_pixels
 from training.model import BNLeNet
 
@@ -259,6 +260,38 @@ def test_switch_shows_what_the_norms_do(inside: Page) -> None:
     expect(inside.locator("#norm1 figcaption")).to_have_text("The norm is gone")
     expect(inside.locator("#norm1 .maps")).to_be_hidden()
     expect(inside.locator("#comment")).to_contain_text("The answer is the same")
+
+
+def test_verdict_and_comment_are_of_the_column_that_is_shown(inside: Page) -> None:
+    inside.get_by_role("list", name="Other pictures").get_by_role("button", name="Bag").click()
+    columns = {mode: answers(inside, mode) for mode in ("fixed", "batch", "folded")}
+    best = {
+        mode: f"{CLASS_NAMES[values.index(max(values))]}, {100 * max(values):.1f}\u00a0%"
+        for mode, values in columns.items()
+    }
+    assert best["fixed"] != best["batch"]
+    for mode, verdict in best.items():
+        inside.locator(f"[value={mode}]").check()
+        expect(inside.locator("#verdict")).to_have_text(verdict)
+        first = inside.locator("tr", has=inside.locator(f".{mode}.first")).locator("th")
+        expect(first).to_have_text(verdict.partition(",")[0])
+        comment = inside.locator("#comment")
+        if mode == "batch":
+            expect(comment).to_contain_text("mean and variance of these 2 pictures")
+            expect(comment).to_contain_text(best["fixed"])
+    found = re.search(r"difference is (\S+)\.", comment.inner_text())
+    assert found is not None
+    difference = np.abs(np.subtract(columns["folded"], columns["fixed"])).max()
+    assert float(found[1]) == pytest.approx(difference, rel=0.5)  # it is shown with one digit
+
+
+@pytest.mark.parametrize("count", [0, 783, 785])
+def test_an_address_without_784_pixels_changes_nothing(
+    inside: Page, images: NDArray[np.uint8], count: int
+) -> None:
+    look_at(inside, np.resize(images[4], count))
+    answers(inside, "fixed")  # waits until all is drawn
+    assert (gray(inside, "given") == images[2]).all()
 
 
 def test_another_model_is_not_shown_as_this_one(
