@@ -146,7 +146,7 @@ def section(records: Mapping[str, Record]) -> str:
 
 
 def machine() -> str:
-    """Return machine, versions and load average: above 0.5, do not use the figures."""
+    """Return machine, versions, and the load average of the minute before."""
     names = []
     if (info := Path("/proc/cpuinfo")).exists():
         lines = info.read_text().splitlines()
