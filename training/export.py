@@ -358,7 +358,13 @@ def _operator(layer: nn.Module) -> tuple[str, dict[str, Any]]:
             return "Gemm", {"transB": 1}
         case nn.Sigmoid():
             return "Sigmoid", {}
-        case nn.AvgPool2d(kernel_size=int(kernel), stride=int(stride), padding=0):
+        case nn.AvgPool2d(
+            kernel_size=int(kernel),
+            stride=int(stride),
+            padding=0,
+            ceil_mode=False,
+            divisor_override=None,
+        ):
             return "AveragePool", {"kernel_shape": [kernel] * 2, "strides": [stride] * 2}
         case nn.Flatten(start_dim=1, end_dim=-1):
             return "Flatten", {"axis": 1}

@@ -344,6 +344,13 @@ def test_missing_files_are_downloaded_once(
     assert mirrors[1].asked == []
 
 
+def test_a_mirrors_address_may_end_without_a_slash(
+    mirrors: list[Mirror], files: Files, cache: Path
+) -> None:
+    load(mirrors=[mirrors[0].url.rstrip("/")])
+    assert held(cache) == files
+
+
 def test_a_damaged_file_in_the_cache_is_downloaded_again(
     mirrors: list[Mirror], files: Files, cache: Path
 ) -> None:

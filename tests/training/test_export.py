@@ -446,6 +446,8 @@ def test_training_mode_is_refused(fitted: BNLeNet, some: Split, tmp_path: Path) 
         nn.Conv2d(1, 1, 5, dilation=2),
         nn.Conv2d(2, 2, 5, groups=2),
         nn.AvgPool2d(2, padding=1),
+        nn.AvgPool2d(3, ceil_mode=True),
+        nn.AvgPool2d(2, divisor_override=1),
         nn.Flatten(0),
         nn.Flatten(1, 2),
         nn.ReLU(),
@@ -454,6 +456,14 @@ def test_training_mode_is_refused(fitted: BNLeNet, some: Split, tmp_path: Path) 
 def test_other_kinds_of_layers_are_refused(layer: nn.Module) -> None:
     with pytest.raises(ValueError, match=f"cannot export {type(layer).__name__}"):
         build_model(nn.Sequential(layer), {})
+
+
+def test_pooling_keeps_its_own_stride(some: Split, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.AvgPool2d(3, stride=2), nn.Flatten(), nn.Linear(169, 10)).eval()
+    path = tmp_path / "model.onnx"
+    path.write_bytes(build_model(network, {}).SerializeToString())
+    expected = float64_logits(network, some.images).softmax(1).numpy()
+    np.testing.assert_allclose(run(path, some.images), expected, rtol=0, atol=1e-5)
 
 
 def test_a_full_disk_leaves_the_old_file(

@@ -320,3 +320,8 @@ def test_a_request_without_a_body_is_refused_at_once() -> None:
 def test_the_last_value_of_a_repeated_parameter_counts() -> None:
     exchange = Exchange("GET", "/", b"a=1&b=%C3%A4&a=2&c=", {}, make_budget())
     assert exchange.query() == {"a": "2", "b": "ä", "c": ""}
+
+
+def test_any_byte_may_stand_in_a_query() -> None:
+    """The answer to a value that is not UTF-8 is then the route's own refusal, not a 500."""
+    assert Exchange("GET", "/", b"top_k=\xff", {}, make_budget()).query() == {"top_k": "\xff"}
