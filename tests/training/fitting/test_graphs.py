@@ -125,6 +125,17 @@ def test_a_replay_that_differs_is_not_used(
     assert fitting.augmentation == augmentation
 
 
+@pytest.mark.parametrize("kind", range(4))
+def test_one_kind_of_step_that_differs_is_enough(fitting: Fitting, kind: int) -> None:
+    wrong = kinds_of_step(fitting)[kind]
+
+    def step(rows: Tensor) -> None:
+        if (fitting.augmentation, len(rows)) != wrong:
+            fitting.step(rows)
+
+    assert fastest_step(fitting, lambda _: step) == fitting.step
+
+
 def refused(fitting: Fitting) -> Step:
     """Fail as torch does: an operation is refused, then the capture cannot end."""
     fitting.augmentation = Augmentation(flip=True)
@@ -151,9 +162,11 @@ def test_after_a_failed_capture_the_fit_warns_and_runs_eagerly(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     augmentation, before = fitting.augmentation, fitting.model.linear1.weight.clone()
+    generator = fitting.generator
     step = fastest_step(fitting, capture)
     assert step == fitting.step
     assert fitting.augmentation == augmentation
+    assert fitting.generator is not generator  # that one may be part of a graph
     (record,) = caplog.records
     assert record.getMessage() == (
         f"Training without CUDA graphs, more slowly: a step could not be captured ({reason})."

@@ -134,7 +134,7 @@ def test_metrics_beyond_the_saved_state_are_dropped(run: Run) -> None:
     state = {"done": torch.tensor([7])}
     run.save_epoch([FIRST], checkpoint(), state)
     with (run.folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(FIRST)) + "\n")
+        file.write(json.dumps(asdict(replace(FIRST, epoch=2))) + "\n")
     assert run.load_state(state) == [FIRST]
 
 
