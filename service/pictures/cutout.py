@@ -36,7 +36,7 @@ LEVELS = 9  # thresholds to try
 MAX_HOLES = 0.4
 BINS = 16  # of the colour histogram, on each of three axes
 COLOUR_ROUNDS = 3  # of learning the colours; six and ten rounds gave no better accuracy
-# A pixel's weight as border grows from this distance from the middle; at the border, it is 1.
+# A pixel's weight as border grows from this distance from the middle on. The border's is 1.
 BORDER_FROM = 0.88
 # The garment's prior probability, in the middle and how much less at the border.
 PRIOR, PRIOR_DROP = 0.5, 0.4
@@ -227,7 +227,7 @@ def _unlike_background(colours: Floats) -> Mask:
     prior_odds = np.log(prior / (1 - prior))
 
     def probability(evidence: NDArray[np.float64]) -> Floats:
-        """Return that of the garment, by pixel, from the evidence by colour."""
+        """Return the probability of each pixel to be garment, from the evidence by colour."""
         clipped = np.clip(evidence, -MAX_EVIDENCE, MAX_EVIDENCE)
         scaled = (clipped * UNIT_LEVELS + ZERO_LEVEL).astype(np.uint8)[bins].reshape(luma.shape)
         box = ImageFilter.BoxBlur(2)  # neighbouring pixels usually belong together

@@ -425,6 +425,11 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
 
 
 STOP_SUPERVISOR = "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)\n"
+BECOME_READY = f"""stream = channel.makefile("rb")
+stream.read({len(channel_module.models_message([b"model"]))})
+channel.sendall(b"-1 " + Totals().to_json() + b"\\n")
+stream.readline()  # the answer: the supervisor knows that this worker is ready
+"""
 
 
 def test_the_service_ends_when_no_worker_can_be_started_any_more(
@@ -664,11 +669,7 @@ def test_the_exit_status_is_one_when_a_worker_ended_badly(
 def test_a_worker_that_dies_by_the_signal_to_stop_did_not_end_badly(stub: Stub, sent: str) -> None:
     program = f"""
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-stream = channel.makefile("rb")
-stream.read({len(channel_module.models_message([b"model"]))})
-channel.sendall(b"-1 " + Totals().to_json() + b"\\n")
-stream.readline()  # the answer: the supervisor knows that this worker is ready
-os.kill(os.getppid(), signal.{sent})
+{BECOME_READY}os.kill(os.getppid(), signal.{sent})
 time.sleep(60)
 """
     assert stub.supervise(program) == 0
@@ -688,11 +689,7 @@ def end(number, _):
     sys.exit(0)
 for name in ("SIGTERM", "SIGINT", "SIGHUP"):
     signal.signal(getattr(signal, name), end)
-stream = channel.makefile("rb")
-stream.read({len(channel_module.models_message([b"model"]))})
-channel.sendall(b"-1 " + Totals().to_json() + b"\\n")
-stream.readline()  # the answer: the supervisor knows that this worker is ready
-os.kill(os.getppid(), signal.{sent})
+{BECOME_READY}os.kill(os.getppid(), signal.{sent})
 time.sleep(60)
 """
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
