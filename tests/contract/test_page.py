@@ -973,11 +973,11 @@ class TestAnswer:
         expect(page.locator("#heat")).to_be_visible()
 
     def test_that_no_part_changes_is_explained_in_a_sentence(self, page: Page) -> None:
-        """A picture of 0 stays the same, whatever is covered."""
+        """Covering any part of a picture of 0 changes nothing."""
         choose(page, png(Image.new("L", (28, 28))))
         page.get_by_role("button", name="Why?").click()
         expect(page.locator("#reason")).to_contain_text("No single part matters")
-        assert not (gray(page, "heat") == 255).any()  # there is no frame
+        assert not (gray(page, "heat") == 255).any()  # no part has a frame
 
     def test_of_another_picture_is_not_explained(self, page: Page, trousers: bytes) -> None:
         """The map of the first one arrives when the second one is shown."""
