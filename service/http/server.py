@@ -152,7 +152,7 @@ def run(
     gc.collect()
     gc.freeze()  # what has been loaded stays for good: the collector need not look through it
     # By default the collector looks through all requests in flight after 700 new objects; with 500
-    # clients this cost a tenth of the answers, and found nothing.
+    # clients this cost a tenth of the answers.
     gc.set_threshold(10_000, 20, 50)
     with contextlib.suppress(ValueError, OSError):  # the system may refuse: then the limit stays
         _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
