@@ -19,6 +19,8 @@ PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Our files are UTF-8 in any locale.
 export PYTHONUTF8 := 1
+# Some containers set this; then each of the tests' hundred servers would compile the service again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help serve train data test test-all tests checks format bench gpu test-lowest test-newest test-elsewhere \

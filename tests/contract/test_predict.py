@@ -70,17 +70,22 @@ def probabilities(answer: Any) -> NDArray[np.float64]:
     return np.array([by_class[i] for i in range(10)])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_first_thousand_test_images_get_the_offline_answers(
+@pytest.mark.parametrize(
+    ("form", "count"), [(as_bytes, COUNT), *((form, COUNT // 5) for form in FORMS[1:])]
+)
+def test_the_first_test_images_get_the_offline_answers(
     client: httpx.Client,
     images: Pixels,
     offline: NDArray[np.float32],
     form: Callable[[Pixels], Request],
+    count: int,
 ) -> None:
-    answers = [client.post("/predict", **form(image)).raise_for_status().json() for image in images]
-    assert [a["class_id"] for a in answers] == offline.argmax(axis=1).tolist()
+    answers = [
+        client.post("/predict", **form(image)).raise_for_status().json() for image in images[:count]
+    ]
+    assert [a["class_id"] for a in answers] == offline[:count].argmax(axis=1).tolist()
     served = np.stack([probabilities(a) for a in answers])
-    np.testing.assert_allclose(served, offline, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(served, offline[:count], rtol=0, atol=1e-5)
     assert {a["preprocessing"] for a in answers} == {"none"}
 
 

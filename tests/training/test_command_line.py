@@ -17,6 +17,7 @@ from torch import Tensor
 
 import training.__main__ as command_line
 from training.dataset import DatasetError, FashionMNIST
+from training.evaluation import pictures
 from training.export import ExportReport, export
 from training.fitting import plan, processes
 from training.fitting.recipes import RECIPES, Recipe
@@ -30,6 +31,12 @@ FIT = ("fit", "--epochs", "2", "--device", "cpu", "--threads", "1")
 def few_images(few: FashionMNIST, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the commands see the first images only."""
     monkeypatch.setattr(command_line, "load", lambda _: few)
+
+
+@pytest.fixture(autouse=True)
+def empty_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save empty files: a picture takes a third of a second, and test_pictures.py draws them."""
+    monkeypatch.setattr(pictures, "save_figure", lambda _figure, out: out.touch())
 
 
 def run(*arguments: object) -> Result:

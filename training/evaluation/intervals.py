@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from scipy import stats
+from scipy.special import stdtrit
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     count = len(values)
     if count == 1:
         return Interval(values[0], float("inf"), 1)
-    quantile = float(stats.t.ppf((1 + confidence) / 2, count - 1))
+    quantile = float(stdtrit(count - 1, (1 + confidence) / 2))
     return Interval(fmean(values), quantile * stdev(values) / count**0.5, count)
 
 
@@ -71,4 +71,6 @@ def welch_p(first: Sequence[float], second: Sequence[float]) -> float:
 
     Both samples need at least two values.
     """
+    from scipy import stats  # noqa: PLC0415 - takes a second, which no other command should wait
+
     return float(stats.ttest_ind(first, second, equal_var=False).pvalue)
