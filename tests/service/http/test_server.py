@@ -527,7 +527,7 @@ class TestMemory:
 
 
 def flood(client: Any, events: int, left: list[bytes], sent: bytes) -> None:
-    """Send as much as the socket takes, repeatedly unless it is a head without end; drop the answers."""
+    """Send as much as the socket takes, and a head only once; drop the answers."""
     with suppress(OSError):
         if events & selectors.EVENT_READ:
             client.recv(65536)
