@@ -74,6 +74,19 @@ def serving_here(app: Gate, listener: socket.socket) -> Iterator[server.Server]:
         thread.join(10)
 
 
+@pytest.fixture
+def start_here(make_app: Callable[..., Gate]) -> Iterator[Callable[..., str]]:
+    """Return a function that serves in this process, with settings; it returns the address."""
+    with ExitStack() as running:
+
+        def start(**settings: object) -> str:
+            listener = server.bind(Settings(port=0))
+            running.enter_context(serving_here(make_app(**settings), listener))
+            return server.url(listener)
+
+        yield start
+
+
 def slow_picture() -> bytes:
     """Return a request with a picture whose file is small, and which takes long to decode."""
     file = io.BytesIO()
@@ -283,9 +296,9 @@ class TestMisbehavingClients:
         assert running.server_state.total_requests < 1000
         assert "Exception" not in caplog.text
 
-    def test_slow_senders_block_no_request(self, start: Callable[..., Any]) -> None:
+    def test_slow_senders_block_no_request(self, start_here: Callable[..., str]) -> None:
         """There are as many slow senders as requests may be in flight."""
-        address, _ = start(max_in_flight=10, request_timeout_seconds=60)
+        address = start_here(max_in_flight=10, request_timeout_seconds=60)
         with ExitStack() as slow:
             connections = [slow.enter_context(connect(address)) for _ in range(10)]
             for connection in connections:
@@ -298,16 +311,18 @@ class TestMisbehavingClients:
                 answer = httpx.post(f"{address}/predict", content=bytes(784), headers=BYTES)
                 assert answer.status_code == 200
 
-    def test_a_slow_head_has_the_deadline_of_the_request(self, start: Callable[..., Any]) -> None:
-        address, _ = start(request_timeout_seconds=0.5)
+    def test_a_slow_head_has_the_deadline_of_the_request(
+        self, start_here: Callable[..., str]
+    ) -> None:
+        address = start_here(request_timeout_seconds=0.5)
         with connect(address) as connection:
             begin = time.monotonic()
             connection.sendall(HEAD)
             assert connection.makefile("rb").readline() == b"HTTP/1.1 408 Request Timeout\r\n"
             assert 0.4 < time.monotonic() - begin < 3
 
-    def test_a_body_sent_byte_by_byte_gets_408(self, start: Callable[..., Any]) -> None:
-        address, _ = start(request_timeout_seconds=0.5)
+    def test_a_body_sent_byte_by_byte_gets_408(self, start_here: Callable[..., str]) -> None:
+        address = start_here(request_timeout_seconds=0.5)
         with connect(address) as connection:
             connection.sendall(HEAD + b"Content-Length: 784\r\n\r\n")
             begin = time.monotonic()
@@ -324,9 +339,9 @@ class TestMisbehavingClients:
         assert 0.4 < time.monotonic() - begin < 2
 
     def test_clients_that_leave_within_a_body_are_not_in_flight(
-        self, start: Callable[..., Any]
+        self, start_here: Callable[..., str]
     ) -> None:
-        address, _ = start(max_in_flight=1)
+        address = start_here(max_in_flight=1)
         for _ in range(20):
             with connect(address) as connection:
                 connection.sendall(HEAD + b"Content-Length: 784\r\n\r\nhalf")
@@ -381,9 +396,9 @@ class TestMisbehavingClients:
                 assert refused.status_code == 503
             assert time.monotonic() - begin >= 4 * 0.1
 
-    def test_pictures_leave_places_for_other_requests(self, start: Callable[..., Any]) -> None:
+    def test_pictures_leave_places_for_other_requests(self, start_here: Callable[..., str]) -> None:
         """At most half of the places are for pictures."""
-        address, _ = start(max_in_flight=20, request_timeout_seconds=60)
+        address = start_here(max_in_flight=20, request_timeout_seconds=60)
         picture = slow_picture()
         with ExitStack() as clients, httpx.Client(base_url=address) as client:
             connections = [clients.enter_context(connect(address)) for _ in range(15)]
@@ -397,10 +412,10 @@ class TestMisbehavingClients:
         assert {*statuses} == {b"200", b"503"}
 
     def test_a_connection_stays_open_after_a_small_upload_is_refused(
-        self, start: Callable[..., Any]
+        self, start_here: Callable[..., str]
     ) -> None:
         """The rest of the body, which is longer than a head may be, is read and discarded."""
-        address, _ = start(api_key="opensesame")
+        address = start_here(api_key="opensesame")
         with connect(address) as connection:
             connection.sendall(HEAD + b"Content-Length: 60000\r\n\r\n" + bytes(10_000))
             answers = connection.makefile("rb")
