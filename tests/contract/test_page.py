@@ -810,6 +810,41 @@ class TestErrors:
         expect_answer(page, answer)
         expect(page.get_by_role("alert")).to_be_empty()
 
+    def test_make_the_page_ask_less_and_less_often_whether_the_service_is_back(
+        self, context: BrowserContext, base_url: str, trousers: bytes, answer: dict[str, Any]
+    ) -> None:
+        """After 1, 2, 4, 8 and 8 seconds; after an answer it begins anew."""
+        gone, asked = [True], []
+
+        def meet(route: Route) -> None:
+            route.abort() if gone[0] else route.continue_()
+
+        page = context.new_page()
+        page.on("requestfailed", lambda request: asked.append(request.url))
+        page.clock.install(time=0)
+        with visited(page, base_url):
+            page.clock.pause_at(3600)
+            page.route("**/readyz", lambda route: route.abort())
+            page.route("**/predict?echo=pixels", meet)
+            for pauses in ((1, 2, 4, 8, 8), (1, 2)):
+                gone[0] = True
+                choose(page, trousers)
+                expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+                for seconds in pauses:
+                    asked.clear()
+                    page.clock.run_for(1000 * seconds - 1)
+                    page.evaluate(
+                        "fetch('livez')"
+                    )  # a round trip, after which a check would be seen
+                    assert asked == []
+                    with page.expect_event("requestfailed"):
+                        page.clock.run_for(1)
+                    page.evaluate("fetch('livez')")
+                gone[0] = False
+                page.get_by_role("button", name="Try again").click()
+                expect_answer(page, answer)
+        page.close()
+
     def test_of_pictures_are_not_tried_again(self, page: Page) -> None:
         requests: list[str] = []
         choose(page, b"no picture", "letter.txt")

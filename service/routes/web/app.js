@@ -252,7 +252,6 @@ function begin(shows, next) {
   turn.abort();
   turn = new AbortController();
   source = next;
-  pause = 1000;
   closeCamera();
   stage.dataset.shows = shows;
   if (shows !== "drawing") paper.clear();
