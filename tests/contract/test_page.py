@@ -811,7 +811,7 @@ class TestErrors:
         expect(page.get_by_role("alert")).to_be_empty()
 
     def test_make_the_page_ask_less_and_less_often_whether_the_service_is_back(
-        self, context: BrowserContext, base_url: str, trousers: bytes, answer: dict[str, Any]
+        self, browser: Browser, base_url: str, trousers: bytes, answer: dict[str, Any]
     ) -> None:
         """After 1, 2, 4, 8 and 8 seconds; after an answer it begins anew."""
         gone, asked = [True], []
@@ -819,10 +819,12 @@ class TestErrors:
         def meet(route: Route) -> None:
             route.abort() if gone[0] else route.continue_()
 
-        page = context.new_page()
-        page.on("requestfailed", lambda request: asked.append(request.url))
-        page.clock.install(time=0)
-        with visited(page, base_url):
+        with (
+            browser.new_context() as context,  # whose clock no other test uses
+            opened(context, base_url) as page,
+        ):
+            page.on("requestfailed", lambda request: asked.append(request.url))
+            page.clock.install(time=0)
             page.clock.pause_at(3600)
             page.route("**/readyz", lambda route: route.abort())
             page.route("**/predict?echo=pixels", meet)
@@ -843,7 +845,6 @@ class TestErrors:
                 gone[0] = False
                 page.get_by_role("button", name="Try again").click()
                 expect_answer(page, answer)
-        page.close()
 
     def test_of_pictures_are_not_tried_again(self, page: Page) -> None:
         requests: list[str] = []
