@@ -250,6 +250,15 @@ class TestPicture:
         held[0].continue_()
         expect_answer(page, answer)
 
+    def test_that_is_small_is_not_said_to_be_scaled(self, page: Page) -> None:
+        """The service reads no icons, so the browser makes a PNG of it."""
+        icon = io.BytesIO()
+        Image.linear_gradient("L").convert("RGBA").save(icon, "ICO", sizes=[(64, 64)])
+        choose(page, icon.getvalue(), "bar.ico", "image/x-icon")
+        expect(page.locator("#preprocessing")).to_contain_text("What the model saw")
+        expect(page.locator("#preprocessing")).not_to_contain_text("Scaled down")
+        expect(page.locator("#command")).to_contain_text("@bar-small.png")
+
     def test_chosen_again_after_a_change_is_sent_again(
         self, page: Page, trousers: bytes, tmp_path: Path
     ) -> None:
@@ -331,6 +340,40 @@ class TestPicture:
         expect_answer(page, ask(client, sent(page)))
         expect(page.get_by_role("button", name="Camera")).to_be_attached()
         assert page.evaluate("document.getElementById('viewfinder').srcObject.active") is False
+
+    def test_taken_by_a_phone_can_be_saved_for_the_command(
+        self, page: Page, trousers: bytes, answer: dict[str, Any]
+    ) -> None:
+        """It is in no folder; a chosen file is."""
+        save = page.get_by_role("link", name="Save the picture")
+        choose(page, trousers)
+        expect_answer(page, answer)
+        expect(save).to_be_hidden()
+        page.set_input_files(
+            "#camera", {"name": "image.png", "mimeType": "image/png", "buffer": trousers}
+        )
+        expect(page.locator("#command")).to_contain_text("@image.png")
+        expect(save).to_be_visible()
+
+    def test_is_shown_while_the_browser_asks_for_the_camera(
+        self, page: Page, trousers: bytes, answer: dict[str, Any]
+    ) -> None:
+        """Then nobody waits for the camera any more, and it is switched off again."""
+        page.evaluate(
+            "navigator.mediaDevices.getUserMedia = () => new Promise((done) => { allow = done; })"
+        )
+        page.locator("label", has_text="Camera").click()
+        expect(page.locator("#label")).to_have_text("Hold it up")
+        choose(page, trousers)
+        expect_answer(page, answer)
+        track = """async () => {
+          const stream = document.createElement("canvas").captureStream();
+          allow(stream);
+          await new Promise((done) => { setTimeout(done); });
+          return stream.getTracks()[0].readyState;
+        }"""
+        assert page.evaluate(track) == "ended"
+        expect_answer(page, answer)
 
     def test_cannot_be_taken_where_the_camera_is_denied(self, page: Page) -> None:
         page.locator("label", has_text="Camera").click()
@@ -414,6 +457,20 @@ class TestDrawing:
         side = len(paper)
         for x, y, ink in ((0.5, 0.3, 0), (0.4, 0.65, 0), (0.1, 0.1, 255), (0.9, 0.9, 255)):
             assert paper[int(y * side), int(x * side)] == ink
+
+    def test_keeps_its_answer_while_the_next_takes_long(self, page: Page) -> None:
+        """Unlike a new picture, a further line leaves the old answer nearly right."""
+        draw(page, *SQUARE)
+        expect(page.locator("#output")).to_have_attribute("aria-busy", "false")
+        before = page.locator("#label").inner_text()
+        held: list[Route] = []
+        page.route("**/predict?echo=pixels", lambda route: held.append(route))  # noqa: PLW0108 - Playwright takes no methods of lists
+        draw(page, (0.4, 0.4), (0.6, 0.6))
+        expect(page.locator("#output")).to_have_attribute("aria-busy", "true")
+        page.wait_for_timeout(600)  # "Looking …" would come after 400
+        assert page.locator("#label").inner_text() == before
+        for route in held:
+            route.continue_()
 
     def test_can_be_cleared_and_started_again(self, page: Page) -> None:
         draw(page, (0.2, 0.2), (0.8, 0.8))
