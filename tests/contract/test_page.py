@@ -355,26 +355,6 @@ class TestPicture:
         expect(page.locator("#command")).to_contain_text("@image.png")
         expect(save).to_be_visible()
 
-    def test_is_shown_while_the_browser_asks_for_the_camera(
-        self, page: Page, trousers: bytes, answer: dict[str, Any]
-    ) -> None:
-        """Then nobody waits for the camera any more, and it is switched off again."""
-        page.evaluate(
-            "navigator.mediaDevices.getUserMedia = () => new Promise((done) => { allow = done; })"
-        )
-        page.locator("label", has_text="Camera").click()
-        expect(page.locator("#label")).to_have_text("Hold it up")
-        choose(page, trousers)
-        expect_answer(page, answer)
-        track = """async () => {
-          const stream = document.createElement("canvas").captureStream();
-          allow(stream);
-          await new Promise((done) => { setTimeout(done); });
-          return stream.getTracks()[0].readyState;
-        }"""
-        assert page.evaluate(track) == "ended"
-        expect_answer(page, answer)
-
     def test_cannot_be_taken_where_the_camera_is_denied(self, page: Page) -> None:
         page.locator("label", has_text="Camera").click()
         expect(page.get_by_role("alert")).to_contain_text("The camera cannot be used")
