@@ -71,6 +71,6 @@ def welch_p(first: Sequence[float], second: Sequence[float]) -> float:
 
     Both samples need at least two values.
     """
-    from scipy import stats  # noqa: PLC0415 - takes a second, which no other command should wait
+    from scipy import stats  # noqa: PLC0415 - takes a second; other commands need not wait
 
     return float(stats.ttest_ind(first, second, equal_var=False).pvalue)

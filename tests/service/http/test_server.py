@@ -546,7 +546,7 @@ def flood(client: Any, events: int, left: list[bytes], sent: bytes) -> None:
         if events & selectors.EVENT_READ:
             client.recv(65536)
         if events & selectors.EVENT_WRITE and left[0]:
-            left[0] = left[0][client.send(left[0]) :] or (sent if not sent.endswith(b"a") else b"")
+            left[0] = left[0][client.send(left[0]) :] or (b"" if sent.endswith(b"a") else sent)
 
 
 class TestStop:
